@@ -1,0 +1,56 @@
+"""Errors a user can cause, and the one way in which they are worded.
+
+Every message names the field or file, what came, what was expected and what to do next. The command line prints it on
+one line and leaves with exit code 2. Broken invariants of our own are plain asserts, never one of these classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DtrError(ValueError):
+    """Base class of everything a user can cause; catch this one to catch them all."""
+
+    exit_code = 2
+
+    def __init__(self, where: str, *, got: str, expected: str, hint: str = "") -> None:
+        """`where` is a field path or a file (with line); `hint` is the next step, a full sentence."""
+        self.where, self.got, self.expected, self.hint = where, got, expected, hint
+        super().__init__(f"{where}: got {got}; expected {expected}." + (f" {hint}" if hint else ""))
+
+
+class RecipeError(DtrError):
+    """A recipe, an option or an argument that cannot be meant."""
+
+
+class ModelError(DtrError):
+    """A teacher or hybrid that cannot be read or is of an unknown family."""
+
+
+class DataError(DtrError):
+    """Text or task data that is missing, malformed or too small."""
+
+
+class BankError(DtrError):
+    """A mixer bank that is damaged or belongs to something else."""
+
+
+class OutputError(DtrError):
+    """A run folder that cannot be written or would be overwritten."""
+
+
+class DeviceError(DtrError):
+    """A device, backend or library that is asked for and not there, or ran out of memory."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after the state was saved; the message says how to go on (exit code 130)."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests the nearest known name, or else lists what is known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known)}."

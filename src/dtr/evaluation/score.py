@@ -1,0 +1,88 @@
+"""What one evaluation says: a value, how sure it is, and the per-item results behind it. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """One item's result."""
+
+    value: float
+    """The metric on this item: 0 or 1 for accuracy and exact match, mean negative log-likelihood for perplexity."""
+    log_likelihood: float = 0.0
+    """Log-probability of the right answer in nats; search breaks ties by its mean."""
+    weight: float = 1.0
+    """Number of tokens behind `value` where the metric is a mean over tokens, otherwise 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A metric over one split of a task."""
+
+    metric: str
+    value: float
+    stderr: float
+    """Standard error of `value` over items."""
+    num_items: int
+    log_likelihood: float
+    """Mean log-probability of the right answers in nats."""
+    higher_is_better: bool = True
+    per_item: tuple[float, ...] = ()
+    """`Grade.value` of each item, in the order of the split, for paired statistics."""
+
+    @property
+    def goodness(self) -> float:
+        """The value as search compares it, larger is better: the value itself, or its reciprocal for perplexity."""
+        return self.value if self.higher_is_better else 1.0 / self.value
+
+    def to_dict(self, *, with_items: bool = False) -> dict:
+        """Plain types for JSON."""
+        out = {
+            "metric": self.metric,
+            "value": self.value,
+            "stderr": self.stderr,
+            "num_items": self.num_items,
+            "log_likelihood": self.log_likelihood,
+            "higher_is_better": self.higher_is_better,
+        }
+        return {**out, "per_item": list(self.per_item)} if with_items else out
+
+
+def mean_score(metric: str, grades: Sequence[Grade]) -> Score:
+    """Plain mean over items, with the standard error of the mean (sample variance, n - 1)."""
+    assert grades, "a score needs at least one item"
+    n = len(grades)
+    mean = sum(g.value for g in grades) / n
+    variance = sum((g.value - mean) ** 2 for g in grades) / max(n - 1, 1)
+    return Score(
+        metric=metric,
+        value=mean,
+        stderr=math.sqrt(variance / n),
+        num_items=n,
+        log_likelihood=sum(g.log_likelihood for g in grades) / n,
+        per_item=tuple(g.value for g in grades),
+    )
+
+
+def perplexity_score(grades: Sequence[Grade]) -> Score:
+    """exp of the token-weighted mean negative log-likelihood; standard error by the delta method over items."""
+    assert grades, "a score needs at least one item"
+    total = sum(g.weight for g in grades)
+    nll = sum(g.value * g.weight for g in grades) / total
+    # Items are the sampling unit, as tokens within one document are not independent.
+    n = len(grades)
+    spread = sum((g.weight * (g.value - nll)) ** 2 for g in grades) * n / max(n - 1, 1)
+    value = math.exp(nll)
+    return Score(
+        metric="perplexity",
+        value=value,
+        stderr=value * math.sqrt(spread) / total,
+        num_items=n,
+        log_likelihood=-nll,
+        higher_is_better=False,
+        per_item=tuple(g.value for g in grades),
+    )

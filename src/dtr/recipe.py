@@ -1,0 +1,224 @@
+"""The recipe: everything that decides what a run produces, and the few settings that only decide how it runs.
+
+A recipe is a YAML file with the sections below; unknown keys are refused with the nearest known one. It is saved with
+the run, defaults filled in, so that the run can be repeated. No torch in here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dtr.errors import RecipeError, did_you_mean
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TeacherSection(Section):
+    source: str
+    """Hub name, local folder, GGUF file, or `smollm2-demo` (downloaded once, checked, cached)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights in memory; auto is bfloat16 on a GPU and float32 on a CPU."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Never needed for the supported families."""
+
+
+class TextSection(Section):
+    source: str | list[str] = "python-docs"
+    """Text files (.txt, .md, .jsonl, .parquet, .xz and .gz of them), folders, or `python-docs`: the documentation
+    and docstrings that come with every Python."""
+    num_held_out_tokens: int = Field(default=16_384, ge=512)
+    """Tokens set aside to measure the error of each layer; never trained on."""
+
+
+class MixerSection(Section):
+    kind: str = "gated_deltanet"
+    """A linear mixer by name: gated_deltanet or gated_linear_attention."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of that mixer."""
+
+
+class DistillSection(Section):
+    num_tokens: int = Field(default=10_000_000, ge=1)
+    """Token budget; every token trains every layer. The text is repeated in a new order when it is shorter."""
+    seq_len_tokens: int = Field(default=512, ge=8)
+    """Length of a training sequence."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per optimizer step."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak rate of AdamW; linear warm-up, then cosine decay."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps spent on warm-up."""
+    final_lr_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient norm limit of each layer on its own."""
+    layers: list[int] | None = None
+    """Layers to distil; all when left out."""
+    checkpoint_every_steps: int = Field(default=200, ge=1)
+    """An interrupted run loses at most this many steps."""
+
+
+class TaskSection(Section):
+    source: str = "recall"
+    """`recall` (built in), or a folder with validation.jsonl and test.jsonl, or `perplexity` with `path`."""
+    kind: Literal["auto", "multiple_choice", "classification", "generation", "perplexity", "recall"] = "auto"
+    """What an item asks for; auto decides by the fields of the first row."""
+    path: str | None = None
+    """Data of a task whose source is a kind: a folder or a file."""
+    metric: str = "auto"
+    """auto, acc, acc_norm, exact_match or perplexity; must fit the kind."""
+    prompt: str | None = None
+    """Template of the context, with the row's fields in braces, as 'Question: {question}\\nAnswer:'."""
+    target: str | None = None
+    """Template of what follows the prompt, as ' {choice}'."""
+    chat_template: bool = False
+    """Wrap the prompt as a user turn in the tokenizer's chat template."""
+    validation: str = "validation"
+    """Split, or rows of a split as `test[0:250]`, that search may look at."""
+    test: str = "test"
+    """Split, or rows of a split, that is scored once at the end."""
+    num_validation: int | None = Field(default=None, ge=1)
+    """Use this many validation items (a seeded draw); all when left out."""
+    num_test: int | None = Field(default=None, ge=1)
+    """Use this many test items (a seeded draw); all when left out."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the task kind."""
+
+
+class SearchSection(Section):
+    p_min: float = Field(default=0.95, gt=0)
+    """How much of the score must be kept on validation."""
+    p_min_kind: Literal["relative", "absolute"] = "relative"
+    """relative: a share of the teacher's score; absolute: a value of the metric itself."""
+    run_to_end: bool = False
+    """Go on below p_min until every layer is linear, to draw the whole curve; M_opt is not affected."""
+
+
+class RuntimeSection(Section):
+    """How to run; nothing in here is part of what a run is."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    backend: Literal["auto", "torch", "fla"] = "auto"
+    """Kernels of the mixers; auto takes what is present and right on this machine."""
+    eval_batch_tokens: int = Field(default=16_384, ge=1)
+    """Padded tokens per evaluation batch."""
+    cache_bytes: int = Field(default=4_000_000_000, ge=0)
+    """Memory for hidden states that search reuses; 0 turns reuse off."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads; torch's own default when left out."""
+
+
+class Recipe(Section):
+    """A whole run. `teacher` is the only section without a default."""
+
+    teacher: TeacherSection
+    text: TextSection = TextSection()
+    mixer: MixerSection = MixerSection()
+    distill: DistillSection = DistillSection()
+    task: TaskSection = TaskSection()
+    search: SearchSection = SearchSection()
+    runtime: RuntimeSection = RuntimeSection()
+    seed: int = 0
+    """Decides the order of the text, the draw of items and every tie that likelihood leaves."""
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The recipe without `runtime`: two runs with equal identity make the same thing."""
+        return self.model_dump(exclude={"runtime"})
+
+
+def read_recipe(path: str | Path | None, overrides: list[str] = (), base: dict[str, Any] | None = None) -> Recipe:  # type: ignore[assignment]
+    """Read a YAML recipe and apply `section.key=value` overrides.
+
+    Args:
+        path: YAML file, or None for `base` alone.
+        overrides: each `section.key=value`; the value is read as YAML.
+        base: settings that the file may replace.
+
+    Raises:
+        RecipeError: the file cannot be read, a key is unknown, a value does not fit. All problems in one message.
+    """
+    data: dict[str, Any] = dict(base or {})
+    if path is not None:
+        for key, value in _read_yaml(Path(path)).items():
+            data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _as_recipe_error(error, str(path) if path else "recipe") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            str(path), got=str(error), expected="a readable YAML recipe", hint="Check the path."
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            str(path), got=" ".join(str(error).split()), expected="YAML", hint="Mend the line that is named."
+        ) from None
+    if not isinstance(data, dict):
+        raise RecipeError(str(path), got=type(data).__name__, expected="sections such as 'teacher:' and 'task:'")
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    dotted, sep, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not sep or not all(keys):
+        raise RecipeError(
+            "--set", got=f"'{override}'", expected="section.key=value", hint="As in --set search.p_min=0.9"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    # YAML 1.1 reads 1e-3 as a string.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    for key in keys[:-1]:
+        inner = data.get(key)
+        data[key] = dict(inner) if isinstance(inner, dict) else {}
+        data = data[key]
+    data[keys[-1]] = value
+
+
+def _as_recipe_error(error: ValidationError, where: str) -> RecipeError:
+    problems = [_describe(problem) for problem in error.errors()]
+    first, *others = problems
+    hint = first[3] + "".join(f" Also: {field}: got {got}; expected {want}. {hint}" for field, got, want, hint in others)
+    return RecipeError(f"{where}: {first[0]}", got=first[1], expected=first[2], hint=hint.strip())
+
+
+def _describe(problem: Any) -> tuple[str, str, str, str]:
+    path = [str(part) for part in problem["loc"]]
+    field = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known: Any = Recipe
+        for part in path[:-1]:
+            known = known.model_fields[part].annotation
+        return field, f"unknown key '{path[-1]}'", "a known key", did_you_mean(path[-1], known.model_fields)
+    if problem["type"] == "missing":
+        return field, "nothing", "a value", f"Add '{path[-1]}:' or --set {field}=..."
+    message = problem["msg"].replace("Input should be", "").strip()
+    return field, repr(problem["input"]), message, ""

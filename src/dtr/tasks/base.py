@@ -1,0 +1,88 @@
+"""What a task is: items with what to ask a model, and how to grade its responses. No torch in here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dtr.evaluation.score import Grade, Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodRequest:
+    """How likely is `target` after `context`? The two are tokenized so that no token spans the border."""
+
+    context: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What does the model write after `context`, greedily?"""
+
+    context: str
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    """Text ends before the first of these."""
+
+
+Request = LikelihoodRequest | GenerationRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Response to a LikelihoodRequest."""
+
+    log_prob: float
+    """Natural log of the probability of the whole target."""
+    is_greedy: bool
+    """Whether greedy decoding from the context writes exactly the target's tokens."""
+    num_tokens: int
+    """Tokens of the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Response to a GenerationRequest."""
+
+    text: str
+
+
+Response = Likelihood | Generation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question: the row it came from and the requests it needs."""
+
+    id: str
+    requests: tuple[Request, ...]
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A task is anything with these attributes; see `dtr.tasks.multiple_choice` for a short one."""
+
+    name: str
+    kind: str
+    metric: str
+    chat_template: bool
+    splits: Mapping[str, Sequence[Item]]
+    """`validation` (search looks at it) and `test` (scored once at the end): disjoint, never empty."""
+
+    def grade(self, item: Item, responses: Sequence[Response]) -> Grade: ...
+
+    def summarize(self, grades: Sequence[Grade]) -> Score: ...
+
+
+def fingerprint(task: Task) -> str:
+    """Hash of everything the score depends on: rows, prompts, metric. 16 hex digits."""
+    digest = hashlib.sha256(repr((task.kind, task.metric, task.chat_template)).encode())
+    for split in sorted(task.splits):
+        for item in task.splits[split]:
+            digest.update(json.dumps([split, item.id, [repr(r) for r in item.requests], dict(item.row)],
+                                     sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
