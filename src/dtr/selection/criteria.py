@@ -1,0 +1,109 @@
+"""Which candidate is best, and does it reach P_min? Every comparison of scores that search makes is in this file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dtr.errors import ModelError, RecipeError
+from dtr.evaluation.score import Score
+
+PMinKind = Literal["relative", "absolute"]
+
+RELATIVE_TOLERANCE = 1e-9
+"""Far above the rounding of double precision and far below one item in any validation set. It is a share of the two
+values compared, not an absolute gap, because the goodness of a perplexity of 1e6 is itself only 1e-6."""
+
+
+def at_least(goodness: float, bound: float) -> bool:
+    """`goodness >= bound` up to rounding: 57/100 reaches 0.95 * 0.6. NaN reaches nothing."""
+    return goodness >= bound or math.isclose(goodness, bound, rel_tol=RELATIVE_TOLERANCE)
+
+
+def argmax(candidates: Mapping[int, Score]) -> int:
+    """The layer with the best score; ties go to the higher mean log-likelihood, then to the lower index.
+
+    Algorithm 1 has no tie rule, and on a few hundred items ties are common. NaN loses against every number.
+    """
+    assert candidates, "argmax needs at least one candidate"
+    top = max(_number(score.goodness) for score in candidates.values())
+    tied = [layer for layer, score in candidates.items() if at_least(_number(score.goodness), top)]
+    return min(tied, key=lambda layer: (-_number(candidates[layer].log_likelihood), layer))
+
+
+def _number(x: float) -> float:
+    return -math.inf if math.isnan(x) else x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """P_min, resolved against the teacher."""
+
+    value: float
+    """In the metric's own unit: the lowest accuracy, or the highest perplexity, that is still accepted."""
+    goodness: float
+    """The same bound as `Score.goodness` compares it."""
+
+    def is_met_by(self, score: Score) -> bool:
+        return at_least(score.goodness, self.goodness)
+
+
+def check_p_min(p_min: float, p_min_kind: str) -> None:
+    """Refuse what no teacher can reach, before anything is scored.
+
+    Raises:
+        RecipeError: unknown kind, a P_min that is not a positive number, or a relative one above 1.
+    """
+    if p_min_kind not in get_args(PMinKind):
+        raise RecipeError("search.p_min_kind", got=f"'{p_min_kind}'", expected="'relative' or 'absolute'")
+    if not (math.isfinite(p_min) and p_min > 0):
+        raise RecipeError("search.p_min", got=repr(p_min), expected="a positive number")
+    if p_min_kind == "relative" and not at_least(1.0, p_min):
+        raise RecipeError(
+            "search.p_min",
+            got=f"{p_min:g} of the teacher's score, more than the teacher has itself",
+            expected="a share of at most 1",
+            hint="Write 0.95 to keep 95 %, or set search.p_min_kind to absolute to give a value of the metric.",
+        )
+
+
+def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score) -> Threshold:
+    """The bound that `p_min` means for this teacher.
+
+    Args:
+        p_min: relative: a share of `teacher.goodness` (0.95 lets a perplexity grow to teacher / 0.95); absolute: a
+            value of the metric, a lower bound for accuracy and an upper bound for perplexity.
+        p_min_kind: `relative` or `absolute`.
+        teacher: score of the unchanged teacher on the validation split.
+
+    Raises:
+        RecipeError: as `check_p_min`, and if the teacher itself misses the bound.
+        ModelError: the teacher's score is not a finite number.
+    """
+    check_p_min(p_min, p_min_kind)
+    if not math.isfinite(teacher.goodness):
+        raise ModelError(
+            "teacher",
+            got=f"a validation {teacher.metric} of {teacher.value}",
+            expected="a finite score",
+            hint="Load the teacher with teacher.dtype=float32 and look at its outputs on one validation item.",
+        )
+    if p_min_kind == "relative":
+        goodness = p_min * teacher.goodness
+        # A teacher at goodness 0 has no bound in perplexity; its reciprocal would be a division by zero.
+        value = goodness if teacher.higher_is_better else (1.0 / goodness if goodness else math.inf)
+    else:
+        value = p_min
+        goodness = p_min if teacher.higher_is_better else 1.0 / p_min
+    threshold = Threshold(value=value, goodness=goodness)
+    if not threshold.is_met_by(teacher):
+        side, change = ("at most", "Lower") if teacher.higher_is_better else ("at least", "Raise")
+        raise RecipeError(
+            "search.p_min",
+            got=f"a {teacher.metric} of {value:g}, which the teacher itself misses",
+            expected=f"{side} {teacher.value:.6g}, the teacher's {teacher.metric} on validation",
+            hint=f"{change} search.p_min, or give a share of the teacher's score with search.p_min_kind=relative.",
+        )
+    return threshold

@@ -1,0 +1,187 @@
+"""The search journal: every score ever computed, one JSON line each, so that an interrupted search repeats no work.
+
+The first line says what the scores belong to; each further line is one hybrid, `{"linear": [1, 4], "score": {...}}`.
+The file is only ever appended to, except that an unfinished last line is cut off when it is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dtr.errors import OutputError
+from dtr.evaluation.score import Score
+
+FORMAT = 1
+_MAX_DIFFERENCES_SHOWN = 8
+_MAX_VALUE_CHARS = 100
+
+
+class Journal:
+    """Scores by set of linear layers, kept in a file. Use as a context manager, or call `close`.
+
+    Args:
+        path: the file; its folder exists.
+        identity: what the scores depend on (teacher, bank and task fingerprints, seed, ...), JSON types only. A
+            journal with another identity is refused.
+        resume: go on with an existing file; without it, an existing file is refused.
+
+    Raises:
+        OutputError: the file exists without `resume`, has another identity, is damaged, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, *, identity: Mapping[str, Any], resume: bool = False) -> None:
+        self.path = Path(path)
+        self._scores: dict[frozenset[int], Score] = {}
+        header = _to_line({"journal": "search", "format": FORMAT, "identity": identity})
+        try:
+            existing = self.path.read_bytes() if self.path.exists() else b""
+            if existing and not resume:
+                raise OutputError(
+                    str(self.path),
+                    got="a journal that exists already",
+                    expected="a new file",
+                    hint="Resume that search, or choose another run folder.",
+                )
+            # An interrupted first write leaves a beginning of this very header, and nothing that could be lost.
+            is_new = header.startswith(existing)
+            num_good_bytes = 0 if is_new else self._replay(existing, json.loads(header)["identity"])
+            # Unbuffered: when a write returns, the line is with the operating system, and Ctrl-C cannot lose it.
+            self._file = self.path.open("ab", buffering=0)
+            self._file.truncate(num_good_bytes)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if is_new:
+            self._append(header)
+        elif existing[num_good_bytes - 1 : num_good_bytes] != b"\n":
+            self._append(b"\n")
+
+    def __len__(self) -> int:
+        """Number of scores held."""
+        return len(self._scores)
+
+    def __contains__(self, linear: object) -> bool:
+        return linear in self._scores
+
+    def __getitem__(self, linear: frozenset[int]) -> Score:
+        return self._scores[linear]
+
+    def record(self, linear: frozenset[int], score: Score) -> None:
+        """Write one score; on return it survives the end of this process."""
+        assert linear not in self._scores, f"{sorted(linear)} is in the journal already"
+        self._append(_to_line({"linear": sorted(linear), "score": _encode(score)}))
+        self._scores[linear] = score
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, line: bytes) -> None:
+        try:
+            # A raw write may be short, for instance on a disk that is nearly full.
+            while line:
+                line = line[self._file.write(line) or 0 :]
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _replay(self, data: bytes, identity: dict[str, Any]) -> int:
+        """Check the header, read the scores, and say how many bytes to keep (all but an unfinished last line)."""
+        lines = data.removesuffix(b"\n").split(b"\n")
+        self._check_header(lines[0], identity)
+        num_good_bytes = len(lines[0]) + 1
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                linear, score = _decode(line)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                if number == len(lines):
+                    return num_good_bytes
+                raise self._damaged(number, "a line that is no score") from None
+            if self._scores.setdefault(linear, score) != score:
+                raise self._damaged(number, f"a second, different score of layers {sorted(linear)}")
+            num_good_bytes += len(line) + 1
+        return min(num_good_bytes, len(data))
+
+    def _check_header(self, line: bytes, identity: dict[str, Any]) -> None:
+        try:
+            header = json.loads(line.decode("utf-8"))
+            recorded = dict(header["identity"])
+            is_known = header["journal"] == "search" and header["format"] == FORMAT
+        except (ValueError, TypeError, KeyError):
+            is_known = False
+        if not is_known:
+            raise self._damaged(1, f"something other than the header of a search journal of format {FORMAT}")
+        theirs, ours = _flatten(recorded), _flatten(identity)
+        differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+        if differing:
+            raise OutputError(
+                str(self.path),
+                got=f"the journal of another search, with {_list_entries(theirs, differing)}",
+                expected=_list_entries(ours, differing),
+                hint="Go back to those settings, or search in another run folder.",
+            )
+
+    def _damaged(self, line_number: int, got: str) -> OutputError:
+        return OutputError(
+            f"{self.path}:{line_number}",
+            got=got,
+            expected="an undamaged journal",
+            hint="Delete the file to search anew, or cut it before this line to keep what is above it.",
+        )
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(
+            str(self.path),
+            got=error.strerror or str(error),
+            expected="a journal file that can be read and written",
+            hint="Check the run folder, its permissions and the space left; the scores in the file stay valid.",
+        )
+
+
+def _to_line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode("utf-8") + b"\n"
+
+
+def _encode(score: Score) -> dict[str, Any]:
+    """As `Score.to_dict`, with 0/1 items as a string of digits: a quarter of the bytes of a list of floats."""
+    items = score.per_item
+    is_binary = all(value in (0.0, 1.0) for value in items)
+    return {**score.to_dict(), "per_item": "".join(f"{value:.0f}" for value in items) if is_binary else list(items)}
+
+
+def _decode(line: bytes) -> tuple[frozenset[int], Score]:
+    # Decoded here because json.loads guesses other encodings for bytes, such as UTF-16 for a run of zeros.
+    entry = json.loads(line.decode("utf-8"))
+    items = entry["score"].pop("per_item")
+    return frozenset(entry["linear"]), Score(**entry["score"], per_item=tuple(float(item) for item in items))
+
+
+def _flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as `section.key` to JSON text."""
+    flat: dict[str, str] = {}
+    for key, value in identity.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{name}."))
+        else:
+            flat[name] = json.dumps(value, sort_keys=True)
+    return flat
+
+
+def _list_entries(flat: Mapping[str, str], keys: list[str]) -> str:
+    texts = [f"{key} = {_shorten(flat.get(key, 'nothing'))}" for key in keys[:_MAX_DIFFERENCES_SHOWN]]
+    num_left = len(keys) - len(texts)
+    return ", ".join(texts) + (f" and {num_left} more" if num_left else "")
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_VALUE_CHARS else text[:_MAX_VALUE_CHARS] + "..."

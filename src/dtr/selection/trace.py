@@ -1,0 +1,97 @@
+"""What a search did, step by step, and which hybrids it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dtr.evaluation.score import Score
+from dtr.selection.criteria import PMinKind
+
+StopReason = Literal["p_min", "all_linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A hybrid that search hands on."""
+
+    layers: tuple[int, ...]
+    """Its linear layers in the order of replacement; empty for the teacher."""
+    score: Score
+    """On the validation split that chose it, so biased upwards; report the test split beside it."""
+
+    def to_dict(self, *, with_items: bool = False) -> dict[str, Any]:
+        return {"layers": list(self.layers), "score": self.score.to_dict(with_items=with_items)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchStep:
+    """One round of Algorithm 1: every remaining layer was scored and the best one taken."""
+
+    index: int
+    """1 for the first step; also the number of linear layers of the hybrid that has `score`."""
+    layer: int
+    """The best layer of this step."""
+    linear: tuple[int, ...]
+    """Sorted linear layers of the hybrid that has `score`, `layer` included even if the step was refused."""
+    score: Score
+    accepted: bool
+    """Whether Algorithm 1 commits this step; False for the step that falls below P_min and for all later ones."""
+    candidates: Mapping[int, Score]
+    """Score of each remaining layer, by ascending layer."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON, without per-item lists; the keys of `candidates` are strings, as JSON has them."""
+        return {
+            "index": self.index,
+            "layer": self.layer,
+            "linear": list(self.linear),
+            "score": self.score.to_dict(),
+            "accepted": self.accepted,
+            "candidates": {str(layer): score.to_dict() for layer, score in self.candidates.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchTrace:
+    """The whole search. Holds nothing of how long it took or where it was resumed: equal inputs, equal traces."""
+
+    teacher: Score
+    p_min: float
+    """As asked for."""
+    p_min_kind: PMinKind
+    p_min_value: float
+    """The bound in the metric's own unit: the lowest accuracy, or the highest perplexity, that is accepted."""
+    steps: tuple[SearchStep, ...]
+    m_opt: Chosen
+    """The last hybrid at or above P_min: the most linear layers that the limit allows."""
+    m_best: Chosen
+    """The last hybrid that was at least as good as all before it, teacher included. As its score is at least the
+    teacher's and so reaches P_min, it is M_opt or a hybrid on the way there, never beyond."""
+    num_candidate_evaluations: int
+    """Candidates whose score the search needed (the teacher not counted), read from the journal or not."""
+    stop_reason: StopReason
+    """What ended Algorithm 1: the best candidate fell below P_min, or no candidate layer was left."""
+    stop_text: str
+    """The same as a sentence with numbers."""
+
+    def to_dict(self, *, with_items: bool = False) -> dict[str, Any]:
+        """Plain types for JSON.
+
+        Args:
+            with_items: keep the per-item lists of the teacher and of the chosen hybrids, for paired statistics;
+                those of steps and candidates are left out in any case.
+        """
+        return {
+            "teacher": self.teacher.to_dict(with_items=with_items),
+            "p_min": self.p_min,
+            "p_min_kind": self.p_min_kind,
+            "p_min_value": self.p_min_value,
+            "steps": [step.to_dict() for step in self.steps],
+            "m_opt": self.m_opt.to_dict(with_items=with_items),
+            "m_best": self.m_best.to_dict(with_items=with_items),
+            "num_candidate_evaluations": self.num_candidate_evaluations,
+            "stop_reason": self.stop_reason,
+            "stop_text": self.stop_text,
+        }
