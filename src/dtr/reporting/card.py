@@ -1,0 +1,63 @@
+"""The Hugging Face model card of a saved hybrid: YAML front matter, how to load it, its numbers and its limits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtr.reporting.formats import dig, is_number
+from dtr.reporting.page import environment, without_nulls
+from dtr.reporting.verdict import Which, verdict
+
+
+def render_model_card(report: dict, *, which: Which = "m_opt") -> str:
+    """Markdown for the README.md beside the weights of M_opt or M_best."""
+    front = yaml.safe_dump(_front_matter(report, which), sort_keys=False, allow_unicode=True)
+    body = (
+        environment()
+        .get_template("model_card.md.j2")
+        .render(
+            report=(known := without_nulls(report)),
+            model=known.get(which, {}),
+            which=which,
+            verdict=verdict(report, which),
+            name=_name(report),
+        )
+    )
+    return f"---\n{front}---\n\n{body}"
+
+
+def _front_matter(report: dict, which: Which) -> dict[str, Any]:
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if (source := dig(report, "teacher.source")) and _is_hub_name(source):
+        front["base_model"] = source
+    if license_name := dig(report, "teacher.license"):
+        front["license"] = license_name
+    front["tags"] = ["dtr", "hybrid", "linear-attention", *filter(None, [dig(report, "mixer.kind")])]
+    value, unit, task = dig(report, f"{which}.test.value"), dig(report, "task.metric"), dig(report, "task.name")
+    if is_number(value) and unit and task:
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": task, "type": task, "split": "test"},
+            "metrics": [{"type": unit, "value": value}],
+        }
+        front["model-index"] = [{"name": _name(report), "results": [result]}]
+    return front
+
+
+def _is_hub_name(source: str) -> bool:
+    """Whether a source reads as owner/name; a folder on this machine means nothing to a reader of the card."""
+    return (
+        bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source))
+        and not source.endswith(".gguf")
+        and not Path(source).exists()
+    )
+
+
+def _name(report: dict) -> str:
+    source = str(dig(report, "teacher.source") or "teacher").rstrip("/\\")
+    stem = re.split(r"[/\\]", source)[-1].removesuffix(".gguf")
+    return f"{stem}-{dig(report, 'task.name') or 'task'}-hybrid"

@@ -1,0 +1,75 @@
+"""`report.json` and `report.html` of a run folder: written whole or not at all, read back with a check."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dtr.errors import DataError, OutputError
+from dtr.files import write_json, write_text
+from dtr.reporting.page import render_html
+
+FORMAT = 1
+JSON_NAME, HTML_NAME = "report.json", "report.html"
+
+
+def write_report(folder: str | Path, report: dict) -> Path:
+    """Write `report.json` and `report.html` into a run folder and return the path of the page.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    # The page first: if drawing it fails, the folder keeps a pair of files that belong together.
+    page = render_html(report)
+    try:
+        write_json(folder / JSON_NAME, _named_infinities(report))
+        write_text(folder / HTML_NAME, page)
+    except OSError as error:
+        raise OutputError(
+            str(folder), got=str(error.strerror), expected="a writable run folder", hint="Check space and rights."
+        ) from None
+    return folder / HTML_NAME
+
+
+def read_report(folder: str | Path) -> dict:
+    """Read `report.json` of a run folder (or that file itself).
+
+    Raises:
+        OutputError: there is no report.
+        DataError: the file is damaged, or not a report of this tool, or of a later version.
+    """
+    path = Path(folder)
+    path = path if path.suffix == ".json" else path / JSON_NAME
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise OutputError(
+            str(path),
+            got="no readable report",
+            expected="the folder of a finished run",
+            hint="A run writes its report at the end; start it again with the same command to go on.",
+        ) from None
+    except ValueError as error:
+        raise DataError(str(path), got=str(error), expected="JSON", hint="Run again to write it anew.") from None
+    if not isinstance(report, dict) or "format" not in report or "dtr_version" not in report:
+        raise DataError(str(path), got="another kind of JSON", expected="a report with 'format' and 'dtr_version'")
+    if report["format"] != FORMAT:
+        raise DataError(
+            str(path),
+            got=f"format {report['format']!r} of dtr {report['dtr_version']}",
+            expected=f"format {FORMAT}",
+            hint="Read it with the version of dtr that wrote it.",
+        )
+    return report
+
+
+def _named_infinities(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become words, which a reader can tell from what was never measured."""
+    if isinstance(value, dict):
+        return {key: _named_infinities(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named_infinities(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

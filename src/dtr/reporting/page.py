@@ -1,0 +1,124 @@
+"""The HTML page of a run: one file, no scripts, nothing from the network."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import yaml
+from jinja2 import ChainableUndefined, Environment, PackageLoader
+
+from dtr.reporting import charts
+from dtr.reporting.formats import FILTERS, MISSING, dig, is_number
+from dtr.reporting.verdict import Which, p_min_on_validation, verdict
+
+
+class _NotMeasured(ChainableUndefined):
+    """A missing entry, at any depth, prints as what it is."""
+
+    def __str__(self) -> str:
+        return MISSING
+
+    def __html__(self) -> str:
+        return MISSING
+
+
+@functools.cache
+def environment() -> Environment:
+    """Templates of this package; pages are escaped, Markdown is not."""
+    env = Environment(
+        loader=PackageLoader("dtr.reporting"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=_NotMeasured,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters.update(FILTERS)
+    env.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return env
+
+
+def render_html(report: dict) -> str:
+    """The page of one run, from the contents of its `report.json`."""
+    template = environment().get_template("report.html.j2")
+    return template.render(
+        report=without_nulls(report),
+        libraries=_libraries(report),
+        verdict=verdict(report),
+        gauge=_gauge(report),
+        models=[{"name": "M_opt", **_model(report, "m_opt")}, {"name": "M_best", **_model(report, "m_best")}],
+        cells=layer_cells(report),
+        score_chart=charts.score_chart(report),
+        nmse_chart=charts.nmse_chart(report),
+        distillation_chart=charts.distillation_chart(report),
+        p_min_value=p_min_on_validation(report),
+        has_steps_on_test=any(step.get("test") for step in dig(report, "search.steps") or []),
+    )
+
+
+def _libraries(report: dict) -> str:
+    versions = {**(report.get("versions") or {"libraries": MISSING}), "dtr": report.get("dtr_version") or MISSING}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
+
+
+def without_nulls(record: Any) -> Any:
+    """The record without entries that are null, so that templates see one kind of missing."""
+    if isinstance(record, dict):
+        return {key: without_nulls(value) for key, value in record.items() if value is not None}
+    return [without_nulls(value) for value in record] if isinstance(record, list) else record
+
+
+def layer_cells(report: dict) -> list[dict[str, Any]]:
+    """One entry per layer for the layer map: its kind, when it was replaced, its error, and all that as a sentence."""
+    order = {layer: place for place, layer in enumerate(dig(report, "m_opt.layers") or [], start=1)}
+    best = set(dig(report, "m_best.layers") or [])
+    errors = {row.get("layer"): row.get("after") for row in dig(report, "distill.nmse") or []}
+    logs = [math.log(e) for e in errors.values() if is_number(e) and e > 0]
+    cells = []
+    for layer in range(report.get("num_layers") or 0):
+        error, place = errors.get(layer), order.get(layer)
+        shade = None
+        if is_number(error) and error > 0:
+            span = max(logs) - min(logs)
+            shade = round(0.15 + 0.85 * ((math.log(error) - min(logs)) / span if span else 0.5), 2)
+        kind = f"linear, replaced as number {place}" if place else "attention"
+        also = ", also linear in M_best" if layer in best else ""
+        cells.append(
+            {
+                "layer": layer,
+                "place": place,
+                "in_best": layer in best,
+                "shade": shade,
+                "text": f"Layer {layer}: {kind}{also}; error {FILTERS['small'](error)}",
+            }
+        )
+    return cells
+
+
+def _model(report: dict, which: Which) -> dict[str, Any]:
+    record = without_nulls(report.get(which) or {})
+    cache = record.get("cache") or {}
+    teacher, hybrid = cache.get("teacher_bytes"), cache.get("hybrid_bytes")
+    ratio = teacher / hybrid if is_number(teacher) and is_number(hybrid) and hybrid else None
+    return {"record": record, "verdict": verdict(report, which), "cache_ratio": ratio}
+
+
+def _gauge(report: dict) -> dict[str, float] | None:
+    """Where the kept score, its interval and the limit lie on a bar, in percent of its width."""
+    kept = verdict(report).kept
+    if kept is None:
+        return None
+    ends = [kept.low, kept.high, kept.limit, *([1.0] if kept.is_share else [])]
+    room = 0.12 * (max(ends) - min(ends)) or 0.05
+    low, high = min(ends) - room, max(ends) + room
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / (high - low), 2)
+
+    return {
+        "low": place(kept.low),
+        "width": round(place(kept.high) - place(kept.low), 2),
+        "measured": place(kept.measured),
+        "limit": place(kept.limit),
+    }
