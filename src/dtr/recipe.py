@@ -102,6 +102,8 @@ class SearchSection(Section):
     """relative: a share of the teacher's score; absolute: a value of the metric itself."""
     run_to_end: bool = False
     """Go on below p_min until every layer is linear, to draw the whole curve; M_opt is not affected."""
+    test_curve: bool = False
+    """After the search, score every step of its path on test as well, for the report's curve."""
 
 
 class RuntimeSection(Section):
@@ -206,7 +208,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _as_recipe_error(error: ValidationError, where: str) -> RecipeError:
     problems = [_describe(problem) for problem in error.errors()]
     first, *others = problems
-    hint = first[3] + "".join(f" Also: {field}: got {got}; expected {want}. {hint}" for field, got, want, hint in others)
+    hint = first[3] + "".join(
+        f" Also: {field}: got {got}; expected {want}. {hint}" for field, got, want, hint in others
+    )
     return RecipeError(f"{where}: {first[0]}", got=first[1], expected=first[2], hint=hint.strip())
 
 

@@ -1,0 +1,39 @@
+"""The linear mixers by name, and how to make one from a teacher's attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtr.arch import HeadGeometry
+from dtr.errors import RecipeError
+from dtr.mixers.base import LinearMixer
+from dtr.mixers.gated_deltanet import GatedDeltaNet
+from dtr.mixers.gated_linear_attention import GatedLinearAttention
+from dtr.registry import Registry
+
+MIXERS: Registry[type[LinearMixer]] = Registry("mixer")
+MIXERS.register("gated_deltanet")(GatedDeltaNet)
+MIXERS.register("gated_linear_attention")(GatedLinearAttention)
+
+
+def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[str, Any] | None = None) -> LinearMixer:
+    """An uninitialised mixer by name.
+
+    Raises:
+        RecipeError: unknown kind, or an option that this kind does not have.
+    """
+    try:
+        return MIXERS[kind](geometry, layer_idx, **(options or {}))
+    except TypeError as error:
+        raise RecipeError(
+            "mixer.options", got=str(error).split("__init__() ")[-1], expected=f"options of {kind}"
+        ) from None
+
+
+def mixer_from_teacher(
+    kind: str, geometry: HeadGeometry, layer_idx: int, attention: Any, options: dict[str, Any] | None = None
+) -> LinearMixer:
+    """A float32 mixer that starts from the weights of the teacher's attention module, on its device."""
+    mixer = make_mixer(kind, geometry, layer_idx, options).float()
+    mixer.start_from(attention)
+    return mixer.to(attention.q_proj.weight.device)

@@ -83,6 +83,9 @@ def fingerprint(task: Task) -> str:
     digest = hashlib.sha256(repr((task.kind, task.metric, task.chat_template)).encode())
     for split in sorted(task.splits):
         for item in task.splits[split]:
-            digest.update(json.dumps([split, item.id, [repr(r) for r in item.requests], dict(item.row)],
-                                     sort_keys=True, default=str).encode())
+            digest.update(
+                json.dumps(
+                    [split, item.id, [repr(r) for r in item.requests], dict(item.row)], sort_keys=True, default=str
+                ).encode()
+            )
     return digest.hexdigest()[:16]

@@ -1,0 +1,182 @@
+"""The only file that knows Hugging Face model internals: where attention sits, its geometry, masks, running layers.
+
+Supported families share one skeleton: `model.model.layers[l].self_attn` with q/k/v/o projections, rotary positions and
+pre-norm residual blocks. A new family of that skeleton is one line in `FAMILIES`.
+
+Shapes: B batch, T tokens, D hidden dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from dtr.errors import ModelError
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""`config.model_type` to the prefix of the Hugging Face classes. SmolLM2 is a llama, Qwen2.5 a qwen2."""
+
+HYBRID_PREFIX = "dtr_"
+"""What a hybrid's model type puts before that of its family."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGeometry:
+    """What a mixer must know of the attention that it stands in for."""
+
+    hidden_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    """Whether queries and keys pass an RMS norm over the head dim before rotary positions (Qwen3)."""
+    norm_eps: float = 1e-6
+
+
+def check_supported(config: Any) -> None:
+    """Raise ModelError unless the config is of a family whose layers we can run, or of a hybrid of such a family."""
+    if config.model_type.removeprefix(HYBRID_PREFIX) not in FAMILIES:
+        raise ModelError(
+            "teacher.source",
+            got=f"model type '{config.model_type}'",
+            expected="full attention of a known family",
+            hint=f"Supported: {', '.join(sorted(FAMILIES))} (SmolLM2 is a llama, Qwen2.5 a qwen2).",
+        )
+
+
+def read_geometry(config: Any) -> HeadGeometry:
+    """Head geometry of one attention layer, the same for all layers of the supported families."""
+    check_supported(config)
+    family = config.model_type.removeprefix(HYBRID_PREFIX)
+    bias = bool(getattr(config, "attention_bias", False))
+    return HeadGeometry(
+        hidden_dim=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        # Qwen2 has biases on q, k and v that its config does not mention.
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
+        qk_norm=family == "qwen3",
+        norm_eps=config.rms_norm_eps,
+    )
+
+
+def model_class(model_type: str, suffix: str) -> type:
+    """The Hugging Face class of a family, e.g. ("llama", "ForCausalLM") -> LlamaForCausalLM."""
+    module = "configuration" if suffix == "Config" else "modeling"
+    return getattr(
+        importlib.import_module(f"transformers.models.{model_type}.{module}_{model_type}"),
+        FAMILIES[model_type] + suffix,
+    )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal language model."""
+    return model.model.layers  # type: ignore[union-attr, return-value]
+
+
+def with_mixer(layer: nn.Module, mixer: nn.Module | None) -> nn.Module:
+    """A decoder layer that shares everything with `layer` but its attention; `layer` itself stays as it is."""
+    twin = copy.copy(layer)
+    # copy.copy shares the dict of submodules, and assigning one would change the original.
+    twin._modules = dict(layer._modules)
+    twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
+    if mixer is not None:
+        twin.self_attn = mixer
+    return twin
+
+
+@contextmanager
+def capture_attention(model: nn.Module, layers: Sequence[int], visit: Any) -> Iterator[None]:
+    """While open, call `visit(layer, hidden_BTD, (cos, sin), output_BTD)` after each attention of `layers` has run."""
+
+    def hook_for(index: int):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            visit(index, hidden, kwargs["position_embeddings"], output[0])
+
+        return hook
+
+    stack = decoder_layers(model)
+    handles = [stack[i].self_attn.register_forward_hook(hook_for(i), with_kwargs=True) for i in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A batch of right-padded sequences on its way through the layers."""
+
+    hidden_BTD: torch.Tensor
+    positions: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    masks: dict[str, torch.Tensor | None]
+
+
+class LayerRunner:
+    """Runs a model's layers one by one, so that unchanged lower layers need not run again.
+
+    Sequences start at position 0 and are padded on the right, which a causal model never sees; no padding mask.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self.layers: list[nn.Module] = list(decoder_layers(model))
+
+    def prepare(self, input_ids: torch.Tensor) -> Prepared:
+        """Embed `input_ids` (B, T) and make rotary tables and masks for that length."""
+        body = self._model.model
+        hidden = body.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        common = {
+            "config": self._model.config,
+            "inputs_embeds": hidden,
+            "attention_mask": None,
+            "past_key_values": None,
+            "position_ids": positions,
+        }
+        kinds = {layer_kind(self._model.config, i) for i in range(len(self.layers))}
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return Prepared(
+            hidden_BTD=hidden,
+            positions=positions,
+            rotary=body.rotary_emb(hidden, positions),
+            masks={kind: makers[kind](**common) for kind in kinds},
+        )
+
+    def run_layer(self, index: int, layer: nn.Module, hidden_BTD: torch.Tensor, batch: Prepared) -> torch.Tensor:
+        """One decoder layer; `layer` may be the teacher's own or a twin of it with a mixer."""
+        return layer(
+            hidden_BTD,
+            attention_mask=batch.masks[layer_kind(self._model.config, index)],
+            position_ids=batch.positions,
+            position_embeddings=batch.rotary,
+            past_key_values=None,
+            use_cache=False,
+        )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and LM head of chosen positions (num_positions, D) -> (num_positions, vocab)."""
+        return self._model.lm_head(self._model.model.norm(hidden))
+
+
+def layer_kind(config: Any, index: int) -> str:
+    """full_attention or sliding_attention: what the teacher's own attention of that layer sees."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return kinds[index]
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"

@@ -1,0 +1,224 @@
+"""The command line: each verb is a thin shell over one public function. Heavy imports stay inside the verbs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dtr.errors import DtrError, Interrupted
+
+app = typer.Typer(
+    help="Distil linear attention layers from a pretrained Transformer, then replace as many as a task allows.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArg = Annotated[Path | None, typer.Argument(help="YAML recipe; see recipes/ for examples.", metavar="[RECIPE]")]
+OutOpt = Annotated[Path, typer.Option("--out", help="Run folder.")]
+SetOpt = Annotated[list[str] | None, typer.Option("--set", help="Change one setting: section.key=value. Repeatable.")]
+ModelOpt = Annotated[str | None, typer.Option("--model", help="Teacher: hub name, folder or GGUF file.")]
+TaskOpt = Annotated[str | None, typer.Option("--task", help="Task: recall, or a folder with JSONL splits.")]
+PMinOpt = Annotated[float | None, typer.Option("--p-min", help="Share of the teacher's score to keep, as 0.95.")]
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in --out first.")]
+LogOpt = Annotated[str, typer.Option("--log", help="What to show meanwhile: rich, json or quiet.")]
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def run(
+    out: OutOpt,
+    recipe: RecipeArg = None,
+    model: ModelOpt = None,
+    task: TaskOpt = None,
+    p_min: PMinOpt = None,
+    settings: SetOpt = None,
+    resume: ResumeOpt = False,
+    overwrite: OverwriteOpt = False,
+    log: LogOpt = "rich",
+    debug: DebugOpt = False,
+) -> None:
+    """Distil, search, save the hybrids and write the report."""
+    from dtr.pipeline import run as run_pipeline
+
+    plan = _recipe(recipe, model, task, p_min, settings)
+    with _display(log) as show:
+        record = run_pipeline(plan, out, resume=resume, overwrite=overwrite, on_event=show)
+    _conclude(record, out, log)
+
+
+@app.command()
+def demo(
+    out: OutOpt = Path("demo-run"),
+    settings: SetOpt = None,
+    resume: ResumeOpt = False,
+    overwrite: OverwriteOpt = False,
+    log: LogOpt = "rich",
+    debug: DebugOpt = False,
+) -> None:
+    """The whole method on a real 135M model, on a CPU, in about ten minutes."""
+    with as_file(files("dtr") / "demo.yaml") as recipe:
+        run(out, recipe, None, None, None, settings, resume, overwrite, log, debug)
+
+
+@app.command()
+def distill(
+    out: OutOpt,
+    recipe: RecipeArg = None,
+    model: ModelOpt = None,
+    settings: SetOpt = None,
+    resume: ResumeOpt = False,
+    overwrite: OverwriteOpt = False,
+    log: LogOpt = "rich",
+    debug: DebugOpt = False,
+) -> None:
+    """Phase 1 alone: train one linear mixer per layer; leaves OUT/bank."""
+    from dtr.pipeline import distill_only
+
+    plan = _recipe(recipe, model, None, None, settings)
+    with _display(log) as show:
+        bank = distill_only(plan, out, resume=resume, overwrite=overwrite, on_event=show)
+    _say(f"{len(bank.layers)} mixers, mean NMSE {bank.mean_nmse:.4f}: {out / 'bank'}")
+
+
+@app.command()
+def search(
+    out: OutOpt,
+    bank: Annotated[Path, typer.Option("--bank", help="Folder of a bank from 'dtr distill' or another run.")],
+    recipe: RecipeArg = None,
+    model: ModelOpt = None,
+    task: TaskOpt = None,
+    p_min: PMinOpt = None,
+    settings: SetOpt = None,
+    resume: ResumeOpt = False,
+    overwrite: OverwriteOpt = False,
+    log: LogOpt = "rich",
+    debug: DebugOpt = False,
+) -> None:
+    """Phase 2 alone: replace layers with a bank that is there already."""
+    from dtr.pipeline import run as run_pipeline
+
+    plan = _recipe(recipe, model, task, p_min, settings)
+    with _display(log) as show:
+        record = run_pipeline(plan, out, bank=bank, resume=resume, overwrite=overwrite, on_event=show)
+    _conclude(record, out, log)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hybrid folder, hub name or GGUF file.")],
+    task: TaskOpt = "recall",
+    split: Annotated[str, typer.Option("--split", help="validation or test.")] = "test",
+    settings: SetOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Score any model, teacher or hybrid, on a task; prints one JSON line."""
+    from dtr.pipeline import evaluate_model
+
+    plan = _recipe(None, model, task, None, settings)
+    print(json.dumps(evaluate_model(plan, split)))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folder; several with --compare.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Overlay the curves of several runs.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="File for --compare.")] = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Draw report.html again from report.json, or compare runs."""
+    from dtr import reporting
+    from dtr.files import write_text
+
+    if compare:
+        page = out or Path("compare.html")
+        write_text(page, reporting.compare(folders))
+        _say(str(page))
+        return
+    for folder in folders:
+        record = reporting.read_report(folder)
+        _conclude(record, reporting.write_report(folder, record).parent, "rich")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: DebugOpt = False
+) -> None:
+    """Say what this machine can do: devices, backends and why, versions, missing extras."""
+    from dtr.display import doctor_table
+    from dtr.environment import doctor as examine
+
+    facts = examine()
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _print(doctor_table(facts))
+
+
+def main() -> None:
+    """Entry point: errors that users cause become one line and exit code 2, Ctrl-C exit code 130."""
+    debug = "--debug" in sys.argv or os.environ.get("DTR_DEBUG") == "1"
+    try:
+        app(standalone_mode=True)
+    except DtrError as error:
+        _fail(error, debug)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt as error:
+        text = str(error) if isinstance(error, Interrupted) else "Stopped. Every finished step is saved."
+        command = " ".join(["dtr", *(a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")), "--resume"])
+        print(f"\n{text}\nGo on with: {command}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(error: DtrError, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"dtr: {error}", file=sys.stderr)
+
+
+def _recipe(
+    path: Path | None, model: str | None, task: str | None, p_min: float | None, settings: list[str] | None
+) -> Any:
+    """A recipe from a file, the few flags and --set, later ones winning."""
+    from dtr.recipe import read_recipe
+
+    flags = {"teacher.source": model, "task.source": task, "search.p_min": p_min}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    return read_recipe(path, [*overrides, *(settings or [])])
+
+
+def _display(log: str) -> Any:
+    from dtr.display import open_display
+
+    return open_display(log)
+
+
+def _conclude(record: dict[str, Any], out: Path, log: str) -> None:
+    if log != "rich":
+        return
+    from dtr.reporting import summary_table
+
+    _print(summary_table(record))
+    if sample := record.get("sample"):
+        _say(f"The hybrid writes: {sample['prompt']} {' '.join(sample['hybrid'].split())}")
+    _say(f"Report: {(out / 'report.html').resolve()}")
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # Piped output has no width of its own; 100 columns keep tables whole.
+    (console if console.is_terminal else Console(width=100)).print(renderable)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,109 @@
+"""What is on the screen while a run goes on: bars for people, JSON lines for logs, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dtr.errors import RecipeError, did_you_mean
+
+Listener = Callable[[dict[str, Any]], None]
+KINDS = ("rich", "json", "quiet")
+
+
+@contextmanager
+def open_display(kind: str) -> Iterator[Listener]:
+    """A listener for a run's events, on stderr, so that stdout stays for results.
+
+    Raises:
+        RecipeError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise RecipeError("--log", got=f"'{kind}'", expected="rich, json or quiet", hint=did_you_mean(kind, KINDS))
+    if kind == "quiet":
+        yield lambda event: None
+    elif kind == "json":
+        yield lambda event: print(json.dumps(event, default=str), file=sys.stderr, flush=True)
+    else:
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            yield _Bars(progress, console)
+
+
+class _Bars:
+    """Turns events into two bars and a few lines."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self._progress, self._console = progress, console
+        self._tasks: dict[str, Any] = {}
+        self._linear = 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _bar(self, name: str, done: int, total: int, note: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note="")
+        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+
+    def _on_backend(self, event: dict[str, Any]) -> None:
+        self._console.print(f"backend {event['name']} on {event['device']}: {event['reason']}", highlight=False)
+
+    def _on_distill(self, event: dict[str, Any]) -> None:
+        self._bar("distil", event["step"], event["num_steps"], f"loss {event['mean_loss']:.4f}")
+
+    def _on_nmse(self, event: dict[str, Any]) -> None:
+        self._console.print(
+            f"{event['num_tokens']:>12,} tokens: held-out NMSE {event['mean_nmse']:.4f}", highlight=False
+        )
+
+    def _on_teacher(self, event: dict[str, Any]) -> None:
+        self._console.print(f"teacher on validation: {event['score']:.4f}", highlight=False)
+
+    def _on_candidate(self, event: dict[str, Any]) -> None:
+        self._bar("search", event["done"], event["total"], f"{self._linear} layers linear")
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        self._linear += event["accepted"]
+        verdict = "" if event["accepted"] else " (below p_min)"
+        self._console.print(
+            f"step {event['step']:>3}: layer {event['layer']:>3} -> {event['score']:.4f}{verdict}", highlight=False
+        )
+
+    def _on_stop(self, event: dict[str, Any]) -> None:
+        self._console.print(event["text"], highlight=False)
+
+
+def doctor_table(facts: dict[str, Any]) -> Table:
+    """`dtr doctor` for people."""
+    table = Table(title="dtr doctor", show_header=False)
+    machine = facts["hardware"]
+    table.add_row("processor", f"{machine['cpu']}, {machine['num_cores']} cores")
+    table.add_row("memory", f"{(machine['memory_bytes'] or 0) / 1e9:.1f} GB")
+    table.add_row("GPUs", ", ".join(facts["gpus"]) or "none that torch sees")
+    table.add_row("default", f"{facts['default_dtype']} on {facts['default_device']}")
+    for device, backend in facts["backends"].items():
+        table.add_row(f"mixers on {device}", f"{backend['name']}: {backend['reason']}")
+    for name, found in facts["versions"].items():
+        table.add_row(name, found or "not installed")
+    missing = ", ".join(facts["missing_extras"])
+    hint = f"{missing}; as in: pip install 'distill-then-replace[{facts['missing_extras'][0]}]'" if missing else "none"
+    table.add_row("missing extras", hint)
+    return table

@@ -1,0 +1,276 @@
+"""Blockwise local distillation: every linear layer learns alone, all in the same teacher passes.
+
+Source: "Distill-then-Replace" (arXiv 2601.11667), section 3.1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dtr.arch import decoder_layers
+from dtr.corpus import TokenBlocks, load_text
+from dtr.distillation.bank import MixerBank
+from dtr.distillation.students import Students
+from dtr.errors import BankError, DeviceError, Interrupted, RecipeError
+from dtr.files import write_tensors
+from dtr.interrupt import stop_at_safe_point
+from dtr.mixers import mixer_from_teacher
+from dtr.teacher import Teacher
+
+NUM_MEASURES = 8
+"""Times that held-out error is measured on the way."""
+
+
+def distill(
+    teacher: Teacher,
+    text: TokenBlocks | str | list[str],
+    *,
+    mixer: str = "gated_deltanet",
+    options: dict[str, Any] | None = None,
+    num_tokens: int = 10_000_000,
+    seq_len_tokens: int = 512,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    warmup_fraction: float = 0.05,
+    final_lr_fraction: float = 0.1,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    layers: list[int] | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every_steps: int = 200,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> MixerBank:
+    """Train one linear mixer per layer to reproduce its attention's output on the same input.
+
+    Args:
+        teacher: from `load_teacher`; it is not changed.
+        text: token blocks, or what `load_text` takes.
+        mixer: kind of mixer by name.
+        options: keyword arguments of that kind.
+        num_tokens: budget; every token trains every layer. The text is repeated when it is shorter.
+        seq_len_tokens: length of a training sequence (when `text` is not tokenized yet).
+        batch_size: sequences per optimizer step.
+        learning_rate: peak rate of AdamW after a linear warm-up; cosine decay to `final_lr_fraction` of it.
+        layers: layers to distil; all by default.
+        seed: order of the text and start values.
+        checkpoint: safetensors file for the state; if it is there, training goes on from it.
+        checkpoint_every_steps: at most this many steps are lost by an interruption.
+        on_event: called with small dicts for logs and live displays.
+
+    Returns:
+        the bank, with each layer's held-out error before and after.
+
+    Raises:
+        BankError: the checkpoint is damaged or of another distillation.
+        DeviceError: out of memory; the message names the setting to change.
+        Interrupted: Ctrl-C; the state was saved if `checkpoint` is given.
+    """
+    if not isinstance(text, TokenBlocks):
+        text = load_text(text, tokenizer=teacher.tokenizer, seq_len_tokens=seq_len_tokens, seed=seed)
+    chosen = _check_layers(layers, teacher.num_layers)
+    identity = {
+        "teacher": teacher.fingerprint,
+        "text": text.fingerprint,
+        "mixer": mixer,
+        "options": options or {},
+        "num_tokens": num_tokens,
+        "seq_len_tokens": text.train.shape[1],
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "warmup_fraction": warmup_fraction,
+        "final_lr_fraction": final_lr_fraction,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "layers": chosen,
+        "seed": seed,
+    }
+    bank = MixerBank(
+        kind=mixer,
+        options=options or {},
+        mixers=_start(teacher, mixer, options, chosen, seed),
+        teacher_fingerprint=teacher.fingerprint,
+        geometry=teacher.geometry,
+        identity=identity,
+        num_tokens=num_tokens,
+        num_steps=math.ceil(num_tokens / (batch_size * text.train.shape[1])),
+    )
+    students = Students(
+        teacher,
+        bank.mixers,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        compile_step=teacher.device.type == "cuda",
+    )
+    state = _State(bank, students, Path(checkpoint) if checkpoint else None)
+    try:
+        _train(bank, students, state, text, batch_size, checkpoint_every_steps, on_event or (lambda _: None))
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            "distill.batch_size",
+            got=f"out of memory at {batch_size} sequences of {text.train.shape[1]} tokens",
+            expected="a step that fits",
+            hint="Lower distill.batch_size or distill.seq_len_tokens and go on with --resume.",
+        ) from error
+    return bank
+
+
+def _train(
+    bank: MixerBank,
+    students: Students,
+    state: _State,
+    text: TokenBlocks,
+    batch_size: int,
+    checkpoint_every_steps: int,
+    emit: Callable[[dict[str, Any]], None],
+) -> None:
+    identity, started = bank.identity, time.monotonic()
+    step = state.restore()
+    spent_before = bank.seconds
+    measure_every = max(1, bank.num_steps // NUM_MEASURES)
+
+    def measure(done: int) -> None:
+        nmse = students.held_out_nmse(text.held_out, batch_size)
+        mean = sum(nmse.values()) / len(nmse)
+        tokens = min(done * batch_size * text.train.shape[1], bank.num_tokens)
+        bank.curve.append({"num_tokens": tokens, "mean_nmse": mean, "nmse": list(nmse.values())})
+        emit({"event": "nmse", "step": done, "num_tokens": tokens, "mean_nmse": mean})
+        bank.nmse_before = bank.nmse_before or nmse
+        bank.nmse_after = nmse
+
+    if step == 0:
+        measure(0)
+    with stop_at_safe_point() as stop:
+        while step < bank.num_steps:
+            batch = text.batch(step, batch_size=batch_size, seed=identity["seed"])
+            losses = students.train_step(batch, _learning_rate(step, bank.num_steps, identity))
+            step += 1
+            # Reading the loss waits for the device, so not at every step.
+            if step % 10 == 0 or step == bank.num_steps:
+                emit(_progress(step, bank.num_steps, batch, losses))
+            if step % measure_every == 0 or step == bank.num_steps:
+                measure(step)
+            bank.seconds = spent_before + time.monotonic() - started
+            if step % checkpoint_every_steps == 0 or stop.requested or step == bank.num_steps:
+                state.save(step)
+            if stop.requested and step < bank.num_steps:
+                raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
+
+
+def _progress(step: int, num_steps: int, batch: torch.Tensor, losses: torch.Tensor) -> dict[str, Any]:
+    return {
+        "event": "distill",
+        "step": step,
+        "num_steps": num_steps,
+        "num_tokens": step * batch.numel(),
+        "mean_loss": losses.mean().item(),
+        "worst_loss": losses.max().item(),
+    }
+
+
+class _State:
+    """The training state in one safetensors file: students, optimizer moments, step and curve."""
+
+    def __init__(self, bank: MixerBank, students: Students, path: Path | None) -> None:
+        self._bank, self._students, self._path = bank, students, path
+        names = [f"{i}.{name}" for i, mixer in bank.mixers.items() for name, _ in mixer.named_parameters()]
+        self._named = dict(zip(names, (p for mixer in bank.mixers.values() for p in mixer.parameters()), strict=True))
+
+    def how_to_go_on(self) -> str:
+        return "go on with --resume." if self._path else "nothing was saved, as no checkpoint was asked for."
+
+    def save(self, step: int) -> None:
+        if self._path is None:
+            return
+        tensors = {f"param.{name}": param for name, param in self._named.items()}
+        for name, param in self._named.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = self._students.optimizer.state[param][moment]
+        facts = {
+            "step": step,
+            "identity": self._bank.identity,
+            "curve": self._bank.curve,
+            "nmse_before": self._bank.nmse_before,
+            "nmse_after": self._bank.nmse_after,
+            "seconds": self._bank.seconds,
+        }
+        write_tensors(self._path, tensors, metadata={"state": json.dumps(facts)})
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Load the state if there is one; returns the step to go on with."""
+        if self._path is None or not self._path.exists():
+            return 0
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                facts = json.loads(file.metadata()["state"])
+                self._check(facts["identity"])
+                for name, param in self._named.items():
+                    param.copy_(file.get_tensor(f"param.{name}"))
+                    self._students.optimizer.state[param] = {
+                        "step": torch.tensor(float(facts["step"]), device=param.device),
+                        "exp_avg": file.get_tensor(f"exp_avg.{name}").to(param.device),
+                        "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(param.device),
+                    }
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise BankError(
+                str(self._path),
+                got=f"{type(error).__name__}: {error}",
+                expected="a distillation checkpoint",
+                hint="Delete the file to start again.",
+            ) from error
+        self._bank.curve = facts["curve"]
+        self._bank.nmse_before = {int(k): v for k, v in facts["nmse_before"].items()}
+        self._bank.nmse_after = {int(k): v for k, v in facts["nmse_after"].items()}
+        self._bank.seconds = facts["seconds"]
+        return facts["step"]
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        ours = json.loads(json.dumps(self._bank.identity))
+        changed = [key for key in ours if ours[key] != identity.get(key)]
+        if changed:
+            raise BankError(
+                str(self._path),
+                got="; ".join(f"{key} {identity.get(key)}" for key in changed),
+                expected="; ".join(f"{key} {ours[key]}" for key in changed),
+                hint="Go on with the settings it was started with, or use --overwrite.",
+            )
+
+
+def _start(teacher: Teacher, kind: str, options: dict | None, layers: list[int], seed: int) -> dict[int, Any]:
+    # Some start values are random; the caller's own random state stays as it is.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
+        return {i: mixer_from_teacher(kind, teacher.geometry, i, attention[i], options) for i in layers}
+
+
+def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:
+    chosen = list(range(num_layers)) if layers is None else sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
+        raise RecipeError(
+            "distill.layers",
+            got=str(layers),
+            expected=f"layers from 0 to {num_layers - 1}",
+            hint="Leave it out for all.",
+        )
+    return chosen
+
+
+def _learning_rate(step: int, num_steps: int, settings: dict[str, Any]) -> float:
+    """Linear warm-up, then cosine decay to a share of the peak."""
+    peak, warmup = settings["learning_rate"], max(1, round(settings["warmup_fraction"] * num_steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    floor = settings["final_lr_fraction"]
+    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)

@@ -1,0 +1,117 @@
+"""What this machine is and can do: versions, devices, backends and why. Behind `dtr doctor` and every report."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "triton", "fla-core", "gguf", "lm-eval")
+EXTRAS = {"gguf": "gguf", "fla": "fla", "lm-eval": "lm_eval"}
+"""Extra of this package to the module it brings."""
+
+
+def library_versions() -> dict[str, str | None]:
+    """Version of each library that matters to a run; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "dtr": own_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def own_version() -> str:
+    try:
+        return version("distill-then-replace")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def own_commit() -> str | None:
+    """Git commit of this package's checkout, with `+changes` if files differ from it; None for an installed wheel."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(here)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        # A copy of the tree without its history may carry the commit in the environment.
+        return os.environ.get("DTR_COMMIT")
+
+
+def hardware(device: Any = None) -> dict[str, Any]:
+    """Processor, memory and, for a CUDA device, the GPU."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "device": str(device) if device is not None else "cpu",
+        "cpu": _cpu_name(),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+    }
+    if device is not None and device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return facts
+
+
+def peak_rss_bytes() -> int | None:
+    """Most memory that this process has held; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def doctor() -> dict[str, Any]:
+    """Everything `dtr doctor` prints: versions, hardware, GPUs, the backend of each device and why, missing extras."""
+    import torch
+
+    from dtr.ops.backend import choose_backend
+    from dtr.teacher import pick_device, pick_dtype
+
+    auto = pick_device("auto")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    backends = {}
+    for kind in ["cpu", *(["cuda"] if gpus else [])]:
+        choice = choose_backend("auto", kind)
+        backends[kind] = {"name": choice.name, "reason": choice.reason}
+    return {
+        "versions": library_versions(),
+        "hardware": hardware(auto),
+        "gpus": gpus,
+        "default_device": str(auto),
+        "default_dtype": str(pick_dtype("auto", auto)).removeprefix("torch."),
+        "backends": backends,
+        "missing_extras": [extra for extra, module in EXTRAS.items() if importlib.util.find_spec(module) is None],
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,70 @@
+"""What a model writes: batched greedy generation with the cache, for teacher and hybrid alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dtr.tasks.base import GenerationRequest
+
+
+@torch.no_grad()
+def generate_texts(
+    model: Any, tokenizer: Any, requests: Sequence[GenerationRequest], *, chat_template: bool, batch_tokens: int
+) -> list[str]:
+    """Greedy continuations of all requests, in order.
+
+    Prompts are padded on the left and batched by length; `batch_tokens` counts prompt, padding and new tokens.
+    """
+    prompts = [encode_context(tokenizer, r.context, chat_template=chat_template) for r in requests]
+    order = sorted(range(len(requests)), key=lambda i: (requests[i].max_new_tokens, -len(prompts[i]), i))
+    texts = [""] * len(requests)
+    while order:
+        longest = len(prompts[order[0]]) + requests[order[0]].max_new_tokens
+        batch = [i for i in order[: max(1, batch_tokens // longest)] if _alike(requests[i], requests[order[0]])]
+        order = order[len(batch) :]
+        for index, text in zip(batch, _generate(model, tokenizer, [prompts[i] for i in batch], requests[batch[0]])):
+            texts[index] = cut(text, requests[index].stop)
+    return texts
+
+
+def encode_context(tokenizer: Any, text: str, *, chat_template: bool) -> list[int]:
+    """Token ids of a prompt; never empty, so that the first token of an answer has something to follow."""
+    if chat_template:
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=not chat_template)["input_ids"]
+    if ids:
+        return ids
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    assert start is not None, "a tokenizer without bos and eos cannot start an empty prompt"
+    return [start]
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    return text[: min([text.find(s) for s in stop if s in text], default=len(text))]
+
+
+def _alike(a: GenerationRequest, b: GenerationRequest) -> bool:
+    return a.max_new_tokens == b.max_new_tokens and a.stop == b.stop
+
+
+def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], request: GenerationRequest) -> list[str]:
+    longest = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    out = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=request.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        **({"stop_strings": list(request.stop), "tokenizer": tokenizer} if request.stop else {}),
+    )
+    return tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)

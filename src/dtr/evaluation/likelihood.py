@@ -1,0 +1,175 @@
+"""Log-likelihoods of fixed answers under any choice of linear layers, running as few layers as possible.
+
+A candidate that differs from its base first at layer l needs layers l and above only. The base's hidden states are
+kept at layer boundaries, within a memory budget; where they do not all fit, every n-th boundary is kept and the layers
+between are run again. Work is counted in layer-tokens, so that the saving can be reported.
+
+Shapes: B batch, T tokens, D hidden dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from dtr.arch import LayerRunner, Prepared
+from dtr.tasks.base import Likelihood
+
+LOGIT_ROWS = {"cpu": 1024, "cuda": 8192}
+"""Scored positions per slice of the LM head: logits in float32 for a large vocabulary are the biggest tensor here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPair:
+    """A context and what follows it, as token ids; neither is empty."""
+
+    context: tuple[int, ...]
+    target: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.target) - 1
+
+
+@dataclass(kw_only=True)
+class _Batch:
+    """Pairs of similar length, right-padded, and the boundaries that are known of the current base."""
+
+    members: list[int]
+    prepared: Prepared
+    rows: torch.Tensor
+    """Flat positions (into B * T) whose next token is scored."""
+    targets: torch.Tensor
+    owners: torch.Tensor
+    """Which member each scored position belongs to."""
+    num_tokens: int
+    """Real tokens, without padding."""
+    boundaries: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Hidden state (B, T, D) before layer l, under the current base."""
+
+
+class LikelihoodScorer:
+    """Scores the same pairs again and again while layers change."""
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        linear_layers: Mapping[int, nn.Module],
+        pairs: Sequence[TokenPair],
+        *,
+        pad_token_id: int,
+        device: torch.device,
+        batch_tokens: int = 16_384,
+        cache_bytes: int = 4_000_000_000,
+    ) -> None:
+        """`linear_layers` maps a layer index to a decoder layer with a mixer; `batch_tokens` counts padding."""
+        self._runner, self._linear = runner, linear_layers
+        self._num_layers = len(runner.layers)
+        self._num_pairs = len(pairs)
+        self._device = device
+        self._base: frozenset[int] = frozenset()
+        with torch.no_grad():
+            self._batches = [self._prepare(pairs, members, pad_token_id) for members in _group(pairs, batch_tokens)]
+        per_boundary = sum(b.prepared.hidden_BTD.numel() * b.prepared.hidden_BTD.element_size() for b in self._batches)
+        num_kept = max(1, min(self._num_layers, cache_bytes // max(per_boundary, 1)))
+        self._stride = math.ceil(self._num_layers / num_kept)
+        self._tokens_per_pass = sum(len(pair) for pair in pairs)
+        self._layer_tokens = 0
+
+    @property
+    def pass_equivalents(self) -> float:
+        """Layer-tokens run so far, in units of one full pass over all pairs."""
+        return self._layer_tokens / (self._num_layers * max(self._tokens_per_pass, 1))
+
+    @torch.no_grad()
+    def __call__(self, linear: frozenset[int], *, base: frozenset[int]) -> list[Likelihood]:
+        """Likelihoods of all pairs, in order, with the layers in `linear` replaced."""
+        self._rebase(base)
+        results: list[Likelihood | None] = [None] * self._num_pairs
+        start = min(linear ^ base, default=self._num_layers)
+        for batch in self._batches:
+            hidden = self._hidden_before(batch, start)
+            hidden = self._run(batch, hidden, range(start, self._num_layers), linear)
+            for member, result in zip(batch.members, self._read(batch, hidden)):
+                results[member] = result
+        return results  # type: ignore[return-value]
+
+    def _rebase(self, base: frozenset[int]) -> None:
+        """Forget what does not hold for the new base."""
+        first_change = min(base ^ self._base, default=self._num_layers)
+        for batch in self._batches:
+            batch.boundaries = {at: hidden for at, hidden in batch.boundaries.items() if at <= first_change}
+        self._base = base
+
+    def _hidden_before(self, batch: _Batch, layer: int) -> torch.Tensor:
+        """The base's hidden state before `layer`, from the nearest known boundary below."""
+        known = max((at for at in batch.boundaries if at <= layer), default=0)
+        hidden = batch.boundaries.get(known, batch.prepared.hidden_BTD)
+        for index in range(known, layer):
+            hidden = self._run(batch, hidden, range(index, index + 1), self._base)
+            if (index + 1) % self._stride == 0 and index + 1 < self._num_layers:
+                batch.boundaries[index + 1] = hidden
+        return hidden
+
+    def _run(self, batch: _Batch, hidden: torch.Tensor, layers: range, linear: frozenset[int]) -> torch.Tensor:
+        for index in layers:
+            layer = self._linear[index] if index in linear else self._runner.layers[index]
+            hidden = self._runner.run_layer(index, layer, hidden, batch.prepared)
+        self._layer_tokens += len(layers) * batch.num_tokens
+        return hidden
+
+    def _prepare(self, pairs: Sequence[TokenPair], members: list[int], pad_token_id: int) -> _Batch:
+        longest = max(len(pairs[i]) for i in members)
+        ids = torch.full((len(members), longest), pad_token_id)
+        rows, targets, owners = [], [], []
+        for place, index in enumerate(members):
+            pair = pairs[index]
+            tokens = pair.context + pair.target
+            ids[place, : len(pair)] = torch.tensor(tokens[:-1])
+            rows += [place * longest + at for at in range(len(pair.context) - 1, len(pair))]
+            targets += pair.target
+            owners += [place] * len(pair.target)
+        device = self._device
+        return _Batch(
+            members=members,
+            prepared=self._runner.prepare(ids.to(device)),
+            rows=torch.tensor(rows, device=device),
+            targets=torch.tensor(targets, device=device),
+            owners=torch.tensor(owners, device=device),
+            num_tokens=sum(len(pairs[i]) for i in members),
+        )
+
+    def _read(self, batch: _Batch, hidden_BTD: torch.Tensor) -> list[Likelihood]:
+        scored = hidden_BTD.flatten(0, 1)[batch.rows]
+        log_probs, hits = [], []
+        step = LOGIT_ROWS.get(self._device.type, 1024)
+        for part, targets in zip(scored.split(step), batch.targets.split(step)):
+            logits = self._runner.logits(part).float()
+            chosen = logits.gather(1, targets[:, None]).squeeze(1)
+            log_probs.append(chosen - logits.logsumexp(dim=1))
+            hits.append(logits.argmax(dim=1) == targets)
+        # Sums in float64 on the CPU: the same order on every device, and no rounding that depends on the batch.
+        log_prob, hit, owner = torch.cat(log_probs).double().cpu(), torch.cat(hits).cpu(), batch.owners.cpu()
+        num = len(batch.members)
+        sums = torch.zeros(num, dtype=torch.float64).index_add_(0, owner, log_prob)
+        counts = torch.zeros(num, dtype=torch.long).index_add_(0, owner, torch.ones_like(owner))
+        misses = torch.zeros(num, dtype=torch.long).index_add_(0, owner, (~hit).long())
+        return [
+            Likelihood(log_prob=s, is_greedy=m == 0, num_tokens=c)
+            for s, m, c in zip(sums.tolist(), misses.tolist(), counts.tolist())
+        ]
+
+
+def _group(pairs: Sequence[TokenPair], batch_tokens: int) -> list[list[int]]:
+    """Indices of similar length, longest first, at most `batch_tokens` padded tokens together."""
+    order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i]), i))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and len(pairs[groups[-1][0]]) * (len(groups[-1]) + 1) <= batch_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

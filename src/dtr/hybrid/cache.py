@@ -1,0 +1,94 @@
+"""The cache of a hybrid: keys and values for attention layers, a recurrent state for linear ones.
+
+Built on the library's own layers. What is added: a linear layer counts its tokens, so that a model whose layers are
+all linear still knows its position (the stock cache raises there), and no convolution state is needed to mark a state
+as present.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+
+from dtr.arch import HeadGeometry
+
+
+class RecurrentStateLayer(LinearAttentionLayer):
+    """State of one linear layer, with the number of tokens it has seen."""
+
+    # A cache that says it can be compiled makes `generate` hand over a finished 4D mask, which hides the padding
+    # from layers that have no keys to mask.
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_seen_tokens = 0
+
+    def read(self) -> torch.Tensor | None:
+        """The carried state (B, H, K, V), or None before the first token."""
+        return self.recurrent_states[0] if self.num_seen_tokens else None
+
+    def write(self, state: torch.Tensor, num_new_tokens: int) -> None:
+        """Replace the state after `num_new_tokens` more tokens."""
+        self.device, self.dtype = state.device, state.dtype
+        self.update_recurrent_state(state)
+        self.has_previous_state[0] = True
+        self.num_seen_tokens += num_new_tokens
+
+    def get_seq_length(self) -> int:
+        return self.num_seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_seen_tokens + query_length, 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.num_seen_tokens = 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._replace(lambda state: state[indices])
+
+    def _replace(self, change: Any) -> None:
+        if self.num_seen_tokens:
+            self.recurrent_states[0] = change(self.recurrent_states[0])
+
+
+class HybridCache(DynamicCache):
+    """Cache of a hybrid model, from its config: attention layers as the library makes them, ours where linear."""
+
+    def __init__(self, config: Any) -> None:
+        stock = DynamicCache(config=config).layers
+        Cache.__init__(
+            self, layers=[RecurrentStateLayer() if mixer else stock[i] for i, mixer in enumerate(config.mixers)]
+        )
+
+    # The stock methods look for an attention layer and raise where there is none; ours all know their length.
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layers[layer_idx].get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.layers[layer_idx].get_mask_sizes(query_length)
+
+    def num_bytes(self) -> int:
+        """Bytes held by keys, values and states."""
+        tensors = []
+        for layer in self.layers:
+            if isinstance(layer, RecurrentStateLayer):
+                tensors.append(layer.read())
+            else:
+                tensors += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def decode_cache_bytes(
+    geometry: HeadGeometry, num_layers: int, num_linear: int, *, context_tokens: int, bytes_per_element: int
+) -> int:
+    """Bytes per sequence of keys, values and float32 states after `context_tokens` tokens, without windows."""
+    keys_and_values = 2 * geometry.num_kv_heads * geometry.head_dim * context_tokens * bytes_per_element
+    state = geometry.num_heads * geometry.head_dim * geometry.head_dim * 4
+    return (num_layers - num_linear) * keys_and_values + num_linear * state

@@ -1,0 +1,217 @@
+"""The hybrid as Hugging Face classes: a supported family with some attention modules replaced by linear mixers.
+
+One config and one model class per family, so that everything the library knows of the family (device placement,
+weight tying, generation) holds for the hybrid too. `config.mixers` lists, per layer, None or {"kind": ..., options}.
+A field of our own is used because the stock forward does not know `linear_attention` in `layer_types`.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from dtr.arch import HYBRID_PREFIX, decoder_layers, read_geometry, with_mixer
+from dtr.errors import ModelError
+from dtr.hybrid.cache import HybridCache
+from dtr.mixers import make_mixer
+
+
+class HybridLlamaConfig(LlamaConfig):
+    """A Llama whose `mixers` names the linear layers."""
+
+    model_type = "dtr_llama"
+    mixers: list | None = None
+
+
+class HybridMistralConfig(MistralConfig):
+    """A Mistral whose `mixers` names the linear layers."""
+
+    model_type = "dtr_mistral"
+    mixers: list | None = None
+
+
+class HybridQwen2Config(Qwen2Config):
+    """A Qwen2 whose `mixers` names the linear layers."""
+
+    model_type = "dtr_qwen2"
+    mixers: list | None = None
+
+
+class HybridQwen3Config(Qwen3Config):
+    """A Qwen3 whose `mixers` names the linear layers."""
+
+    model_type = "dtr_qwen3"
+    mixers: list | None = None
+
+
+class HybridModelMixin:
+    """What turns a family's causal language model into a hybrid."""
+
+    config: Any
+    model: Any
+
+    def __init__(self, config: Any) -> None:
+        if config.mixers is None:
+            config.mixers = [None] * config.num_hidden_layers
+        if len(config.mixers) != config.num_hidden_layers:
+            raise ModelError(
+                "config.mixers",
+                got=f"{len(config.mixers)} entries",
+                expected=f"{config.num_hidden_layers}, one per layer",
+                hint="The checkpoint's config.json was changed or damaged.",
+            )
+        super().__init__(config)
+        geometry = read_geometry(config)
+        for index, spec in enumerate(config.mixers):
+            if spec is not None:
+                options = {key: value for key, value in spec.items() if key != "kind"}
+                self.model.layers[index].self_attn = make_mixer(spec["kind"], geometry, index, options)
+
+    @property
+    def linear_layers(self) -> list[int]:
+        """Indices of the layers whose attention is linear."""
+        return [index for index, spec in enumerate(self.config.mixers) if spec is not None]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As the family's forward; adds the hybrid cache and hands the padding mask to the mixers."""
+        if past_key_values is not None and not isinstance(past_key_values, HybridCache):
+            raise ModelError(
+                "past_key_values",
+                got=type(past_key_values).__name__,
+                expected="HybridCache",
+                hint="Leave past_key_values out, or make one with model.new_cache().",
+            )
+        wants_cache = self.config.use_cache if use_cache is None else use_cache
+        if wants_cache and past_key_values is None and not self.training:
+            past_key_values = self.new_cache()
+        if attention_mask is not None and attention_mask.dim() == 2 and self.linear_layers:
+            kwargs["token_mask"] = attention_mask
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def new_cache(self) -> HybridCache:
+        """An empty cache for this model."""
+        return HybridCache(self.config)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "hybrid"):
+            raise ModelError(
+                "cache_implementation",
+                got=f"'{kind}'",
+                expected="none, or 'dynamic'",
+                hint="Hybrids keep a cache of their own: keys and values for attention, a state for linear layers.",
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache()
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save weights, config and the code to load them without this package; the tokenizer too if it is known."""
+        from dtr.hybrid.bundle import auto_map, write_code
+
+        self.config.auto_map = auto_map(type(self))
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        write_code(save_directory)
+        if getattr(self, "tokenizer", None) is not None:
+            self.tokenizer.save_pretrained(save_directory)
+
+
+class HybridLlamaForCausalLM(HybridModelMixin, LlamaForCausalLM):
+    """Llama (SmolLM2 and others) with linear layers."""
+
+    config_class = HybridLlamaConfig
+
+
+class HybridMistralForCausalLM(HybridModelMixin, MistralForCausalLM):
+    """Mistral with linear layers."""
+
+    config_class = HybridMistralConfig
+
+
+class HybridQwen2ForCausalLM(HybridModelMixin, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5 with linear layers."""
+
+    config_class = HybridQwen2Config
+
+
+class HybridQwen3ForCausalLM(HybridModelMixin, Qwen3ForCausalLM):
+    """Qwen3 with linear layers."""
+
+    config_class = HybridQwen3Config
+
+
+HYBRIDS = {
+    cls.config_class.model_type: cls
+    for cls in (HybridLlamaForCausalLM, HybridMistralForCausalLM, HybridQwen2ForCausalLM, HybridQwen3ForCausalLM)
+}
+
+
+def make_hybrid(teacher_model: Any, mixers: dict[int, nn.Module], specs: dict[int, dict[str, Any]]) -> Any:
+    """A hybrid that shares every module with the teacher but the replaced attentions; the teacher is not touched.
+
+    Args:
+        teacher_model: the causal language model whose layers are kept.
+        mixers: layer index to the mixer in its place.
+        specs: layer index to {"kind": ..., options}, as `config.mixers` stores it.
+    """
+    assert mixers.keys() == specs.keys(), "every mixer needs its spec"
+    source = teacher_model.config
+    cls = HYBRIDS[HYBRID_PREFIX + source.model_type]
+    fields = {key: value for key, value in source.to_dict().items() if key not in ("model_type", "quantization_config")}
+    config = cls.config_class(**fields, mixers=[specs.get(i) for i in range(source.num_hidden_layers)])
+    config._attn_implementation = source._attn_implementation
+    config.architectures = [cls.__name__]
+    with torch.device("meta"):
+        hybrid = cls(config)
+    body, teacher_body = hybrid.model, teacher_model.model
+    body.embed_tokens, body.norm, body.rotary_emb = (
+        teacher_body.embed_tokens,
+        teacher_body.norm,
+        teacher_body.rotary_emb,
+    )
+    body.layers = nn.ModuleList(
+        with_mixer(layer, mixers.get(index)) for index, layer in enumerate(decoder_layers(teacher_model))
+    )
+    hybrid.lm_head = teacher_model.lm_head
+    hybrid.generation_config = copy.deepcopy(teacher_model.generation_config)
+    return hybrid.eval()
+
+
+def register() -> None:
+    """Make the Auto classes of transformers know hybrids. Safe to call twice."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for model_type, cls in HYBRIDS.items():
+        AutoConfig.register(model_type, cls.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)

@@ -1,0 +1,138 @@
+"""What every linear mixer shares: the teacher's projections, rotary positions, an output gate, and the cached state.
+
+A mixer takes the place of a Hugging Face attention module: same inputs, same kind of output. It differs from others in
+how it decays and writes its state, which is all that a subclass says.
+
+Shapes: B batch, T tokens, D hidden dim, H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dtr.arch import HeadGeometry
+from dtr.ops.rotary import rotate
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over the head dim with a weight, as Qwen3 applies it to queries and keys."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.eps = eps
+
+    def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
+        x = x_BTHK.float()
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).to(x_BTHK.dtype)
+
+
+class LinearMixer(nn.Module):
+    """Linear attention shaped like the teacher's: one state per query head, rotary positions kept.
+
+    Keys and values of grouped heads are repeated to all heads when weights are copied, so that each head may learn its
+    own (HALO, arXiv 2601.22156, table 3). Queries and keys are L2-normalised, which keeps the state bounded. The output
+    gate is 2 sigmoid(Wx + b) and starts as the identity.
+
+    Subclasses add the parameters of their gates and implement `recur`.
+    """
+
+    def __init__(self, geometry: HeadGeometry, layer_idx: int) -> None:
+        super().__init__()
+        g = self.geometry = geometry
+        self.layer_idx = layer_idx
+        inner_dim = g.num_heads * g.head_dim
+        self.q_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
+        self.k_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
+        self.v_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
+        self.o_proj = nn.Linear(inner_dim, g.hidden_dim, bias=g.o_bias)
+        self.gate_proj = nn.Linear(g.hidden_dim, inner_dim)
+        if g.qk_norm:
+            self.q_norm, self.k_norm = HeadNorm(g.head_dim, g.norm_eps), HeadNorm(g.head_dim, g.norm_eps)
+
+    @torch.no_grad()
+    def start_from(self, attention: Any) -> None:
+        """Copy the teacher's projections and start the output gate as the identity.
+
+        Args:
+            attention: the Hugging Face attention module that this mixer will stand in for.
+        """
+        repeats = self.geometry.num_heads // self.geometry.num_kv_heads
+        for name, times in (("q_proj", 1), ("k_proj", repeats), ("v_proj", repeats), ("o_proj", 1)):
+            ours, theirs = getattr(self, name), getattr(attention, name)
+            for part in ("weight", "bias"):
+                if getattr(ours, part) is not None:
+                    getattr(ours, part).copy_(self._repeat_heads(getattr(theirs, part), times))
+        if self.geometry.qk_norm:
+            self.q_norm.weight.copy_(attention.q_norm.weight)
+            self.k_norm.weight.copy_(attention.k_norm.weight)
+        nn.init.zeros_(self.gate_proj.weight)
+        nn.init.zeros_(self.gate_proj.bias)
+        self.reset_gates()
+
+    def reset_gates(self) -> None:
+        """Set the start values of the subclass's own parameters."""
+        raise NotImplementedError
+
+    def recur(
+        self,
+        hidden_BTD: torch.Tensor,
+        q_BTHK: torch.Tensor,
+        k_BTHK: torch.Tensor,
+        v_BTHK: torch.Tensor,
+        token_mask_BT1: torch.Tensor | None,
+        state_BHKV: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The recurrence: heads' output (B, T, H, K) and the state after the last token.
+
+        A token whose mask is 0 must leave the state as it is.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        token_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Stand in for an attention module.
+
+        Args:
+            hidden_states: (B, T, D), the input of the attention.
+            position_embeddings: cos and sin, (B or 1, T, K) each.
+            attention_mask: ignored; a recurrence is causal by itself.
+            past_key_values: a HybridCache, or None.
+            token_mask: (B, at least T), 0 where a token is padding; the last T columns belong to these tokens.
+
+        Returns:
+            (B, T, D) and None in place of attention weights.
+        """
+        g, (batch, num_tokens, _) = self.geometry, hidden_states.shape
+        heads = (batch, num_tokens, g.num_heads, g.head_dim)
+        q, k = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        if g.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        v = self.v_proj(hidden_states).view(heads)
+
+        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        mask = None if token_mask is None else token_mask[:, -num_tokens:, None]
+        out, state = self.recur(hidden_states, q, k, v, mask, None if memory is None else memory.read())
+        if memory is not None:
+            memory.write(state, num_tokens)
+
+        gate = 2 * torch.sigmoid(self.gate_proj(hidden_states)).view(heads)
+        return self.o_proj((out * gate).flatten(2)), None
+
+    def _repeat_heads(self, weight: torch.Tensor, times: int) -> torch.Tensor:
+        """Repeat each key/value head's rows as grouped-query attention does: head h uses group h // times."""
+        per_head = weight.unflatten(0, (-1, self.geometry.head_dim)) if times > 1 else weight
+        return per_head.repeat_interleave(times, dim=0).flatten(0, 1) if times > 1 else weight

@@ -1,0 +1,206 @@
+"""Which implementation of a recurrence runs, why, and the two entry points that call it.
+
+`torch` is the plain PyTorch form and runs everywhere. `triton` is our kernel, for the gated delta rule only. `fla` is
+the flash-linear-attention library (package fla-core), whose kernels take the same layouts. Both need CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dtr.errors import DeviceError, did_you_mean
+from dtr.ops.gated_delta import chunked as gated_delta_chunked
+from dtr.ops.gated_delta import step as gated_delta_step
+from dtr.ops.gated_linear import chunked as gated_linear_chunked
+from dtr.ops.gated_linear import step as gated_linear_step
+
+GATED_DELTA = "gated_delta_rule"
+GATED_LINEAR = "gated_linear_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A backend that can run here, and why it was taken."""
+
+    name: str
+    """torch, fla or triton."""
+    reason: str
+    """One clause for the log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Machine:
+    """What decides which kernels are usable."""
+
+    triton_version: tuple[int, int, int] | None
+    is_hopper: bool
+    has_fla: bool
+    has_tilelang: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Obstacle:
+    why: str
+    remedy: str
+
+
+def choose_backend(requested: str, device_type: str, *, op: str = GATED_DELTA) -> Backend:
+    """The backend to run `op` with.
+
+    Args:
+        requested: auto, torch, fla or triton. auto takes the first usable of triton, fla, torch.
+        device_type: as `torch.device.type`.
+        op: gated_delta_rule or gated_linear_attention.
+
+    Raises:
+        DeviceError: `requested` is unknown or cannot run here.
+    """
+    assert op in (GATED_DELTA, GATED_LINEAR), op
+    if requested not in ("auto", "torch", "fla", "triton"):
+        hint = did_you_mean(requested, ("auto", "torch", "fla", "triton"))
+        raise DeviceError("backend", got=f"'{requested}'", expected="a known backend", hint=hint)
+    if requested == "torch":
+        return Backend(name="torch", reason="requested")
+    obstacles = _obstacles(op, device_type)
+    if requested == "auto":
+        name = next((name for name, obstacle in obstacles.items() if obstacle is None), "torch")
+        skipped = dict.fromkeys(obstacle.why for obstacle in obstacles.values() if obstacle)
+        return Backend(name=name, reason="; ".join(skipped) if skipped else "the fastest here")
+    obstacle = obstacles[requested]
+    if obstacle is not None:
+        expected = "a backend that can run here"
+        raise DeviceError("backend", got=f"'{requested}', but {obstacle.why}", expected=expected, hint=obstacle.remedy)
+    return Backend(name=requested, reason="requested")
+
+
+def gated_delta_rule(
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    g_BTH: torch.Tensor,
+    beta_BTH: torch.Tensor,
+    *,
+    scale: float | None = None,
+    state: torch.Tensor | None = None,
+    backend: str = "torch",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gated_delta.chunked` by `backend`, a name from `choose_backend`; a single token with a state takes `step`."""
+    if q_BTHK.shape[1] == 1 and state is not None:
+        q, k, v, g, beta = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
+        o, state = gated_delta_step(q, k, v, g, beta, state, scale=scale)
+        return o.unsqueeze(1), state
+    if backend == "torch":
+        return gated_delta_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state)
+    # Kernels want one dtype; queries and keys may have been normalised in a wider one than the values'.
+    q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
+    if backend == "triton":
+        return _kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state)
+    return _kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH.float(), beta_BTH, **_fla_options(scale, state))
+
+
+def gated_linear_attention(
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    g_BTHK: torch.Tensor,
+    *,
+    scale: float | None = None,
+    state: torch.Tensor | None = None,
+    backend: str = "torch",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gated_linear.chunked` by `backend`, a name from `choose_backend`; a single token with a state takes `step`."""
+    if q_BTHK.shape[1] == 1 and state is not None:
+        q, k, v, g = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTHK))
+        o, state = gated_linear_step(q, k, v, g, state, scale=scale)
+        return o.unsqueeze(1), state
+    if backend == "torch":
+        return gated_linear_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state_BHKV=state)
+    q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
+    return _kernel(backend, GATED_LINEAR)(q, k, v_BTHV, g_BTHK.float(), **_fla_options(scale, state))
+
+
+def _fla_options(scale: float | None, state: torch.Tensor | None) -> dict[str, Any]:
+    return {"scale": scale, "initial_state": None if state is None else state.float(), "output_final_state": True}
+
+
+def _obstacles(op: str, device_type: str) -> dict[str, _Obstacle | None]:
+    """What keeps each kernel library from running, None where nothing does; the preferred one first."""
+    if device_type != "cuda":
+        needs_cuda = _Obstacle(why=f"kernels need CUDA and the device is {device_type}", remedy="Take auto or torch.")
+        return {"triton": needs_cuda, "fla": needs_cuda}
+    machine = _probe()
+    if machine.triton_version is None:
+        absent = _Obstacle(why="triton is not installed", remedy="Install triton, or take auto or torch.")
+        return {"triton": absent, "fla": absent}
+    return {"triton": _triton_obstacle(op), "fla": _fla_obstacle(op, machine)}
+
+
+def _triton_obstacle(op: str) -> _Obstacle | None:
+    if op == GATED_LINEAR:
+        return _Obstacle(why="triton has no kernel for gated linear attention", remedy="Take auto, fla or torch.")
+    return _load_obstacle("triton", op)
+
+
+def _fla_obstacle(op: str, machine: _Machine) -> _Obstacle | None:
+    if not machine.has_fla:
+        return _Obstacle(why="fla is not installed", remedy="Install fla-core, or take auto or torch.")
+    version = machine.triton_version
+    assert version is not None
+    # fla-core 0.6.0 refuses the backward of its gated delta rule there (its issue 640); its GLA does not use that part.
+    if op == GATED_DELTA and machine.is_hopper and (3, 4, 0) <= version <= (3, 7, 0) and not machine.has_tilelang:
+        return _Obstacle(
+            why=f"fla refuses the gated delta rule's backward on Hopper with triton {'.'.join(map(str, version))}",
+            remedy="Install tilelang or triton 3.7.1 or later, or take auto, triton or torch.",
+        )
+    return _load_obstacle("fla", op)
+
+
+def _load_obstacle(backend: str, op: str) -> _Obstacle | None:
+    try:
+        _kernel(backend, op)
+    # Kernel libraries probe the GPU and the compiler as they load, and fail in ways of their own.
+    except Exception as error:
+        why = f"{backend} does not load ({type(error).__name__}: {error})"
+        return _Obstacle(why=why, remedy="Take auto or torch.")
+    return None
+
+
+def _probe() -> _Machine:
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return _Machine(
+        triton_version=_triton_version(),
+        is_hopper=is_hopper,
+        has_fla=importlib.util.find_spec("fla") is not None,
+        has_tilelang=importlib.util.find_spec("tilelang") is not None,
+    )
+
+
+def _triton_version() -> tuple[int, int, int] | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    numbers = re.findall(r"\d+", importlib.import_module("triton").__version__)
+    major, minor, patch = (*map(int, numbers[:3]), 0, 0, 0)[:3]
+    return major, minor, patch
+
+
+_kernels: dict[tuple[str, str], Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
+
+
+def _kernel(backend: str, op: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The library's function, imported at first use and kept, as torch.compile cannot trace an import."""
+    if (backend, op) not in _kernels:
+        module, name = {
+            # Beside this file under whatever name it runs, as a saved checkpoint holds renamed copies.
+            ("triton", GATED_DELTA): (__name__.removesuffix("backend") + "gated_delta_triton", "chunked"),
+            ("fla", GATED_DELTA): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+            ("fla", GATED_LINEAR): ("fla.ops.gla", "chunk_gla"),
+        }[backend, op]
+        _kernels[backend, op] = getattr(importlib.import_module(module), name)
+    return _kernels[backend, op]

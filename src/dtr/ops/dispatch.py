@@ -1,0 +1,62 @@
+"""The recurrences as mixers call them: the backend is chosen once per process and device, then used everywhere."""
+
+from __future__ import annotations
+
+import torch
+
+from dtr.ops.backend import GATED_DELTA, GATED_LINEAR, Backend, choose_backend
+from dtr.ops.backend import gated_delta_rule as _gated_delta_rule
+from dtr.ops.backend import gated_linear_attention as _gated_linear_attention
+
+_requested = "auto"
+_chosen: dict[tuple[str, str], str] = {}
+
+
+def use_backend(requested: str, device_type: str) -> Backend:
+    """Ask for a backend for the rest of this process; returns what the gated delta rule will run with, and why.
+
+    Raises:
+        DeviceError: `requested` is unknown or cannot run here.
+    """
+    global _requested
+    choice = choose_backend(requested, device_type)
+    _requested = requested
+    _chosen.clear()
+    return choice
+
+
+def gated_delta_rule(
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    g_BTH: torch.Tensor,
+    beta_BTH: torch.Tensor,
+    *,
+    scale: float | None = None,
+    state_BHKV: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gated delta rule (see `dtr.ops.gated_delta`) by the chosen backend: o [B, T, H, V] and the last state."""
+    name = _name(GATED_DELTA, q_BTHK.device.type)
+    return _gated_delta_rule(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, scale=scale, state=state_BHKV, backend=name)
+
+
+def gated_linear_attention(
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    g_BTHK: torch.Tensor,
+    *,
+    scale: float | None = None,
+    state_BHKV: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gated linear attention (see `dtr.ops.gated_linear`) by the chosen backend: o [B, T, H, V] and the last state."""
+    name = _name(GATED_LINEAR, q_BTHK.device.type)
+    return _gated_linear_attention(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state=state_BHKV, backend=name)
+
+
+def _name(op: str, device_type: str) -> str:
+    if (op, device_type) not in _chosen:
+        # A kernel that was asked for may not exist for every recurrence; auto then takes what does.
+        requested = _requested if (_requested, op) != ("triton", GATED_LINEAR) else "auto"
+        _chosen[op, device_type] = choose_backend(requested, device_type, op=op).name
+    return _chosen[op, device_type]

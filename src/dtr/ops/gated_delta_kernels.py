@@ -1,0 +1,297 @@
+"""Triton kernels of the chunked gated delta rule; `gated_delta_triton.py` launches them and holds the maths.
+
+Shapes: B batch, T tokens, H heads, K key dim, V value dim, C chunk, N chunks; BK and BV are blocks of K and V.
+Token tensors are contiguous (B, T, H, dim); per-chunk tensors are contiguous (B*H, N, rows, columns).
+`cum` is the running sum of the log decay g inside a chunk, so every exponent below is a difference that is at most 0.
+
+On Hopper, Triton 3.4 to 3.7 miscompiles `dot(trans(x), y)` where trans happens in registers, as it does when x is the
+result of a dot. These kernels therefore transpose loaded tiles only, which takes place in shared memory, and compute a
+transposed product as a second dot with swapped operands.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(a, b):
+    """Matrix product accumulated in float32; float32 operands keep nearly full precision, bfloat16 ones are exact."""
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _head(bh, start, T, H: tl.constexpr):
+    """Row of token `start` of sequence-and-head `bh` in a (B*T*H, dim) view; 64-bit, so that offsets can be 32-bit."""
+    return ((bh // H).to(tl.int64) * T + start) * H + bh % H
+
+
+@triton.jit
+def _token_tile(ptr, row, H: tl.constexpr, D: tl.constexpr, first, C: tl.constexpr, BD: tl.constexpr):
+    """Pointers (C, BD) to the tokens from `row` on and features first.. of a (B, T, H, D) tensor."""
+    return ptr + row * D + first + (tl.arange(0, C) * (H * D))[:, None] + tl.arange(0, BD)[None, :]
+
+
+@triton.jit
+def _load_tokens(ptr, row, valid, H: tl.constexpr, D: tl.constexpr, first, C: tl.constexpr, BD: tl.constexpr):
+    """Tile (C, BD) of a (B, T, H, D) tensor, zero where not `valid` (C,)."""
+    return tl.load(_token_tile(ptr, row, H, D, first, C, BD), mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def _load_scalars(ptr, row, valid, H: tl.constexpr, C: tl.constexpr):
+    """Float32 vector (C,) of a (B, T, H) tensor, zero where not `valid`."""
+    return tl.load(ptr + row + tl.arange(0, C) * H, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tile(ptr, index, R: tl.constexpr, D: tl.constexpr, top, BR: tl.constexpr, first, BD: tl.constexpr):
+    """Pointers (BR, BD) to rows top.. and columns first.. of matrix `index` in a contiguous stack of R x D ones."""
+    corner = ptr + index.to(tl.int64) * (R * D) + top * D + first
+    return corner + (tl.arange(0, BR) * D)[:, None] + tl.arange(0, BD)[None, :]
+
+
+@triton.jit
+def _transposed(x, pointers, valid):
+    """x^T as the left operand of a dot. wgmma would transpose float32 in registers (see above), so load it that way."""
+    if x.dtype == tl.float32:
+        return tl.load(tl.trans(pointers), mask=valid[None, :], other=0.0)
+    else:
+        return tl.trans(x)
+
+
+@triton.jit
+def _decay(cum_row, cum_column, keep):
+    """exp(cum_row[i] - cum_column[j]) where `keep`, else 0; masked before exp so that nothing can overflow."""
+    return tl.where(keep, tl.exp(tl.where(keep, cum_row[:, None] - cum_column[None, :], 0.0)), 0.0)
+
+
+@triton.jit
+def _inverse_of_unit_lower(a):
+    """(I + a)^-1 for a strictly lower triangular float32 a of shape (32, 32).
+
+    Forward substitution on both 16 x 16 diagonal blocks at once, then one block merge. A Neumann product would be
+    cheaper but loses all accuracy for strongly correlated keys.
+    """
+    block = tl.arange(0, 2)
+    same = block[:, None, None, None] == block[None, None, :, None]
+    diagonal = tl.sum(tl.where(same, tl.reshape(a, [2, 16, 2, 16]), 0.0), axis=2)
+    row = tl.arange(0, 16)[None, :, None]
+    column = tl.arange(0, 16)[None, None, :]
+    x = tl.where(row == column, 1.0, 0.0) + tl.zeros([2, 16, 16], dtype=tl.float32)
+    for i in range(1, 16):
+        a_i = tl.sum(tl.where(row == i, diagonal, 0.0), axis=1)
+        correction = tl.sum(a_i[:, :, None] * x, axis=1)
+        x = tl.where(row == i, x - correction[:, None, :], x)
+    blocks = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [32, 32])
+    half = tl.arange(0, 32) // 16
+    below = tl.where(half[:, None] > half[None, :], a, 0.0)
+    return blocks - _dot(_dot(blocks, below), blocks)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_inverse(k_ptr, g_ptr, beta_ptr, cum_ptr, inverse_ptr, T, H: tl.constexpr, K: tl.constexpr):
+    """Per chunk of 64: cum, and (I + A)^-1 with A_ij = beta_i exp(cum_i - cum_j) k_i.k_j below the diagonal.
+
+    Works on 32 x 32 quarters: small tiles keep the inverse in registers and off wgmma.
+    """
+    bh, n = tl.program_id(0), tl.program_id(1)
+    index = bh * tl.num_programs(1) + n
+    row = _head(bh, n * 64, T, H)
+    i = tl.arange(0, 32)
+    valid_0, valid_1 = n * 64 + i < T, n * 64 + 32 + i < T
+    k_0 = _load_tokens(k_ptr, row, valid_0, H, K, 0, 32, K)
+    k_1 = _load_tokens(k_ptr, row + 32 * H, valid_1, H, K, 0, 32, K)
+    beta_0 = _load_scalars(beta_ptr, row, valid_0, H, 32)
+    beta_1 = _load_scalars(beta_ptr, row + 32 * H, valid_1, H, 32)
+    g_0 = _load_scalars(g_ptr, row, valid_0, H, 32)
+    g_1 = _load_scalars(g_ptr, row + 32 * H, valid_1, H, 32)
+    cum_0 = tl.cumsum(g_0, axis=0)
+    cum_1 = tl.sum(g_0, axis=0) + tl.cumsum(g_1, axis=0)
+    tl.store(cum_ptr + index.to(tl.int64) * 64 + i, cum_0)
+    tl.store(cum_ptr + index.to(tl.int64) * 64 + 32 + i, cum_1)
+
+    strict = i[:, None] > i[None, :]
+    inverse_00 = _inverse_of_unit_lower(beta_0[:, None] * _decay(cum_0, cum_0, strict) * _dot(k_0, tl.trans(k_0)))
+    inverse_11 = _inverse_of_unit_lower(beta_1[:, None] * _decay(cum_1, cum_1, strict) * _dot(k_1, tl.trans(k_1)))
+    a_10 = beta_1[:, None] * tl.exp(cum_1[:, None] - cum_0[None, :]) * _dot(k_1, tl.trans(k_0))
+    inverse_10 = -_dot(_dot(inverse_11, a_10), inverse_00)
+
+    dtype = inverse_ptr.dtype.element_ty
+    tl.store(_tile(inverse_ptr, index, 64, 64, 0, 32, 0, 32), inverse_00.to(dtype))
+    tl.store(_tile(inverse_ptr, index, 64, 64, 0, 32, 32, 32), tl.zeros([32, 32], dtype=dtype))
+    tl.store(_tile(inverse_ptr, index, 64, 64, 32, 32, 0, 32), inverse_10.to(dtype))
+    tl.store(_tile(inverse_ptr, index, 64, 64, 32, 32, 32, 32), inverse_11.to(dtype))
+
+
+@triton.jit(do_not_specialize=["T"])
+def state_scan(
+    k_ptr, v_ptr, beta_ptr, cum_ptr, inverse_ptr, initial_ptr, update_ptr, state_ptr, final_ptr, T, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """Carry the state over the chunks of one head and BV value columns; store each chunk's first state and its u."""
+    bh, first = tl.program_id(0), tl.program_id(1) * BV
+    dtype = k_ptr.dtype.element_ty
+    num_chunks = tl.cdiv(T, C)
+    i = tl.arange(0, C)
+    if HAS_INITIAL:
+        state = tl.load(_tile(initial_ptr, bh, K, V, 0, K, first, BV)).to(tl.float32)
+    else:
+        state = tl.zeros([K, BV], dtype=tl.float32)
+    for n in range(num_chunks):
+        index = bh * num_chunks + n
+        row = _head(bh, n * C, T, H)
+        valid = n * C + i < T
+        k = _load_tokens(k_ptr, row, valid, H, K, 0, C, K)
+        k_t = _transposed(k, _token_tile(k_ptr, row, H, K, 0, C, K), valid)
+        v = _load_tokens(v_ptr, row, valid, H, V, first, C, BV).to(tl.float32)
+        inverse = tl.load(_tile(inverse_ptr, index, C, C, 0, C, 0, C))
+        beta = _load_scalars(beta_ptr, row, valid, H, C)
+        cum = tl.load(cum_ptr + index.to(tl.int64) * C + i)
+        total = tl.load(cum_ptr + index.to(tl.int64) * C + C - 1)
+
+        narrow = state.to(dtype)
+        tl.store(_tile(state_ptr, index, K, V, 0, K, first, BV), narrow)
+        residual = beta[:, None] * (v - tl.exp(cum)[:, None] * _dot(k, narrow))
+        update = _dot(inverse, residual.to(dtype))
+        tl.store(_token_tile(update_ptr, row, H, V, first, C, BV), update.to(dtype), mask=valid[:, None])
+        state = state * tl.exp(total) + _dot(k_t, (update * tl.exp(total - cum)[:, None]).to(dtype))
+    tl.store(_tile(final_ptr, bh, K, V, 0, K, first, BV), state)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_output(
+    q_ptr, k_ptr, update_ptr, cum_ptr, state_ptr, o_ptr, scale, T, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """o = scale * (exp(cum) q S + P u), P_ij = exp(cum_i - cum_j) q_i.k_j for j <= i, all chunks in parallel."""
+    bh, n, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
+    index = bh * tl.num_programs(1) + n
+    row = _head(bh, n * C, T, H)
+    i = tl.arange(0, C)
+    valid = n * C + i < T
+    q = _load_tokens(q_ptr, row, valid, H, K, 0, C, K)
+    k = _load_tokens(k_ptr, row, valid, H, K, 0, C, K)
+    update = _load_tokens(update_ptr, row, valid, H, V, first, C, BV)
+    state = tl.load(_tile(state_ptr, index, K, V, 0, K, first, BV))
+    cum = tl.load(cum_ptr + index.to(tl.int64) * C + i)
+    p = _decay(cum, cum, i[:, None] >= i[None, :]) * _dot(q, tl.trans(k))
+    o = scale * (tl.exp(cum)[:, None] * _dot(q, state) + _dot(p.to(q.dtype), update))
+    tl.store(_token_tile(o_ptr, row, H, V, first, C, BV), o.to(q.dtype), mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def state_scan_backward(
+    q_ptr, k_ptr, beta_ptr, cum_ptr, inverse_ptr, do_ptr, dfinal_ptr, dresidual_ptr, dv_ptr, dstate_ptr, dinitial_ptr,
+    scale, T, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, HAS_DFINAL: tl.constexpr,
+):  # fmt: skip
+    """Carry the state's gradient from the last chunk to the first.
+
+    Stores dv and the gradients of each chunk's last state and of beta times its residual v - exp(cum) k S.
+    """
+    bh, first = tl.program_id(0), tl.program_id(1) * BV
+    dtype = k_ptr.dtype.element_ty
+    num_chunks = tl.cdiv(T, C)
+    i = tl.arange(0, C)
+    if HAS_DFINAL:
+        dstate = tl.load(_tile(dfinal_ptr, bh, K, V, 0, K, first, BV)).to(tl.float32)
+    else:
+        dstate = tl.zeros([K, BV], dtype=tl.float32)
+    for step in range(num_chunks):
+        n = num_chunks - 1 - step
+        index = bh * num_chunks + n
+        row = _head(bh, n * C, T, H)
+        valid = n * C + i < T
+        q = _load_tokens(q_ptr, row, valid, H, K, 0, C, K)
+        k = _load_tokens(k_ptr, row, valid, H, K, 0, C, K)
+        q_t = _transposed(q, _token_tile(q_ptr, row, H, K, 0, C, K), valid)
+        k_t = _transposed(k, _token_tile(k_ptr, row, H, K, 0, C, K), valid)
+        do = _load_tokens(do_ptr, row, valid, H, V, first, C, BV)
+        at_inverse = _tile(inverse_ptr, index, C, C, 0, C, 0, C)
+        # Rows past the end are dropped in float32; they meet zeros.
+        inverse_t = _transposed(tl.load(at_inverse), at_inverse, valid)
+        beta = _load_scalars(beta_ptr, row, valid, H, C)
+        cum = tl.load(cum_ptr + index.to(tl.int64) * C + i)
+        total = tl.load(cum_ptr + index.to(tl.int64) * C + C - 1)
+
+        narrow = dstate.to(dtype)
+        tl.store(_tile(dstate_ptr, index, K, V, 0, K, first, BV), narrow)
+        p_transposed = scale * _decay(-cum, -cum, i[:, None] <= i[None, :]) * _dot(k, tl.trans(q))
+        dupdate = tl.exp(total - cum)[:, None] * _dot(k, narrow) + _dot(p_transposed.to(dtype), do)
+        dresidual = _dot(inverse_t, dupdate.to(dtype))
+        dv = beta[:, None] * dresidual
+        tl.store(_token_tile(dresidual_ptr, row, H, V, first, C, BV), dresidual.to(dtype), mask=valid[:, None])
+        tl.store(_token_tile(dv_ptr, row, H, V, first, C, BV), dv.to(dtype), mask=valid[:, None])
+        from_output = (scale * tl.exp(cum)[:, None] * do.to(tl.float32)).to(dtype)
+        from_residual = (-tl.exp(cum)[:, None] * dv).to(dtype)
+        dstate = dstate * tl.exp(total) + _dot(q_t, from_output) + _dot(k_t, from_residual)
+    tl.store(_tile(dinitial_ptr, bh, K, V, 0, K, first, BV), dstate)
+
+
+@triton.jit
+def _row_minus_column_sums(x):
+    """(C,) from (C, C): what exp(cum_i - cum_j) inside x_ij passes on to cum."""
+    return tl.sum(x, axis=1) - tl.sum(x, axis=0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_gradients(
+    q_ptr, k_ptr, v_ptr, beta_ptr, cum_ptr, update_ptr, state_ptr, do_ptr, dresidual_ptr, dstate_ptr,
+    dq_ptr, dk_ptr, dg_ptr, dbeta_ptr, scale, T, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """dq and dk, and this block of key columns' share of dg and dbeta, all chunks in parallel.
+
+    dP = scale * do u^T and dA = -dresidual u^T. Ordered so that few tiles are alive at a time: registers are the limit.
+    """
+    bh, n, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    index = bh * tl.num_programs(1) + n
+    row = _head(bh, n * C, T, H)
+    part_row = row + part.to(tl.int64) * (tl.num_programs(0) // H) * T * H
+    i = tl.arange(0, C)
+    valid = n * C + i < T
+    q = _load_tokens(q_ptr, row, valid, H, K, part * BK, C, BK)
+    k = _load_tokens(k_ptr, row, valid, H, K, part * BK, C, BK)
+    update = _load_tokens(update_ptr, row, valid, H, V, 0, C, V)
+    do = _load_tokens(do_ptr, row, valid, H, V, 0, C, V)
+    state = tl.load(_tile(state_ptr, index, K, V, part * BK, BK, 0, V))
+    beta = _load_scalars(beta_ptr, row, valid, H, C)
+    cum = tl.load(cum_ptr + index.to(tl.int64) * C + i)
+    total = tl.load(cum_ptr + index.to(tl.int64) * C + C - 1)
+
+    dq = scale * tl.exp(cum)[:, None] * _dot(do, tl.trans(state))
+    dcum = tl.sum(q.to(tl.float32) * dq, axis=1)
+    dp = scale * _decay(cum, cum, i[:, None] >= i[None, :]) * _dot(do, tl.trans(update))
+    dcum += _row_minus_column_sums(dp * _dot(q, tl.trans(k)))
+    dq += _dot(dp.to(k.dtype), k)
+    tl.store(_token_tile(dq_ptr, row, H, K, part * BK, C, BK), dq.to(q.dtype), mask=valid[:, None])
+
+    dp_t = scale * _decay(-cum, -cum, i[:, None] <= i[None, :]) * _dot(update, tl.trans(do))
+    dk = _dot(dp_t.to(q.dtype), q)
+    dresidual = _load_tokens(dresidual_ptr, row, valid, H, V, 0, C, V)
+    da = _decay(cum, cum, i[:, None] > i[None, :]) * _dot(dresidual, tl.trans(update))
+    da_t = _decay(-cum, -cum, i[:, None] < i[None, :]) * _dot(update, tl.trans(dresidual))
+    dk -= _dot((beta[:, None] * da + beta[None, :] * da_t).to(k.dtype), k)
+    da *= _dot(k, tl.trans(k))
+    dbeta = -tl.sum(da, axis=1)
+    dcum -= _row_minus_column_sums(beta[:, None] * da)
+
+    dk_read = tl.exp(cum)[:, None] * _dot(dresidual, tl.trans(state))
+    dk -= beta[:, None] * dk_read
+    read = tl.sum(k.to(tl.float32) * dk_read, axis=1)
+    dbeta -= read
+    if part == 0:
+        v = _load_tokens(v_ptr, row, valid, H, V, 0, C, V).to(tl.float32)
+        dbeta += tl.sum(dresidual.to(tl.float32) * v, axis=1)
+    tl.store(dbeta_ptr + part_row + i * H, dbeta, mask=valid)
+
+    dstate = tl.load(_tile(dstate_ptr, index, K, V, part * BK, BK, 0, V))
+    dk_write = tl.exp(total - cum)[:, None] * _dot(update, tl.trans(dstate))
+    write = tl.sum(k.to(tl.float32) * dk_write, axis=1)
+    tl.store(_token_tile(dk_ptr, row, H, K, part * BK, C, BK), (dk + dk_write).to(k.dtype), mask=valid[:, None])
+    kept = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1), axis=0)
+    dtotal = kept * tl.exp(total) + tl.sum(write, axis=0)
+    dg = tl.cumsum(dcum - beta * read - write, axis=0, reverse=True) + dtotal
+    tl.store(dg_ptr + part_row + i * H, dg, mask=valid)

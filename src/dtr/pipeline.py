@@ -1,0 +1,225 @@
+"""The whole run, stage by stage: load -> text -> distil -> search -> save -> report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtr.corpus import TokenBlocks, load_text
+from dtr.distillation.bank import MixerBank, load_bank
+from dtr.distillation.trainer import distill
+from dtr.errors import DeviceError, RecipeError
+from dtr.evaluation.evaluator import evaluate
+from dtr.evaluation.examples import differing_items, write_sample
+from dtr.files import write_json
+from dtr.ops.backend import use_backend
+from dtr.recipe import Recipe
+from dtr.record import make_record
+from dtr.replace import SearchResult, search
+from dtr.reporting import render_model_card, write_report
+from dtr.runfolder import RunFolder
+from dtr.tasks import load_task
+from dtr.tasks.base import Task
+from dtr.teacher import Teacher, load_model, load_teacher, pick_device
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    bank: str | Path | None = None,
+    on_event: Listener | None = None,
+) -> dict[str, Any]:
+    """Do everything a recipe says and leave a run folder that explains itself.
+
+    Args:
+        recipe: from `read_recipe`.
+        out: run folder; refused if it holds something, unless `resume` or `overwrite`.
+        resume: go on where an interrupted run of the same recipe stopped.
+        overwrite: delete an earlier run in `out` first.
+        bank: folder of a bank to search with; distillation is left out.
+        on_event: called with small dicts for live displays; all of them are in events.jsonl too.
+
+    Returns:
+        the record that is in report.json.
+    """
+    folder, clock = RunFolder(out), _Clock()
+    folder.open(recipe, resume=resume, overwrite=overwrite)
+    emit = _to_log_and(folder, on_event)
+    with clock("load"):
+        teacher = prepare_teacher(recipe, emit)
+        task = prepare_task(recipe)
+        text = prepare_text(recipe, teacher)
+    with clock("distill"), _memory_advice("distill.batch_size"):
+        mixers = load_bank(bank, teacher=teacher) if bank else prepare_bank(recipe, teacher, text, folder, emit)
+    with clock("search"), _memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
+        result = prepare_search(recipe, teacher, mixers, task, folder, emit)
+    with clock("report"):
+        sample = write_sample(teacher, result.m_opt)
+        differences = differing_items(teacher, result.m_opt, task)
+    record = make_record(
+        recipe, teacher, text, mixers, task, result, seconds=clock.seconds(), sample=sample, differences=differences
+    )
+    save(folder, record, result)
+    emit({"event": "done", "report": str(folder.path / "report.html")})
+    return record
+
+
+def distill_only(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: Listener | None = None,
+) -> MixerBank:
+    """The first half of `run`: leaves OUT/bank, with which `run(..., bank=...)` or `--resume` goes on."""
+    folder = RunFolder(out)
+    folder.open(recipe, resume=resume, overwrite=overwrite)
+    emit = _to_log_and(folder, on_event)
+    teacher = prepare_teacher(recipe, emit)
+    with _memory_advice("distill.batch_size"):
+        return prepare_bank(recipe, teacher, prepare_text(recipe, teacher), folder, emit)
+
+
+def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
+    """Set threads and backend, then load the teacher."""
+    if recipe.runtime.num_threads:
+        torch.set_num_threads(recipe.runtime.num_threads)
+    device = pick_device(recipe.runtime.device)
+    backend = use_backend(recipe.runtime.backend, device.type)
+    emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
+    settings = recipe.teacher
+    return load_teacher(
+        settings.source, device=str(device), dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
+    )
+
+
+def prepare_task(recipe: Recipe) -> Task:
+    settings = recipe.task.model_dump()
+    return load_task(settings.pop("source"), **settings, seed=recipe.seed)
+
+
+def prepare_text(recipe: Recipe, teacher: Teacher) -> TokenBlocks:
+    return load_text(
+        recipe.text.source,
+        tokenizer=teacher.tokenizer,
+        seq_len_tokens=recipe.distill.seq_len_tokens,
+        num_held_out_tokens=recipe.text.num_held_out_tokens,
+        max_tokens=recipe.distill.num_tokens,
+        seed=recipe.seed,
+    )
+
+
+def prepare_bank(recipe: Recipe, teacher: Teacher, text: TokenBlocks, folder: RunFolder, emit: Listener) -> MixerBank:
+    """Distil, or take the bank that an earlier run of this recipe has finished."""
+    if (folder.bank / "bank.json").exists():
+        return load_bank(folder.bank, teacher=teacher)
+    settings = recipe.distill.model_dump(exclude={"seq_len_tokens"})
+    bank = distill(
+        teacher,
+        text,
+        mixer=recipe.mixer.kind,
+        options=recipe.mixer.options,
+        **settings,
+        seed=recipe.seed,
+        checkpoint=folder.checkpoint,
+        on_event=emit,
+    )
+    bank.save(folder.bank)
+    # The bank holds all that is needed from here on.
+    folder.checkpoint.unlink(missing_ok=True)
+    return bank
+
+
+def prepare_search(
+    recipe: Recipe, teacher: Teacher, bank: MixerBank, task: Task, folder: RunFolder, emit: Listener
+) -> SearchResult:
+    result = search(
+        teacher,
+        bank,
+        task,
+        **recipe.search.model_dump(),
+        batch_tokens=recipe.runtime.eval_batch_tokens,
+        cache_bytes=recipe.runtime.cache_bytes,
+        journal=folder.journal,
+        on_event=emit,
+    )
+    write_json(folder.search, result.trace.to_dict(with_items=True))
+    return result
+
+
+def save(folder: RunFolder, record: dict[str, Any], result: SearchResult) -> None:
+    """The hybrids as Hugging Face checkpoints with their cards, then the report: a folder with it is finished."""
+    for path, model, which in ((folder.hybrid, result.m_opt, "m_opt"), (folder.hybrid_best, result.m_best, "m_best")):
+        model.save_pretrained(path)
+        (path / "README.md").write_text(render_model_card(record, which=which), encoding="utf-8")  # type: ignore[arg-type]
+    write_report(folder.path, record)
+
+
+def _to_log_and(folder: RunFolder, listener: Listener | None) -> Listener:
+    def emit(event: dict[str, Any]) -> None:
+        # Replayed candidates are in the log already, from the run that was interrupted.
+        if not event.get("replayed"):
+            folder.log(event)
+        if listener is not None:
+            listener(event)
+
+    return emit
+
+
+class _Clock:
+    """Seconds spent in named stages and in all."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._stages: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._stages[stage] = time.monotonic() - began
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._stages, "total": time.monotonic() - self._started}
+
+
+@contextmanager
+def _memory_advice(knob: str) -> Iterator[None]:
+    """Say which setting to change when memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            "memory",
+            got=next(iter(str(error).splitlines()), "out of memory"),
+            expected="a step that fits",
+            hint=f"Lower {knob}, then go on with --resume.",
+        ) from error
+
+
+def evaluate_model(recipe: Recipe, split: str) -> dict[str, Any]:
+    """Score `recipe.teacher.source`, which may be a saved hybrid, on one split of the recipe's task."""
+    if split not in ("validation", "test"):
+        raise RecipeError("--split", got=f"'{split}'", expected="validation or test")
+    settings = recipe.teacher
+    model, tokenizer = load_model(
+        settings.source,
+        device=recipe.runtime.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    score = evaluate(
+        model, prepare_task(recipe), split=split, tokenizer=tokenizer, batch_tokens=recipe.runtime.eval_batch_tokens
+    )
+    return {"model": settings.source, "task": recipe.task.source, "split": split, **score.to_dict()}

@@ -1,0 +1,148 @@
+"""The record of a run: what goes into report.json, gathered from the stages' results. Plain types only."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+from typing import Any
+
+import torch
+
+from dtr.corpus import TokenBlocks
+from dtr.distillation.bank import MixerBank
+from dtr.environment import hardware, library_versions, own_commit, own_version, peak_rss_bytes
+from dtr.evaluation.paired import paired_difference
+from dtr.evaluation.score import Score
+from dtr.hybrid.cache import decode_cache_bytes
+from dtr.ops.backend import choose_backend
+from dtr.recipe import Recipe
+from dtr.replace import SearchResult
+from dtr.selection.trace import Chosen
+from dtr.tasks.base import Task, fingerprint
+from dtr.teacher import Teacher
+
+FORMAT = 1
+CACHE_CONTEXT_TOKENS = 2048
+"""Context length at which the cache of teacher and hybrid is compared (the paper's decode length)."""
+
+
+def make_record(
+    recipe: Recipe,
+    teacher: Teacher,
+    text: TokenBlocks,
+    bank: MixerBank,
+    task: Task,
+    result: SearchResult,
+    *,
+    seconds: dict[str, float],
+    sample: dict[str, str],
+    differences: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Everything a reader needs to judge and to repeat the run; see `docs/report.md` for each field."""
+    config, geometry = teacher.model.config, teacher.geometry
+    backend = choose_backend(recipe.runtime.backend, teacher.device.type)
+    cuda = teacher.device.type == "cuda"
+    return {
+        "format": FORMAT,
+        "dtr_version": own_version(),
+        "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["dtr", *sys.argv[1:]]),
+        "hardware": hardware(teacher.device),
+        "commit": own_commit(),
+        "versions": {name: value or "not installed" for name, value in library_versions().items()},
+        "seed": recipe.seed,
+        "seconds": {key: round(value, 2) for key, value in seconds.items()},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(teacher.device) if cuda else None,
+        "recipe": recipe.model_dump(),
+        "teacher": {
+            "source": teacher.source,
+            "family": config.model_type,
+            "dtype": str(teacher.dtype).removeprefix("torch."),
+            "num_layers": teacher.num_layers,
+            "hidden_dim": geometry.hidden_dim,
+            "num_heads": geometry.num_heads,
+            "num_kv_heads": geometry.num_kv_heads,
+            "head_dim": geometry.head_dim,
+            "num_parameters": sum(p.numel() for p in teacher.model.parameters()),
+            "fingerprint": teacher.fingerprint,
+            "val": result.trace.teacher.to_dict(),
+            "test": result.teacher_test.to_dict(),
+        },
+        "num_layers": teacher.num_layers,
+        "mixer": {
+            "kind": bank.kind,
+            "options": bank.options,
+            "backend": backend.name,
+            "backend_reason": backend.reason,
+            "is_pure_linear": True,
+        },
+        "text": {"source": text.source, "num_tokens": text.num_tokens, "fingerprint": text.fingerprint},
+        "distill": _distill(bank),
+        "task": {
+            "name": task.name,
+            "kind": task.kind,
+            "metric": task.metric,
+            "num_validation": len(task.splits["validation"]),
+            "num_test": len(task.splits["test"]),
+            "fingerprint": fingerprint(task),
+        },
+        "search": _search(result),
+        "m_opt": _model(teacher, result.trace.m_opt, result.m_opt_test, result.teacher_test),
+        "m_best": _model(teacher, result.trace.m_best, result.m_best_test, result.teacher_test),
+        "sample": sample,
+        "differences": differences,
+    }
+
+
+def _distill(bank: MixerBank) -> dict[str, Any]:
+    return {
+        "num_tokens": bank.num_tokens,
+        "num_steps": bank.num_steps,
+        "seconds": round(bank.seconds, 2),
+        "tokens_per_second": round(bank.num_tokens / bank.seconds, 1) if bank.seconds else None,
+        "nmse": [
+            {"layer": layer, "before": bank.nmse_before[layer], "after": bank.nmse_after[layer]}
+            for layer in bank.layers
+        ],
+        "mean_nmse": bank.mean_nmse,
+        "curve": bank.curve,
+    }
+
+
+def _search(result: SearchResult) -> dict[str, Any]:
+    trace = result.trace.to_dict()
+    steps = trace["steps"]
+    for index, step in enumerate(steps):
+        step["candidates"] = {layer: score["value"] for layer, score in step["candidates"].items()}
+        if result.test_curve:
+            step["test"] = result.test_curve[index].to_dict()
+    return {
+        "p_min": trace["p_min"],
+        "p_min_kind": trace["p_min_kind"],
+        "p_min_value": trace["p_min_value"],
+        "candidate_evaluations": trace["num_candidate_evaluations"],
+        "pass_equivalents": round(result.pass_equivalents, 2),
+        "seconds": round(result.seconds, 2),
+        "stop_reason": trace["stop_text"],
+        "steps": steps,
+    }
+
+
+def _model(teacher: Teacher, chosen: Chosen, test: Score, teacher_test: Score) -> dict[str, Any]:
+    paired = paired_difference(test, teacher_test)
+    count = {"context_tokens": CACHE_CONTEXT_TOKENS, "bytes_per_element": teacher.dtype.itemsize}
+    return {
+        "num_replaced": len(chosen.layers),
+        "layers": list(chosen.layers),
+        "val": chosen.score.to_dict(),
+        "test": test.to_dict(),
+        "relative_test_drop": paired.relative_drop,
+        "paired": paired.to_dict(),
+        "cache": {
+            "context_tokens": CACHE_CONTEXT_TOKENS,
+            "teacher_bytes": decode_cache_bytes(teacher.geometry, teacher.num_layers, 0, **count),
+            "hybrid_bytes": decode_cache_bytes(teacher.geometry, teacher.num_layers, len(chosen.layers), **count),
+        },
+    }

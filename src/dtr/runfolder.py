@@ -1,0 +1,101 @@
+"""The run folder: refused or reused with care, and everything in it that says how the run came about."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtr.errors import OutputError
+from dtr.files import write_text
+from dtr.recipe import Recipe
+
+RECIPE, EVENTS = "recipe.yaml", "events.jsonl"
+
+
+class RunFolder:
+    """A folder with recipe.yaml, events.jsonl, bank/, journal.jsonl, search.json, hybrid/, hybrid-best/ and report.*"""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.bank = self.path / "bank"
+        self.checkpoint = self.path / "distill.safetensors"
+        self.journal = self.path / "journal.jsonl"
+        self.search = self.path / "search.json"
+        self.hybrid = self.path / "hybrid"
+        self.hybrid_best = self.path / "hybrid-best"
+
+    def open(self, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Make the folder ready and save the resolved recipe.
+
+        Raises:
+            OutputError: it cannot be written, holds something and neither `resume` nor `overwrite` is given, holds
+                something that is not a run, or (with `resume`) a run of another recipe.
+        """
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise OutputError(str(self.path), got="a file", expected="a folder", hint="Choose another --out.")
+            if self.path.exists() and any(self.path.iterdir()):
+                self._reuse(recipe, resume=resume, overwrite=overwrite)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / RECIPE, recipe.to_yaml())
+        except OSError as error:
+            raise OutputError(
+                str(self.path),
+                got=error.strerror or str(error),
+                expected="a folder that can be written",
+                hint="Choose another --out, or check its rights and free space.",
+            ) from None
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Append one event with its time to events.jsonl."""
+        line = json.dumps({"time": round(time.time(), 3), **event}, default=str)
+        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _reuse(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+        saved = self.path / RECIPE
+        if not (resume or overwrite):
+            raise OutputError(
+                str(self.path),
+                got="a folder that is not empty",
+                expected="a new or empty folder",
+                hint="Go on with --resume, start again with --overwrite, or choose another --out.",
+            )
+        if not saved.is_file():
+            raise OutputError(
+                str(self.path),
+                got=f"files, but no {RECIPE}",
+                expected="the folder of an earlier run",
+                hint="Nothing was changed. Choose another --out.",
+            )
+        if resume:
+            self._check_same(Recipe.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8"))), recipe)
+            return
+        for item in sorted(self.path.iterdir()):
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def _check_same(self, saved: Recipe, recipe: Recipe) -> None:
+        old, new = _flatten(saved.identity()), _flatten(recipe.identity())
+        changed = [key for key in new if new[key] != old.get(key)]
+        if changed:
+            raise OutputError(
+                str(self.path / RECIPE),
+                got="; ".join(f"{key}={old.get(key)}" for key in changed),
+                expected="; ".join(f"{key}={new[key]}" for key in changed),
+                hint="--resume goes on with the same recipe only. Choose another --out, or --overwrite.",
+            )
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

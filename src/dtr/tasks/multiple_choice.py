@@ -1,0 +1,113 @@
+"""Multiple choice: which of the given answers is the likeliest after the question?
+
+Rows `{context, question, choices, answer}` with the answer's index from 0. Metrics as in lm-evaluation-harness:
+`acc` takes the choice with the highest log-probability, `acc_norm` the one with the highest log-probability per
+character of the choice. `auto` is acc_norm where a row has more than two choices, else acc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dtr.evaluation.score import Grade, Score, mean_score
+from dtr.recipe import Section
+from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response
+from dtr.tasks.jsonl import Row
+from dtr.tasks.prompts import default_target, fill, likelihood_request, question_prompt
+from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options
+from dtr.tasks.splits import draw_splits, read_splits
+
+
+class MultipleChoiceOptions(Section):
+    """`task.options` of multiple choice."""
+
+    choices: list[str] | None = None
+    """The choices of every row, for rows that hold none, as [no, yes]."""
+    answer_field: str = "answer"
+    """Field with the index of the right choice, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceTask:
+    """A task whose items rank fixed choices; `Item.row` holds `choices` and `answer`."""
+
+    name: str
+    kind: str
+    metric: str
+    chat_template: bool
+    splits: Mapping[str, Sequence[Item]]
+
+    def grade(self, item: Item, responses: Sequence[Response]) -> Grade:
+        """1 where the right choice ranks first (the earliest of equals counts as first), else 0."""
+        assert len(responses) == len(item.requests), "one response per choice"
+        scores = []
+        for request, response in zip(item.requests, responses):
+            assert isinstance(request, LikelihoodRequest)
+            assert isinstance(response, Likelihood)
+            num_characters = len(request.target.strip()) if self.metric == "acc_norm" else 1
+            scores.append(response.log_prob / num_characters)
+        answer = item.row["answer"]
+        return Grade(value=float(scores.index(max(scores)) == answer), log_likelihood=scores[answer])
+
+    def summarize(self, grades: Sequence[Grade]) -> Score:
+        return mean_score(self.metric, grades)
+
+
+@TASKS.register("multiple_choice")
+def load_multiple_choice(spec: TaskSpec) -> ChoiceTask:
+    """Read a multiple-choice task.
+
+    Raises:
+        DataError: malformed rows or splits.
+        RecipeError: settings that do not fit.
+    """
+    options = read_options(MultipleChoiceOptions, spec)
+    rows = read_splits(spec)
+    items = {split: [_make_item(row, spec, options) for row in rows[split]] for split in rows}
+    num_choices = max(len(item.requests) for split in items for item in items[split])
+    return ChoiceTask(
+        name=spec.name,
+        kind=spec.kind,
+        metric=choose_metric(spec, ("acc", "acc_norm"), "acc_norm" if num_choices > 2 else "acc"),
+        chat_template=spec.chat_template,
+        splits=draw_splits(spec, items),
+    )
+
+
+def _make_item(row: Row, spec: TaskSpec, options: MultipleChoiceOptions) -> Item:
+    choices = options.choices if options.choices is not None else _read_choices(row)
+    field = options.answer_field
+    answer = row.require(field)
+    if not isinstance(answer, int):
+        raise row.wrong(field, answer, "the index of the right choice, from 0", "true and 'A' are no indices.")
+    # bool is an int in Python; true and false are meant only where two choices stand for no and yes.
+    answer = int(answer)
+    if not 0 <= answer < len(choices):
+        raise row.wrong(field, answer, f"an index from 0 to {len(choices) - 1}, one of {len(choices)} choices")
+    context = question_prompt(row) if spec.prompt is None else fill(spec.prompt, row, "task.prompt")
+    template = spec.target if spec.target is not None else default_target("choice", chat_template=spec.chat_template)
+    requests = tuple(
+        choice_request(context, fill(template, row, "task.target", {"choice": choice}), row, spec) for choice in choices
+    )
+    return Item(id=row.id, requests=requests, row={"choices": list(choices), "answer": answer})
+
+
+def choice_request(context: str, target: str, row: Row, spec: TaskSpec) -> LikelihoodRequest:
+    """The request of one choice.
+
+    Raises:
+        DataError: the choice is blank.
+    """
+    if not target.strip():
+        raise row.wrong("choices", target, "a choice with at least one visible character")
+    return likelihood_request(context, target, chat_template=spec.chat_template)
+
+
+def _read_choices(row: Row) -> list[str]:
+    choices = row.require("choices")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise row.wrong("choices", choices, "a list of texts")
+    if len(choices) < 2:
+        raise row.wrong("choices", choices, "at least two choices")
+    return choices

@@ -1,0 +1,82 @@
+"""From a row to the text a model reads: templates of the recipe, and the default prompts."""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from dtr.errors import RecipeError
+from dtr.tasks.base import LikelihoodRequest
+from dtr.tasks.jsonl import Row
+
+
+def fill(template: str, row: Row, where: str, extra: Mapping[str, Any] | None = None) -> str:
+    """Put a row's fields into a template; `{{` and `}}` are literal braces.
+
+    Args:
+        where: recipe field of the template, as `task.prompt`.
+        extra: further fields, as `choice`.
+
+    Raises:
+        RecipeError: a malformed template, or a field that the row does not have; names those it has.
+    """
+    fields = {**row.data, **(extra or {})}
+    try:
+        for _, name, _, _ in string.Formatter().parse(template):
+            if name is not None and name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                raise RecipeError(
+                    where,
+                    got=f"'{{{name}}}', a field that {row.where} does not have",
+                    expected=f"fields of the rows: {', '.join(map(str, fields))}",
+                    hint=f"Did you mean '{{{near[0]}}}'?" if near else "Write literal braces doubled, as {{ and }}.",
+                )
+        return template.format_map(fields)
+    except RecipeError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            where,
+            got=f"{template!r} ({error})",
+            expected="text with fields in braces, as 'Question: {question}\\nAnswer:'",
+            hint="Write literal braces doubled, as {{ and }}.",
+        ) from None
+
+
+def question_prompt(row: Row) -> str:
+    """The default prompt of questions: context, `Question: ...` and `Answer:` on a line each; empty parts are left out.
+
+    With a question alone this is the prompt of lm-evaluation-harness for ARC and PIQA, and with a context that for
+    BoolQ; with a context alone it is that for HellaSwag, whose rows here need the template '{context}', as their
+    question says nothing.
+
+    Raises:
+        DataError: the row has neither, or they are no text.
+    """
+    context = row.text("context") if "context" in row.data else ""
+    question = row.text("question") if "question" in row.data or not context.strip() else ""
+    if not (context.strip() or question.strip()):
+        raise row.wrong("question", question, "a question or a context", "Fill in the row, or set task.prompt.")
+    parts = [context] if context.strip() else []
+    parts += [f"Question: {question}\nAnswer:"] if question.strip() else []
+    return "\n".join(parts)
+
+
+def likelihood_request(context: str, target: str, *, chat_template: bool) -> LikelihoodRequest:
+    """Ask for `target` after `context`.
+
+    White space at the end of the context goes to the target, as lm-evaluation-harness does: tokenizers glue a space
+    to the word after it, so a context that ends in one is text the model has rarely seen. A chat template closes the
+    context itself.
+    """
+    if not chat_template:
+        kept = context.rstrip()
+        context, target = kept, context[len(kept) :] + target
+    return LikelihoodRequest(context=context, target=target)
+
+
+def default_target(field: str, *, chat_template: bool) -> str:
+    """Target template of one field: after a plain prompt a space goes before it, a chat turn starts without."""
+    return f"{{{field}}}" if chat_template else f" {{{field}}}"

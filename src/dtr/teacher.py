@@ -1,0 +1,174 @@
+"""Load and check the frozen teacher: a hub name, a folder, a GGUF file, or a packaged model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from dtr.arch import HYBRID_PREFIX, HeadGeometry, check_supported, read_geometry
+from dtr.errors import DeviceError, ModelError, RecipeError, did_you_mean
+from dtr.pretrained import PACKAGED_MODELS, fetch_packaged_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A frozen causal language model with its tokenizer. Nothing in this package changes it."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+    geometry: HeadGeometry
+    fingerprint: str
+    """Hash of the config and a sample of every weight, 16 hex digits."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+
+def load_teacher(
+    source: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Teacher:
+    """Load a pretrained full-attention model, frozen and in evaluation mode.
+
+    Args:
+        source: hub name, local folder, GGUF file, or a packaged model such as `smollm2-demo`.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto, float32, bfloat16 or float16; auto is bfloat16 where the device multiplies it fast.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        ModelError: not found, damaged, or of a family whose attention we do not know.
+        DeviceError: a GPU is asked for and there is none.
+    """
+    model, tokenizer = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return as_teacher(model, tokenizer, source=str(source))
+
+
+def load_model(
+    source: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """A causal language model of any kind (our hybrids too) and its tokenizer; arguments as for `load_teacher`."""
+    place = pick_device(device)
+    weights = pick_dtype(dtype, place)
+    path = fetch_packaged_model(str(source)) if str(source) in PACKAGED_MODELS else Path(source)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ModelError(str(path), got="no such file", expected="a GGUF file", hint="Check the path.")
+    where, extra = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
+    # A wrong family is told before its weights are read.
+    options = {"trust_remote_code": trust_remote_code, **extra}
+    check_supported(_guarded(source, lambda: AutoConfig.from_pretrained(where, **options)))
+    tokenizer = _guarded(source, lambda: AutoTokenizer.from_pretrained(where, **options))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if extra and hasattr(transformers, "GgufConfig"):
+        # Newer releases keep some formats packed in special modules unless asked not to.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = _guarded(source, lambda: AutoModelForCausalLM.from_pretrained(where, dtype=weights, **options))
+    if extra and hasattr(model.config, "quantization_config"):
+        # The weights are plain by now; the leftover entry would make save_pretrained refuse.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+    return model.eval().to(place), tokenizer
+
+
+def as_teacher(model: Any, tokenizer: Any, *, source: str = "in memory") -> Teacher:
+    """Wrap a model that is loaded already; it is frozen and put in evaluation mode.
+
+    Raises:
+        ModelError: the model is of an unknown family.
+    """
+    check_supported(model.config)
+    if model.config.model_type.startswith(HYBRID_PREFIX):
+        raise ModelError(
+            "teacher.source",
+            got=f"a hybrid ({model.config.model_type})",
+            expected="a model whose layers all have full attention",
+            hint="Give the model that the hybrid was made from.",
+        )
+    model.requires_grad_(False).eval()
+    return Teacher(
+        model=model,
+        tokenizer=tokenizer,
+        source=source,
+        geometry=read_geometry(model.config),
+        fingerprint=_fingerprint(model),
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; auto takes the GPU if there is one.
+
+    Raises:
+        DeviceError: the name is unknown or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(
+            "runtime.device", got=f"'{name}'", expected="auto, cpu or cuda", hint=did_you_mean(name, ["cpu", "cuda"])
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            "runtime.device",
+            got=f"'{name}' with {torch.cuda.device_count()} CUDA GPUs in this machine",
+            expected="a GPU that is there",
+            hint="Use --set runtime.device=cpu, or auto; 'dtr doctor' says what torch sees.",
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """A weight type by name; auto is bfloat16 on a GPU and on CPUs that multiply it in hardware."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bfloat16() else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether bfloat16 products are faster than float32 ones on this processor (AMX tiles)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def _guarded(source: Any, load: Any) -> Any:
+    """Run a library's loader; whatever it raises on a bad file becomes one clear message."""
+    try:
+        return load()
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"teacher.source {source}",
+            got=f"{type(error).__name__}: {first}",
+            expected="a readable pretrained model",
+            hint="Give a hub name, a folder with config.json and safetensors, or a GGUF file (needs the gguf extra).",
+        ) from error
+
+
+def _fingerprint(model: Any) -> str:
+    # Where a model lies, what wrote it and in which precision it was loaded do not change which model it is.
+    apart = ("transformers_version", "_name_or_path", "dtype", "quantization_config")
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in apart}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        sample = flat[:: max(1, flat.numel() // 1024)].bfloat16().float()
+        digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,179 @@
+"""Blockwise local distillation: it learns, layers stay independent, nothing is lost, everything repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from tiny import pico_teacher, token_blocks
+
+from dtr.arch import decoder_layers
+from dtr.distillation.bank import load_bank
+from dtr.distillation.students import Students, student_loss
+from dtr.distillation.trainer import distill
+from dtr.errors import BankError, Interrupted, RecipeError
+from dtr.mixers import MIXERS, mixer_from_teacher
+
+SETTINGS = {"num_tokens": 8 * 32 * 30, "batch_size": 8, "learning_rate": 5e-3, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return pico_teacher()
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return token_blocks()
+
+
+def weights_of(bank):
+    return {f"{i}.{n}": p for i, mixer in bank.mixers.items() for n, p in mixer.named_parameters()}
+
+
+def same_weights(one, other):
+    ours, theirs = weights_of(one), weights_of(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", sorted(MIXERS))
+def test_error_falls_in_every_layer(kind, teacher, blocks):
+    bank = distill(teacher, blocks, mixer=kind, **SETTINGS)
+    assert bank.layers == [0, 1, 2, 3]
+    for layer in bank.layers:
+        assert bank.nmse_after[layer] < 0.8 * bank.nmse_before[layer]
+    assert [point["num_tokens"] for point in bank.curve] == sorted(point["num_tokens"] for point in bank.curve)
+    assert bank.curve[-1]["num_tokens"] == SETTINGS["num_tokens"]
+    assert bank.curve[-1]["mean_nmse"] == pytest.approx(bank.mean_nmse)
+
+
+def test_the_teacher_is_not_changed(blocks):
+    teacher = pico_teacher()
+    before = {name: weight.clone() for name, weight in teacher.model.state_dict().items()}
+    distill(teacher, blocks, **SETTINGS | {"num_tokens": 1024})
+    after = teacher.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(layer.self_attn._forward_hooks for layer in decoder_layers(teacher.model))
+
+
+def test_a_layer_learns_the_same_alone_or_in_company(teacher, blocks):
+    company = distill(teacher, blocks, **SETTINGS | {"num_tokens": 2048})
+    alone = distill(teacher, blocks, layers=[2], **SETTINGS | {"num_tokens": 2048})
+    for name, weight in alone.mixers[2].named_parameters():
+        torch.testing.assert_close(weight, company.mixers[2].get_parameter(name), rtol=0, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bank_and_another_does_not(teacher, blocks):
+    settings = SETTINGS | {"num_tokens": 2048}
+    first = distill(teacher, blocks, **settings)
+    assert same_weights(first, distill(teacher, blocks, **settings))
+    assert not same_weights(first, distill(teacher, blocks, **settings | {"seed": 4}))
+
+
+@pytest.mark.parametrize("stop_at", [1, 7, 20])
+def test_an_interrupted_run_resumes_to_the_same_bits(stop_at, teacher, blocks, tmp_path):
+    whole = distill(teacher, blocks, **SETTINGS)
+    checkpoint = tmp_path / "state.safetensors"
+    steps = 0
+
+    def batch(step, **options):
+        nonlocal steps
+        steps += 1
+        if steps > stop_at + 1:
+            raise KeyboardInterrupt
+        return blocks.batch(step, **options)
+
+    dying = token_blocks()
+    object.__setattr__(dying, "batch", batch)
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher, dying, checkpoint=checkpoint, checkpoint_every_steps=stop_at, **SETTINGS)
+    resumed = distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
+    assert same_weights(whole, resumed)
+    assert resumed.nmse_after == whole.nmse_after
+    assert [p["num_tokens"] for p in resumed.curve] == [p["num_tokens"] for p in whole.curve]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(teacher, blocks, tmp_path):
+    def press(event):
+        if event["event"] == "distill" and event["step"] == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    checkpoint = tmp_path / "state.safetensors"
+    with pytest.raises(Interrupted, match=r"after step 1\d of 30.*--resume"):
+        distill(teacher, blocks, checkpoint=checkpoint, on_event=press, **SETTINGS)
+    assert same_weights(distill(teacher, blocks, **SETTINGS), distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(teacher, blocks, tmp_path):
+    checkpoint = tmp_path / "state.safetensors"
+    settings = SETTINGS | {"num_tokens": 1024}
+    distill(teacher, blocks, checkpoint=checkpoint, **settings)
+    with pytest.raises(BankError, match=r"learning_rate 0.005.*learning_rate 0.001"):
+        distill(teacher, blocks, checkpoint=checkpoint, **settings | {"learning_rate": 1e-3})
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(BankError, match="checkpoint"):
+        distill(teacher, blocks, checkpoint=checkpoint, **settings)
+
+
+def test_the_loss_is_normalised_and_differentiable(teacher):
+    layer = decoder_layers(teacher.model)[1]
+    mixer = mixer_from_teacher("gated_deltanet", teacher.geometry, 1, layer.self_attn)
+    hidden, rotary = torch.randn(2, 9, 32), teacher.model.model.rotary_emb(torch.randn(2, 9, 32), torch.arange(9)[None])
+    target = torch.randn(2, 9, 32)
+    torch.nn.init.zeros_(mixer.o_proj.weight)
+    assert student_loss(mixer, hidden, rotary, target).item() == pytest.approx(1.0)
+    student_loss(mixer, hidden, rotary, 100 * target).backward()
+    assert mixer.o_proj.weight.grad.abs().sum() > 0
+
+
+def test_held_out_error_is_the_ratio_of_sums(teacher, blocks):
+    attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
+    mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, attention[i]) for i in (0, 3)}
+    options = {"learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0, "compile_step": False}
+    students = Students(teacher, mixers, **options)
+    whole = students.held_out_nmse(blocks.held_out, 100)
+    assert students.held_out_nmse(blocks.held_out, 3) == pytest.approx(whole, rel=1e-5)
+
+
+def test_layers_out_of_range_are_refused(teacher, blocks):
+    with pytest.raises(RecipeError, match="0 to 3"):
+        distill(teacher, blocks, layers=[0, 4], **SETTINGS)
+
+
+class TestBank:
+    @pytest.fixture(scope="class")
+    def bank(self, teacher, blocks):
+        return distill(teacher, blocks, **SETTINGS | {"num_tokens": 512})
+
+    def test_saved_and_loaded_is_the_same(self, bank, teacher, tmp_path):
+        bank.save(tmp_path)
+        loaded = load_bank(tmp_path, teacher=teacher)
+        assert same_weights(bank, loaded)
+        assert loaded.fingerprint == bank.fingerprint
+        assert (loaded.nmse_after, loaded.curve, loaded.identity) == (bank.nmse_after, bank.curve, bank.identity)
+
+    def test_damage_is_told(self, bank, teacher, tmp_path):
+        with pytest.raises(BankError, match=r"bank\.json"):
+            load_bank(tmp_path / "nothing")
+        bank.save(tmp_path)
+        tensors = tmp_path / "mixers.safetensors"
+        good = tensors.read_bytes()
+        tensors.write_bytes(good[:-1000])
+        with pytest.raises(BankError, match="dtr distill"):
+            load_bank(tmp_path)
+        tensors.write_bytes(good[:-4] + b"\1\2\3\4")
+        with pytest.raises(BankError, match="do not match"):
+            load_bank(tmp_path)
+        tensors.write_bytes(good)
+        facts = json.loads((tmp_path / "bank.json").read_text())
+        (tmp_path / "bank.json").write_text(json.dumps(facts | {"format": 99}))
+        with pytest.raises(BankError, match="format 99"):
+            load_bank(tmp_path)
+
+    def test_another_teacher_is_refused(self, bank, tmp_path):
+        bank.save(tmp_path)
+        with pytest.raises(BankError, match="one of pico-llama"):
+            load_bank(tmp_path, teacher=pico_teacher(seed=1))

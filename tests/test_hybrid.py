@@ -1,0 +1,190 @@
+"""The hybrid as a Hugging Face model: identity with the teacher, cache, padding, saving."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import pico_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from dtr.arch import FAMILIES, LayerRunner, decoder_layers
+from dtr.errors import ModelError
+from dtr.hybrid.cache import decode_cache_bytes
+from dtr.hybrid.modeling import make_hybrid
+from dtr.mixers import MIXERS, mixer_from_teacher
+from dtr.teacher import as_teacher
+
+LAYOUTS = {"first": (0,), "mixed": (0, 2), "last": (3,), "all": (0, 1, 2, 3)}
+
+
+def hybrid_of(teacher, layers, kind="gated_deltanet"):
+    attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
+    mixers = {i: mixer_from_teacher(kind, teacher.geometry, i, attention[i]).eval() for i in layers}
+    for mixer in mixers.values():
+        # Gates that start as the identity would hide a gate that is wired wrongly.
+        for name, weight in mixer.named_parameters():
+            if "gate_proj" in name or "write_proj" in name or "decay" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+    return make_hybrid(teacher.model, mixers, {i: {"kind": kind} for i in layers})
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def teacher(request):
+    return pico_teacher(request.param)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 257, (3, 21))
+
+
+@torch.no_grad()
+def test_zero_replaced_layers_give_the_teachers_logits_bit_for_bit(teacher, ids):
+    assert torch.equal(hybrid_of(teacher, ()).forward(ids).logits, teacher.model(ids).logits)
+
+
+@torch.no_grad()
+def test_making_and_using_a_hybrid_leaves_the_teacher_bit_identical(teacher, ids):
+    weights = {name: weight.clone() for name, weight in teacher.model.state_dict().items()}
+    before = teacher.model(ids).logits
+    hybrid = hybrid_of(teacher, (0, 2))
+    assert (hybrid(ids).logits - before).abs().max() > 0.1
+    assert torch.equal(teacher.model(ids).logits, before)
+    assert all(torch.equal(weights[name], weight) for name, weight in teacher.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", sorted(MIXERS))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_pass(kind, layout, ids):
+    hybrid = hybrid_of(pico_teacher(), LAYOUTS[layout], kind)
+    full = hybrid(ids, use_cache=False).logits
+    out = hybrid(ids[:, :10], use_cache=True)
+    parts, cache = [out.logits], out.past_key_values
+    for first, last in ((10, 11), (11, 16), (16, 17), (17, 21)):
+        assert cache.get_seq_length() == first
+        parts.append(hybrid(ids[:, first:last], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("kind", sorted(MIXERS))
+@torch.no_grad()
+def test_padding_changes_nothing(kind, layout, ids):
+    hybrid = hybrid_of(pico_teacher(), LAYOUTS[layout], kind)
+    full = hybrid(ids, use_cache=False).logits
+    for num_left, num_right in ((7, 0), (0, 7), (3, 4)):
+        padded, mask = torch.zeros(2, 3, 28, dtype=torch.long)
+        real = slice(num_left, 28 - num_right)
+        padded[:, real], mask[:, real] = ids, 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = hybrid(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(out[:, real], full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_generate_with_cache_equals_generate_without(teacher, layout, beams):
+    hybrid = hybrid_of(teacher, LAYOUTS[layout])
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+    prompts = [torch.randint(1, 257, (n,)) for n in (4, 9, 7)]
+    alone = [hybrid.generate(p[None], attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :] for p in prompts]
+    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, 1
+    for use_cache in (True, False):
+        batch = hybrid.generate(ids, attention_mask=mask, use_cache=use_cache, **options)[:, 9:]
+        assert torch.equal(batch, torch.stack(alone))
+
+
+@torch.no_grad()
+def test_saved_and_loaded_hybrid_has_equal_logits(teacher, ids, tmp_path):
+    hybrid = hybrid_of(teacher, (0, 2))
+    hybrid.tokenizer = teacher.tokenizer
+    hybrid.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, hybrid(ids).logits)
+    assert loaded.linear_layers == [0, 2]
+    assert AutoTokenizer.from_pretrained(tmp_path)("ab")["input_ids"] == teacher.tokenizer("ab")["input_ids"]
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(again)(ids).logits, hybrid(ids).logits)
+
+
+FRESH = """
+import sys, json, torch
+if {blocked!r}:
+    sys.modules["dtr"] = None  # as if the package were not installed
+else:
+    import dtr
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code={blocked!r})
+ids = torch.arange(1, 22)[None]
+with torch.no_grad():
+    print(json.dumps([model(ids).logits[0, -1, :8].tolist(), model.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist()]))
+if {blocked!r}:
+    model.save_pretrained({folder!r} + "/again")
+"""
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["import_dtr", "trust_remote_code_without_dtr"])
+@torch.no_grad()
+def test_a_fresh_process_loads_the_folder(blocked, tmp_path):
+    hybrid = hybrid_of(pico_teacher(), (0, 2))
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    code = FRESH.format(blocked=blocked, folder=str(tmp_path / "hybrid"))
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    logits, text = json.loads(done.stdout.strip().splitlines()[-1])
+    ids = torch.arange(1, 22)[None]
+    assert logits == hybrid(ids).logits[0, -1, :8].tolist()
+    assert text == hybrid.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist()
+    if blocked:
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid" / "again")
+        assert torch.equal(again(ids).logits, hybrid(ids).logits)
+
+
+@torch.no_grad()
+def test_running_layers_one_by_one_equals_the_forward_pass(teacher, ids):
+    model = hybrid_of(teacher, (1, 2))
+    runner = LayerRunner(model)
+    batch = runner.prepare(ids)
+    hidden = batch.hidden_BTD
+    for index, layer in enumerate(runner.layers):
+        hidden = runner.run_layer(index, layer, hidden, batch)
+    assert torch.equal(runner.logits(hidden), model(ids).logits)
+
+
+@torch.no_grad()
+def test_sliding_window_teacher(ids):
+    teacher = pico_teacher("mistral", sliding_window=8)
+    hybrid = hybrid_of(teacher, (0, 2))
+    assert torch.equal(hybrid_of(teacher, ()).forward(ids).logits, teacher.model(ids).logits)
+    full = hybrid(ids, use_cache=False).logits
+    out = hybrid(ids[:, :12], use_cache=True)
+    rest = hybrid(ids[:, 12:], past_key_values=out.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([out.logits, rest.logits], dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cache_bytes_are_what_the_arithmetic_says(ids):
+    teacher = pico_teacher()
+    cache = hybrid_of(teacher, (0, 2))(ids, use_cache=True).past_key_values
+    expected = decode_cache_bytes(teacher.geometry, 4, 2, context_tokens=21, bytes_per_element=4)
+    assert cache.num_bytes() == 3 * expected
+
+
+def test_misuse_is_told(ids):
+    hybrid = hybrid_of(pico_teacher(), (0,))
+    with pytest.raises(ModelError, match="HybridCache"):
+        hybrid(ids, past_key_values=DynamicCache())
+    with pytest.raises(ModelError, match="cache_implementation"):
+        hybrid.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ModelError, match="full attention"):
+        as_teacher(hybrid, None)

@@ -1,0 +1,152 @@
+"""Which backend is chosen where, and that the dispatch passes each what it expects."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from dtr.errors import DeviceError
+from dtr.ops import backend, gated_delta, gated_linear
+from dtr.ops.backend import GATED_DELTA, GATED_LINEAR, choose_backend
+
+
+@pytest.fixture(autouse=True)
+def _fresh_kernels(monkeypatch):
+    monkeypatch.setattr(backend, "_kernels", {})
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that says what there is; what is there loads unless told otherwise."""
+
+    def set_up(*, triton=(3, 7, 1), hopper=True, fla=True, tilelang=False, kernel_loads=True, fla_loads=True):
+        there = backend._Machine(triton_version=triton, is_hopper=hopper, has_fla=fla, has_tilelang=tilelang)
+        monkeypatch.setattr(backend, "_probe", lambda: there)
+        if kernel_loads:
+            backend._kernels["triton", GATED_DELTA] = gated_delta.chunked
+        if fla_loads:
+            backend._kernels.update({("fla", op): gated_delta.chunked for op in (GATED_DELTA, GATED_LINEAR)})
+        # None makes an import fail, whatever is installed where the test runs.
+        for module in ("dtr.ops.gated_delta_triton", "fla"):
+            monkeypatch.setitem(sys.modules, module, None)
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("there", "op", "name", "reason"),
+    [
+        ({}, GATED_DELTA, "triton", "fastest"),
+        ({"kernel_loads": False}, GATED_DELTA, "fla", "does not load"),
+        ({"kernel_loads": False, "triton": (3, 6, 0)}, GATED_DELTA, "torch", "on Hopper with triton 3.6.0"),
+        ({"kernel_loads": False, "triton": (3, 7, 0)}, GATED_DELTA, "torch", "on Hopper with triton 3.7.0"),
+        ({"kernel_loads": False, "triton": (3, 3, 1)}, GATED_DELTA, "fla", "does not load"),
+        ({"kernel_loads": False, "triton": (3, 6, 0), "tilelang": True}, GATED_DELTA, "fla", "does not load"),
+        ({"kernel_loads": False, "triton": (3, 6, 0), "hopper": False}, GATED_DELTA, "fla", "does not load"),
+        ({"kernel_loads": False, "fla": False}, GATED_DELTA, "torch", "fla is not installed"),
+        ({"kernel_loads": False, "fla_loads": False}, GATED_DELTA, "torch", "fla does not load (ModuleNotFoundError"),
+        ({"triton": None}, GATED_DELTA, "torch", "triton is not installed"),
+        ({"triton": (3, 6, 0)}, GATED_LINEAR, "fla", "no kernel for gated linear attention"),
+        ({"fla": False}, GATED_LINEAR, "torch", "fla is not installed"),
+    ],
+)
+def test_auto_takes_the_first_usable(machine, there, op, name, reason):
+    machine(**there)
+    chosen = choose_backend("auto", "cuda", op=op)
+    assert chosen.name == name
+    assert reason in chosen.reason
+
+
+def test_auto_on_a_cpu_is_torch_and_looks_at_no_library(monkeypatch):
+    monkeypatch.setattr(backend, "_probe", None)
+    chosen = choose_backend("auto", "cpu")
+    assert (chosen.name, chosen.reason) == ("torch", "kernels need CUDA and the device is cpu")
+    assert choose_backend("torch", "cuda").name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "there", "op", "words"),
+    [
+        ("fla", "cpu", {}, GATED_DELTA, ["the device is cpu", "Take auto or torch"]),
+        ("triton", "cpu", {}, GATED_DELTA, ["the device is cpu"]),
+        ("fla", "cuda", {"fla": False}, GATED_DELTA, ["fla is not installed", "Install fla-core"]),
+        ("fla", "cuda", {"triton": (3, 6, 0)}, GATED_DELTA, ["Hopper", "Install tilelang"]),
+        ("triton", "cuda", {}, GATED_LINEAR, ["no kernel for gated linear attention", "fla or torch"]),
+        ("triton", "cuda", {"kernel_loads": False}, GATED_DELTA, ["does not load"]),
+        ("tritn", "cuda", {}, GATED_DELTA, ["Did you mean 'triton'?"]),
+    ],
+)
+def test_a_request_that_cannot_run_is_refused_with_the_remedy(machine, requested, device, there, op, words):
+    machine(**there)
+    with pytest.raises(DeviceError) as error:
+        choose_backend(requested, device, op=op)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_request_that_can_run_is_granted(machine):
+    machine()
+    assert [choose_backend(name, "cuda").name for name in ("torch", "fla", "triton")] == ["torch", "fla", "triton"]
+
+
+def test_this_machine_is_probed_without_error():
+    there = backend._probe()
+    assert there.is_hopper in (True, False)
+    assert there.triton_version is None or len(there.triton_version) == 3
+
+
+def draw(*shape):
+    return torch.randn(2, *shape)
+
+
+def delta_inputs(num_tokens):
+    q, k = draw(num_tokens, 3, 8), torch.nn.functional.normalize(draw(num_tokens, 3, 8), dim=-1)
+    return [q, k, draw(num_tokens, 3, 4), -draw(num_tokens, 3).abs(), draw(num_tokens, 3).sigmoid()]
+
+
+def linear_inputs(num_tokens):
+    return [*delta_inputs(num_tokens)[:3], -draw(num_tokens, 3, 8).abs()]
+
+
+OPS = [
+    (backend.gated_delta_rule, gated_delta, delta_inputs, "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    (backend.gated_linear_attention, gated_linear, linear_inputs, "fla.ops.gla", "chunk_gla"),
+]
+
+
+@pytest.mark.parametrize(("rule", "op", "make", "module", "function"), OPS, ids=["delta", "linear"])
+def test_fla_is_called_with_its_own_names(monkeypatch, rule, op, make, module, function):
+    calls = []
+
+    def theirs(*inputs, scale, initial_state, output_final_state):
+        calls.append(initial_state.dtype)
+        assert output_final_state
+        assert all(x.dtype == torch.bfloat16 for x in inputs[:3])
+        assert inputs[3].dtype == torch.float32
+        return op.chunked(*inputs, scale=scale, state_BHKV=initial_state)
+
+    fake = ModuleType(module)
+    setattr(fake, function, theirs)
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module, fake)
+    inputs = [x.bfloat16() for x in make(20)]
+    # The mixer may have normalised its keys in float32.
+    inputs[1] = inputs[1].float()
+    o, last = rule(*inputs, scale=0.5, state=draw(3, 8, 4).bfloat16(), backend="fla")
+    assert calls == [torch.float32]
+    assert o.dtype == torch.bfloat16
+    assert last.shape == (2, 3, 8, 4)
+
+
+@pytest.mark.parametrize(("rule", "op", "make", "module", "function"), OPS, ids=["delta", "linear"])
+def test_torch_is_the_chunked_form_and_a_single_token_a_step(rule, op, make, module, function):
+    inputs, state = make(21), draw(3, 8, 4)
+    expected, expected_last = op.chunked(*inputs, state_BHKV=state, scale=0.7)
+    o, middle = rule(*(x[:, :20] for x in inputs), state=state, scale=0.7)
+    # No fla is needed for one token.
+    last_o, last = rule(*(x[:, 20:] for x in inputs), state=middle, scale=0.7, backend="fla")
+    torch.testing.assert_close(torch.cat([o, last_o], dim=1), expected)
+    torch.testing.assert_close(last, expected_last)
