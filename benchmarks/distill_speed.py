@@ -3,7 +3,7 @@
     python benchmarks/distill_speed.py smollm2-demo --sizes 32x512,8x2048
 
 Prints one JSON line per size: tokens per second of the teacher's body (no LM head) and of a whole training step of all
-layers, their ratio, cold start (first two steps, compilation included) and peak memory. The text is random tokens, of
+layers, their ratio, cold start (until the step is compiled and recorded) and peak memory. The text is random tokens, of
 which speed does not depend. Medians over steps after warm-up.
 """
 
@@ -17,10 +17,12 @@ import time
 import torch
 
 from dtr.arch import decoder_layers
+from dtr.distillation.replay import WARMUP_STEPS
 from dtr.distillation.students import Students
 from dtr.environment import hardware, library_versions, own_commit
 from dtr.mixers import mixer_from_teacher
-from dtr.ops.backend import choose_backend, use_backend
+from dtr.ops.backend import choose_backend
+from dtr.ops.dispatch import use_backend
 from dtr.teacher import load_teacher
 
 
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--slow", action="store_true")
     args = parser.parse_args()
 
     teacher = load_teacher(args.model, device=args.device)
@@ -44,7 +46,7 @@ def main() -> None:
         "mixer": args.mixer,
         "backend": choose_backend(args.backend, teacher.device.type).name,
         "backend_reason": backend.reason,
-        "compiled": teacher.device.type == "cuda" and not args.no_compile,
+        "fast": teacher.device.type == "cuda" and not args.slow,
     }
     print(json.dumps(facts), flush=True)
     for size in args.sizes.split(","):
@@ -61,7 +63,7 @@ def measure(teacher, args, batch: int, tokens: int) -> dict:
         learning_rate=1e-3,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        compile_step=teacher.device.type == "cuda" and not args.no_compile,
+        fast=teacher.device.type == "cuda" and not args.slow,
     )
     ids = torch.randint(0, teacher.model.config.vocab_size, (batch, tokens), device=teacher.device)
 
@@ -70,7 +72,7 @@ def measure(teacher, args, batch: int, tokens: int) -> dict:
         teacher.model.model(input_ids=ids, use_cache=False)
 
     began = time.perf_counter()
-    for _ in range(2):
+    for _ in range(WARMUP_STEPS + 1):
         students.train_step(ids, 1e-4)
     synchronize(teacher)
     cold = time.perf_counter() - began

@@ -132,7 +132,7 @@ def test_the_loss_is_normalised_and_differentiable(teacher):
 def test_held_out_error_is_the_ratio_of_sums(teacher, blocks):
     attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
     mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, attention[i]) for i in (0, 3)}
-    options = {"learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0, "compile_step": False}
+    options = {"learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0, "fast": False}
     students = Students(teacher, mixers, **options)
     whole = students.held_out_nmse(blocks.held_out, 100)
     assert students.held_out_nmse(blocks.held_out, 3) == pytest.approx(whole, rel=1e-5)

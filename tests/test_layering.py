@@ -28,6 +28,7 @@ ROOMS = (
     ["environment", "record"],
     ["pipeline", "display"],
     ["cli"],
+    ["__main__"],
 )
 """From the bottom up; a module imports from its own level or from below."""
 

@@ -62,10 +62,4 @@ def token_blocks(*, num_train: int = 40, num_held_out: int = 8, num_tokens: int 
     """Random blocks with enough repetition for a mixer to learn from."""
     ids = torch.randint(1, 257, (num_train + num_held_out, num_tokens), generator=torch.Generator().manual_seed(5))
     ids[:, num_tokens // 2 :] = ids[:, : num_tokens - num_tokens // 2]
-    return TokenBlocks(
-        train=ids[:num_train].int(),
-        held_out=ids[num_train:].int(),
-        fingerprint="0123456789abcdef",
-        source="tiny",
-        num_tokens=ids.numel(),
-    )
+    return TokenBlocks.from_tensors(ids[:num_train].int(), ids[num_train:].int(), source="tiny")

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -171,10 +173,9 @@ def main() -> None:
     except DtrError as error:
         _fail(error, debug)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt as error:
-        text = str(error) if isinstance(error, Interrupted) else "Stopped. Every finished step is saved."
+    except _Stopped as stopped:
         command = " ".join(["dtr", *(a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")), "--resume"])
-        print(f"\n{text}\nGo on with: {command}", file=sys.stderr)
+        print(f"\n{stopped}\nGo on with: {command}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -195,10 +196,20 @@ def _recipe(
     return read_recipe(path, [*overrides, *(settings or [])])
 
 
-def _display(log: str) -> Any:
+@contextmanager
+def _display(log: str) -> Iterator[Any]:
     from dtr.display import open_display
 
-    return open_display(log)
+    try:
+        with open_display(log) as show:
+            yield show
+    except KeyboardInterrupt as error:
+        text = str(error) if isinstance(error, Interrupted) else "Stopped. Every finished candidate is saved."
+        raise _Stopped(text) from None
+
+
+class _Stopped(Exception):
+    """Ctrl-C with the state saved; typer would end a KeyboardInterrupt without a word."""
 
 
 def _conclude(record: dict[str, Any], out: Path, log: str) -> None:

@@ -17,7 +17,7 @@ from dtr.errors import DeviceError, RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.examples import differing_items, write_sample
 from dtr.files import write_json
-from dtr.ops.backend import use_backend
+from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe
 from dtr.record import make_record
 from dtr.replace import SearchResult, search

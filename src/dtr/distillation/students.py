@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dtr.arch import capture_attention
+from dtr.distillation.replay import Replay
 from dtr.mixers.base import LinearMixer
 from dtr.teacher import Teacher
 
@@ -30,7 +31,11 @@ def student_loss(
 
 
 class Students:
-    """The mixers under training, with their optimizer."""
+    """The mixers under training, with their optimizer.
+
+    On a GPU the step is bound by launching some 10,000 small kernels, so it is compiled, and after a few steps recorded
+    once as a CUDA graph and replayed; `fast` turns both on.
+    """
 
     def __init__(
         self,
@@ -40,7 +45,7 @@ class Students:
         learning_rate: float,
         weight_decay: float,
         max_grad_norm: float,
-        compile_step: bool,
+        fast: bool,
     ) -> None:
         self._teacher, self.mixers = teacher, mixers
         self._max_grad_norm = max_grad_norm
@@ -48,18 +53,30 @@ class Students:
             teacher.device.type, torch.bfloat16, enabled=teacher.dtype in (torch.bfloat16, torch.float16)
         )
         # One compiled graph serves all layers: their parameters are its inputs.
-        self._loss = torch.compile(student_loss, dynamic=False) if compile_step else student_loss
+        self._loss = torch.compile(student_loss, dynamic=False) if fast else student_loss
+        self._replay = Replay(self._step) if fast else None
         self._groups = [[p for p in mixer.parameters() if p.requires_grad] for mixer in mixers.values()]
         self.optimizer = torch.optim.AdamW(
             [p for group in self._groups for p in group],
-            lr=learning_rate,
+            # A recorded step reads the rate from device memory.
+            lr=torch.tensor(learning_rate, device=teacher.device) if fast else learning_rate,
             betas=(0.9, 0.95),
             weight_decay=weight_decay,
             fused=True,
+            capturable=fast,
         )
 
     def train_step(self, input_ids: torch.Tensor, learning_rate: float) -> torch.Tensor:
         """One teacher pass over (B, T) tokens and one update of every student; returns their losses (layers,)."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        input_ids = input_ids.to(self._teacher.device, torch.long)
+        return self._step(input_ids) if self._replay is None else self._replay(input_ids)
+
+    def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
         losses: dict[int, torch.Tensor] = {}
 
         def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
@@ -70,8 +87,6 @@ class Students:
 
         self._teacher_pass(input_ids, visit)
         self._clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack([losses[index] for index in self.mixers])
@@ -88,14 +103,14 @@ class Students:
             sums[index] += torch.stack([error, target.float().square().sum(dtype=torch.float64)])
 
         for batch in blocks.split(batch_size):
-            self._teacher_pass(batch, visit)
+            self._teacher_pass(batch.to(self._teacher.device, torch.long), visit)
         return {index: (error / power).item() for index, (error, power) in sums.items()}
 
     @torch.no_grad()
     def _teacher_pass(self, input_ids: torch.Tensor, visit: Any) -> None:
         body = self._teacher.model.model
         with capture_attention(self._teacher.model, list(self.mixers), visit):
-            body(input_ids=input_ids.to(self._teacher.device, torch.long), use_cache=False)
+            body(input_ids=input_ids, use_cache=False)
 
     def _clip(self) -> None:
         # Each student on its own, as if it were trained alone.

@@ -27,6 +27,8 @@ from dtr.teacher import Teacher
 
 NUM_MEASURES = 8
 """Times that held-out error is measured on the way."""
+HELD_OUT_TOKENS = 16_384
+"""Tokens set aside for measuring where the caller gives plain text instead of blocks."""
 
 
 def distill(
@@ -75,7 +77,14 @@ def distill(
         Interrupted: Ctrl-C; the state was saved if `checkpoint` is given.
     """
     if not isinstance(text, TokenBlocks):
-        text = load_text(text, tokenizer=teacher.tokenizer, seq_len_tokens=seq_len_tokens, seed=seed)
+        text = load_text(
+            text,
+            tokenizer=teacher.tokenizer,
+            seq_len_tokens=seq_len_tokens,
+            num_held_out_tokens=HELD_OUT_TOKENS,
+            max_tokens=num_tokens,
+            seed=seed,
+        )
     chosen = _check_layers(layers, teacher.num_layers)
     identity = {
         "teacher": teacher.fingerprint,
@@ -109,7 +118,7 @@ def distill(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
-        compile_step=teacher.device.type == "cuda",
+        fast=teacher.device.type == "cuda",
     )
     state = _State(bank, students, Path(checkpoint) if checkpoint else None)
     try:

@@ -5,15 +5,10 @@ Shapes: B batch, T tokens, H heads, G = B * H sequences, N chunks, C tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 MIN_CHUNK = 16
-CACHE_ELEMENTS_PER_THREAD = 2**19
-"""On a CPU, elements per thread of the largest tensors that are worked on at once."""
 
 
 def chunk_length(num_tokens: int, chunk_size: int) -> int:
@@ -59,21 +54,3 @@ def start_state(
 def full_precision(x: torch.Tensor) -> torch.autocast:
     """Context without autocast, which would otherwise run the matmuls on states and inverses in 16 bits."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def in_blocks(
-    function: Callable[..., tuple[torch.Tensor, ...]], tensors: list[torch.Tensor], *options: Any
-) -> tuple[torch.Tensor, ...]:
-    """`function(*tensors, *options)`, on a CPU for a few rows of the batch (the first dim) at a time.
-
-    Intermediate results then stay in the cache and reuse memory that is already mapped: a quarter less time, measured
-    for the gated delta rule on two cores at B = 8, T = 512, H = 9, K = V = 64.
-    """
-    first = tensors[0]
-    if torch.compiler.is_compiling() or first.device.type != "cpu":
-        return function(*tensors, *options)
-    num_at_once = max(1, CACHE_ELEMENTS_PER_THREAD * torch.get_num_threads() // first[0].numel())
-    if num_at_once >= first.shape[0]:
-        return function(*tensors, *options)
-    blocks = [function(*block, *options) for block in zip(*(x.split(num_at_once) for x in tensors))]
-    return tuple(torch.cat(parts) for parts in zip(*blocks))

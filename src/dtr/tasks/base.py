@@ -66,12 +66,22 @@ class Item:
 class Task(Protocol):
     """A task is anything with these attributes; see `dtr.tasks.multiple_choice` for a short one."""
 
-    name: str
-    kind: str
-    metric: str
-    chat_template: bool
-    splits: Mapping[str, Sequence[Item]]
-    """`validation` (search looks at it) and `test` (scored once at the end): disjoint, never empty."""
+    # Properties, as a protocol's plain attributes would rule out frozen tasks.
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def chat_template(self) -> bool: ...
+
+    @property
+    def splits(self) -> Mapping[str, Sequence[Item]]:
+        """`validation` (search looks at it) and `test` (scored once at the end): disjoint, never empty."""
 
     def grade(self, item: Item, responses: Sequence[Response]) -> Grade: ...
 

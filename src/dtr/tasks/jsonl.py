@@ -142,6 +142,9 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict):
         raise DataError(
-            where, got=f"a JSON {type(data).__name__}", expected="an object with named fields", hint='As {"question": ...}.'
+            where,
+            got=f"a JSON {type(data).__name__}",
+            expected="an object with named fields",
+            hint='As {"question": ...}.',
         )
     return data

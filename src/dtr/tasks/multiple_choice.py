@@ -79,9 +79,9 @@ def _make_item(row: Row, spec: TaskSpec, options: MultipleChoiceOptions) -> Item
     choices = options.choices if options.choices is not None else _read_choices(row)
     field = options.answer_field
     answer = row.require(field)
-    if not isinstance(answer, int):
-        raise row.wrong(field, answer, "the index of the right choice, from 0", "true and 'A' are no indices.")
-    # bool is an int in Python; true and false are meant only where two choices stand for no and yes.
+    # A bool is an int in Python; it is meant as an index only where the recipe gives the choices, as [no, yes].
+    if not isinstance(answer, int) or (isinstance(answer, bool) and options.choices is None):
+        raise row.wrong(field, answer, "the index of the right choice, a whole number from 0")
     answer = int(answer)
     if not 0 <= answer < len(choices):
         raise row.wrong(field, answer, f"an index from 0 to {len(choices) - 1}, one of {len(choices)} choices")

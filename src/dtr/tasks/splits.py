@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from dtr.corpus.reading import is_plain_text, read_documents
-from dtr.errors import DataError, did_you_mean
+from dtr.errors import DataError
 from dtr.tasks.base import Item
 from dtr.tasks.jsonl import Row, SplitExpression, read_jsonl
 from dtr.tasks.spec import TaskSpec
@@ -38,8 +39,30 @@ def rows_of(spec: TaskSpec, text: str, where: str) -> list[Row]:
         RecipeError: a malformed expression.
     """
     expression = SplitExpression.parse(text, where)
-    path = find_split(spec, expression.name, where)
-    return expression.select(read_rows(path), where)
+    assert spec.data is not None, "built-in tasks have no files"
+    path = find_split(spec.data, expression.name, where)
+    return _add_contexts(expression.select(read_rows(path), where))
+
+
+def _add_contexts(rows: list[Row]) -> list[Row]:
+    """Rows with a `context_id` instead of a context get it from docs_SPLIT.jsonl next to their file.
+
+    Raises:
+        DataError: no such file, or no such context in it.
+    """
+    if not any("context_id" in row.data and "context" not in row.data for row in rows):
+        return rows
+    documents = rows[0].file.with_name(f"docs_{rows[0].file.name}")
+    contexts = {row.require("context_id"): row.text("context") for row in read_jsonl(documents)}
+    out = []
+    for row in rows:
+        name = row.data.get("context_id")
+        if name is not None and "context" not in row.data:
+            if name not in contexts:
+                raise row.wrong("context_id", name, f"a context_id of {documents}")
+            row = replace(row, data={"context": contexts[name], **row.data})
+        out.append(row)
+    return out
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -52,33 +75,35 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def find_split(spec: TaskSpec, name: str, where: str) -> Path:
+def find_split(data: Path, name: str, where: str) -> Path:
     """The file of a split: NAME.jsonl (or plain text) in the folder, or the single file itself.
 
     Raises:
         DataError: no such split; names those that are there.
     """
-    data = spec.data
-    assert data is not None, "built-in tasks have no files"
     if data.is_file():
-        if name in ("rows", data.stem):
+        if name in ("rows", short_name(data)):
             return data
         raise DataError(
             where,
             got=f"the split '{name}' of the single file {data}",
-            expected=f"rows of that file, as '{data.stem}[0:250]' or 'rows[0:250]'",
+            expected=f"rows of that file, as '{short_name(data)}[0:250]' or 'rows[0:250]'",
             hint="Give task.validation and task.test ranges that do not overlap, as 'rows[0:250]' and 'rows[250:]'.",
         )
-    files = {path.stem: path for path in sorted(data.iterdir(), reverse=True) if _is_rows(path)}
+    files = {short_name(path): path for path in sorted(data.iterdir(), key=_rank) if _is_rows(path)}
     if name not in files:
-        listing = f"Files there: {', '.join(sorted(p.name for p in files.values())) or 'none that can be read'}."
         raise DataError(
             where,
             got=f"no file {name}.jsonl in {data}",
             expected="one file per split",
-            hint=(did_you_mean(name, files) + " " if files else "") + listing,
+            hint=f"Files there: {', '.join(sorted(path.name for path in files.values())) or 'none that can be read'}.",
         )
     return files[name]
+
+
+def short_name(path: Path) -> str:
+    """Name without its suffixes, as `test` for test.jsonl and for test.txt.xz."""
+    return (path.with_suffix("") if path.suffix in (".xz", ".gz") else path).stem
 
 
 def is_train_there(spec: TaskSpec) -> bool:
@@ -86,7 +111,7 @@ def is_train_there(spec: TaskSpec) -> bool:
     return spec.data is not None and (spec.data / "train.jsonl").is_file()
 
 
-def draw_splits(spec: TaskSpec, items: dict[str, Sequence[Item]]) -> dict[str, tuple[Item, ...]]:
+def draw_splits(spec: TaskSpec, items: Mapping[str, Sequence[Item]]) -> dict[str, tuple[Item, ...]]:
     """The items to use: `num_validation` and `num_test` of them, drawn by the seed, in their order.
 
     Raises:
@@ -110,6 +135,11 @@ def _draw(items: Sequence[T], num_items: int | None, seed: int, split: str) -> l
     rng = random.Random(f"{seed}/{split}")
     keys = [rng.random() for _ in items]
     return [items[i] for i in sorted(sorted(range(len(items)), key=keys.__getitem__)[:num_items])]
+
+
+def _rank(path: Path) -> tuple[bool, str]:
+    # Later ones win, so that validation.jsonl goes before validation.txt.
+    return path.suffix == ".jsonl", path.name
 
 
 def _is_rows(path: Path) -> bool:

@@ -1,0 +1,79 @@
+"""`load_text`: from text files to token blocks."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dtr.corpus.blocks import TokenBlocks
+from dtr.corpus.packing import encode, held_out_first, shuffle_documents, take_held_out, take_train
+from dtr.corpus.reading import find_files, read_documents
+from dtr.errors import DataError
+
+
+def load_text(
+    source: str | Sequence[str],
+    *,
+    tokenizer: Any,
+    seq_len_tokens: int,
+    num_held_out_tokens: int,
+    max_tokens: int | None = None,
+    seed: int = 0,
+) -> TokenBlocks:
+    """Read text, tokenize it and pack it into blocks.
+
+    Documents are shuffled (as a whole up to 64 million characters, beyond that in pools of that length), ended by the
+    tokenizer's end-of-text token, joined and cut into blocks. Held-out blocks come from documents that are in no
+    training block. What does not fill a block is dropped.
+
+    Args:
+        source: files (.txt, .md, .jsonl, .xz and .gz of these, .parquet), folders, or `python-docs`. The rows of
+            .jsonl and .parquet have their text in `text`; a line with only `<|doc|>` ends a document of plain text.
+        tokenizer: a Hugging Face tokenizer; a fast one works on all cores.
+        seq_len_tokens: length of a block.
+        num_held_out_tokens: tokens to hold out, rounded down to whole blocks, at least one.
+        max_tokens: stop after that many training tokens (whole blocks, at least one); all when left out.
+        seed: decides the order of the documents and which are held out.
+
+    Raises:
+        DataError: missing, unreadable or malformed files, or too little text.
+    """
+    assert seq_len_tokens >= 1, "blocks hold at least one token"
+    files = find_files(source)
+    name = source if isinstance(source, str) else ", ".join(source)
+    num_held_out = max(num_held_out_tokens // seq_len_tokens, 1) * seq_len_tokens
+    if max_tokens is not None:
+        max_tokens = max(max_tokens // seq_len_tokens, 1) * seq_len_tokens
+    stream = encode(tokenizer, _ordered(files, name, seed))
+    held_out = take_held_out(stream, num_held_out, seq_len_tokens)
+    train = take_train(stream, max_tokens)
+    if len(held_out) < num_held_out or len(train) < seq_len_tokens:
+        raise DataError(
+            name,
+            got=f"text of {len(held_out) + len(train)} tokens",
+            expected=f"{num_held_out} tokens to hold out and {seq_len_tokens} or more of other documents to train on",
+            hint="Add text, or lower text.num_held_out_tokens or distill.seq_len_tokens.",
+        )
+    return TokenBlocks.from_tensors(_block(train, seq_len_tokens), _block(held_out, seq_len_tokens), source=name)
+
+
+def _ordered(files: Sequence[Any], name: str, seed: int) -> Iterator[str]:
+    """All documents, those that may be held out first."""
+    pools = shuffle_documents((document for file in files for document in read_documents(file)), seed)
+    first = next(pools, None)
+    if first is None:
+        raise DataError(name, got="no text", expected="text", hint="The files are there but hold nothing to read.")
+    yield from held_out_first(first)
+    for pool in pools:
+        yield from pool
+
+
+def _block(ids: array, seq_len_tokens: int) -> torch.Tensor:
+    """(N, T) int32."""
+    num_blocks = len(ids) // seq_len_tokens
+    tokens = torch.frombuffer(ids, dtype=torch.int32, count=num_blocks * seq_len_tokens)
+    # A copy, as the array would otherwise stay locked behind the tensor.
+    return tokens.clone().view(num_blocks, seq_len_tokens)

@@ -1,0 +1,106 @@
+"""English text that comes with every Python: what the standard library says about itself. No code is run.
+
+The documents are the docstrings and longer comments of each source file, headed by the names they belong to, the
+language reference behind `help()`, and the text files next to them. Installed packages are left out. What is there
+depends on the Python version, and some systems leave the standard library's tests out; the fingerprint of the tokens
+tells.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+MIN_CHARS = 80
+"""Shorter docstrings, comments and documents are left out."""
+_INSTALLED = {"site-packages", "dist-packages"}
+_TOPICS = ("pydoc_data", "topics.py")
+# Tables and e-mail samples of the test suite, and grammars, are no prose.
+_TEXT_FOLDERS_LEFT_OUT = {"test", "lib2to3"}
+_COMMENT = re.compile(r"(?:^[ \t]*#[^\n]*\n)+", re.MULTILINE)
+_COMMENT_SIGN = re.compile(r"^[ \t]*#+[ \t]?", re.MULTILINE)
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def read_documents() -> Iterator[str]:
+    """Documents in a fixed order; no docstring or comment comes twice."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    seen: set[str] = set()
+    files = [file for file in root.rglob("*") if file.suffix in (".py", ".txt")]
+    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
+        parts = file.relative_to(root).parts
+        if _INSTALLED & set(parts):
+            continue
+        text = _read(file)
+        if text is None:
+            continue
+        if file.suffix == ".txt":
+            documents = [] if parts[0] in _TEXT_FOLDERS_LEFT_OUT else [text.strip()]
+        elif parts == _TOPICS:
+            documents = _topics(text)
+        else:
+            documents = [_document(".".join(parts).removesuffix(".py").removesuffix(".__init__"), text, seen)]
+        yield from (document for document in documents if len(document) >= MIN_CHARS)
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        # The test suite holds files that are broken on purpose.
+        return None
+
+
+def _parse(source: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _topics(source: str) -> list[str]:
+    """The values of the one dictionary in pydoc's topics, as literals."""
+    tree = _parse(source)
+    tables = [node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)] if tree else []
+    texts = [ast.literal_eval(value) for table in tables if isinstance(table, ast.Dict) for value in table.values]
+    return [textwrap.dedent(text).strip() for text in texts if isinstance(text, str)]
+
+
+def _document(module: str, source: str, seen: set[str]) -> str:
+    """Docstrings and comments of one file, in the order of its lines."""
+    tree = _parse(source)
+    if tree is None:
+        return ""
+    notes = [(line, text) for line, text in _docstrings(tree, module) if _is_new(text.split("\n", 1)[-1], seen)]
+    for match in _COMMENT.finditer(source):
+        comment = textwrap.dedent(_COMMENT_SIGN.sub("", match[0])).strip()
+        if _is_new(comment, seen):
+            notes.append((source.count("\n", 0, match.start()), comment))
+    return "\n\n".join(text for _, text in sorted(notes))
+
+
+def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[int, str]]:
+    """(line, name and docstring) of a node and of the classes and functions in it."""
+    if isinstance(node, _Documented):
+        docstring = ast.get_docstring(node)
+        if docstring:
+            yield node.body[0].lineno, f"{name}\n{docstring.strip()}"
+    # Statements alone: walking through every expression would take most of the time.
+    for block in ("body", "orelse", "handlers", "finalbody"):
+        for child in getattr(node, block, ()):
+            inner = f"{name}.{child.name}" if isinstance(child, _Documented) else name
+            yield from _docstrings(child, inner)
+
+
+def _is_new(text: str, seen: set[str]) -> bool:
+    if len(text) < MIN_CHARS or text in seen:
+        return False
+    seen.add(text)
+    return True

@@ -1,0 +1,269 @@
+"""The whole path on a pico model, through the real command line, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from tiny import byte_tokenizer, pico_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dtr.cli import main
+
+WORDS = "red green blue stone river tree cloud bird fish lamp door road".split()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a model, a text, a task and a recipe."""
+    folder = tmp_path_factory.mktemp("place")
+    pico_model().save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(WORDS, k=60)) for _ in range(60)]
+    (folder / "text.txt").write_text("\n<|doc|>\n".join(documents))
+    (folder / "task").mkdir()
+    for split, num_rows in (("validation", 24), ("test", 30)):
+        rows = [
+            {"context": "", "question": f"{split} {i} {rng.choice(WORDS)}?", "choices": rng.sample(WORDS, 3), "answer": i % 3}
+            for i in range(num_rows)
+        ]
+        (folder / "task" / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = {
+        "teacher": {"source": str(folder / "model"), "dtype": "float32"},
+        "text": {"source": str(folder / "text.txt"), "num_held_out_tokens": 512},
+        "distill": {
+            "num_tokens": 8192,
+            "seq_len_tokens": 64,
+            "batch_size": 4,
+            "learning_rate": 5e-3,
+            "checkpoint_every_steps": 5,
+        },
+        "task": {"source": str(folder / "task")},
+        "search": {"p_min": 0.8, "run_to_end": True, "test_curve": True},
+        "runtime": {"device": "cpu", "num_threads": 1},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture
+def dtr(capsys, monkeypatch):
+    """Call the command line; gives exit code, stdout and stderr."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["dtr", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(place):
+    """One finished run, shared by the tests that only read it."""
+    command = [sys.executable, "-m", "dtr", "run", str(place / "recipe.yaml"), "--out", str(place / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return place / "run", done.stdout
+
+
+def test_a_run_leaves_a_folder_that_explains_itself(finished):
+    folder, out = finished
+    expected = {"recipe.yaml", "events.jsonl", "bank", "journal.jsonl", "search.json", "hybrid", "hybrid-best"}
+    assert expected | {"report.json", "report.html"} == {p.name for p in folder.iterdir()}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["num_layers"] == 4
+    assert report["search"]["candidate_evaluations"] == 10
+    assert len(report["search"]["steps"]) == 4
+    assert [step["index"] for step in report["search"]["steps"]] == [1, 2, 3, 4]
+    assert all("test" in step for step in report["search"]["steps"])
+    assert report["distill"]["mean_nmse"] < 1
+    assert all(entry["after"] < entry["before"] for entry in report["distill"]["nmse"])
+    assert report["teacher"]["test"]["num_items"] == 30
+    assert report["m_opt"]["num_replaced"] == len(report["m_opt"]["layers"])
+    assert 0 < report["search"]["pass_equivalents"] < 11
+    for key in ("command", "hardware", "versions", "seconds", "peak_rss_bytes", "commit"):
+        assert report[key], key
+    assert str((folder / "report.html").resolve()) in out
+    assert "The hybrid writes:" in out
+    events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert events[0] == "backend"
+    assert events[-1] == "done"
+    assert {"distill", "nmse", "teacher", "candidate", "step", "stop"} <= set(events)
+
+
+@torch.no_grad()
+def test_the_saved_hybrid_scores_what_the_report_says(finished, place, dtr):
+    folder, _ = finished
+    report = json.loads((folder / "report.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder / "hybrid")
+    assert model.linear_layers == sorted(report["m_opt"]["layers"])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hybrid")
+    assert model.generate(**tokenizer("red green", return_tensors="pt"), max_new_tokens=3).shape[1] == 12
+    for name, expected in (("hybrid", report["m_opt"]["test"]), ("hybrid-best", report["m_best"]["test"])):
+        code, out, err = dtr("eval", folder / name, "--task", place / "task", "--set", "teacher.dtype=float32")
+        assert code == 0, err
+        score = json.loads(out.strip().splitlines()[-1])
+        assert (score["value"], score["num_items"]) == (expected["value"], expected["num_items"])
+        assert score["log_likelihood"] == pytest.approx(expected["log_likelihood"], abs=1e-5)
+
+
+def test_the_same_recipe_gives_the_same_result(finished, place, dtr, tmp_path):
+    folder, _ = finished
+    code, _, err = dtr("run", place / "recipe.yaml", "--out", tmp_path / "again", "--log", "quiet")
+    assert code == 0, err
+    first, second = (json.loads((f / "report.json").read_text()) for f in (folder, tmp_path / "again"))
+    for key in ("m_opt", "m_best", "teacher"):
+        assert first[key] == second[key]
+    assert first["distill"]["nmse"] == second["distill"]["nmse"]
+    assert first["search"]["steps"] == second["search"]["steps"]
+
+
+def test_phases_apart_equal_the_run(finished, place, dtr, tmp_path):
+    folder, _ = finished
+    code, out, err = dtr("distill", place / "recipe.yaml", "--out", tmp_path / "half", "--log", "quiet")
+    assert code == 0, err
+    assert "4 mixers" in out
+    bank = tmp_path / "half" / "bank"
+    code, _, err = dtr("search", place / "recipe.yaml", "--bank", bank, "--out", tmp_path / "search", "--log", "json")
+    assert code == 0, err
+    assert '"event": "candidate"' in err
+    first, second = (json.loads((f / "report.json").read_text()) for f in (folder, tmp_path / "search"))
+    assert first["m_opt"] == second["m_opt"]
+
+
+@pytest.mark.parametrize("moment", ["distill", "candidate"])
+def test_ctrl_c_and_kill_lose_nothing(finished, place, dtr, tmp_path, moment):
+    folder, _ = finished
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "dtr", "run", str(place / "recipe.yaml"), "--out", str(out), "--log", "json"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if f'"event": "{moment}"' in line:
+            break
+    if moment == "distill":
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait() == 130
+        assert "--resume" in rest
+        assert "Traceback" not in rest
+    else:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    assert not (out / "report.json").exists()
+    code, _, err = dtr("run", place / "recipe.yaml", "--out", out, "--resume", "--log", "quiet")
+    assert code == 0, err
+    first, second = (json.loads((f / "report.json").read_text()) for f in (folder, out))
+    assert first["m_opt"] == second["m_opt"]
+    assert first["search"]["steps"] == second["search"]["steps"]
+
+
+def test_report_can_be_drawn_again_and_compared(finished, dtr, tmp_path):
+    folder, _ = finished
+    code, out, _ = dtr("report", folder)
+    assert code == 0
+    assert "report.html" in out
+    code, out, _ = dtr("report", "--compare", folder, folder, "--out", tmp_path / "both.html")
+    assert code == 0
+    assert (tmp_path / "both.html").read_text().startswith("<!")
+
+
+def test_doctor_says_what_there_is(dtr):
+    code, out, _ = dtr("doctor", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["backends"]["cpu"]["name"] == "torch"
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0] or facts["versions"]["torch"]
+    code, out, _ = dtr("doctor")
+    assert "mixers on cpu" in out
+
+
+def test_help_is_quick():
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "dtr", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in ("run", "demo", "distill", "search", "eval", "report", "doctor"))
+    # About 0.4 s on an idle machine; torch alone would take several.
+    assert time.monotonic() - began < 3
+
+
+BAD = {
+    "unknown key": (["--set", "distill.learnin_rate=1"], "Did you mean 'learning_rate'"),
+    "wrong type": (["--set", "distill.num_tokens=many"], "distill.num_tokens"),
+    "p_min above the teacher": (["--set", "search.p_min=1.5"], "p_min"),
+    "absolute p_min above the teacher": (
+        ["--set", "search.p_min=0.999", "--set", "search.p_min_kind=absolute"],
+        "p_min",
+    ),
+    "no such model": (["--model", "nothing/here"], "teacher.source"),
+    "no GPU": (["--set", "runtime.device=cuda"], "runtime.device=cpu"),
+    "unknown device": (["--set", "runtime.device=cdua"], "cuda"),
+    "unknown mixer": (["--set", "mixer.kind=gated_deltanett"], "Did you mean 'gated_deltanet'"),
+    "unknown mixer option": (["--set", "mixer.options.windw=3"], "mixer.options"),
+    "layers out of range": (["--set", "distill.layers=[7]"], "distill.layers"),
+    "no such text": (["--set", "text.source=missing.txt"], "missing.txt"),
+    "no such task": (["--task", "missing"], "missing"),
+    "same rows twice": (["--set", "task.test=validation"], "validation"),
+    "malformed --set": (["--set", "nonsense"], "section.key=value"),
+    "unknown log": (["--log", "loud"], "rich, json or quiet"),
+    "backend that cannot run": (["--set", "runtime.backend=fla"], "CUDA"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_bad_input_gets_one_clear_message(case, place, dtr, tmp_path):
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    arguments, expected = BAD[case]
+    quick = ["--set", "distill.num_tokens=512"] if case != "wrong type" else []
+    code, _, err = dtr("run", place / "recipe.yaml", "--out", tmp_path / "run", "--log", "quiet", *quick, *arguments)
+    assert code == 2, err
+    message = [line for line in err.splitlines() if line.startswith("dtr: ")]
+    assert len(message) == 1
+    assert expected in message[0]
+    assert "Traceback" not in err
+
+
+def test_output_folders_are_guarded(finished, place, dtr, tmp_path):
+    folder, _ = finished
+    code, _, err = dtr("run", place / "recipe.yaml", "--out", folder)
+    assert (code, "--resume" in err, "--overwrite" in err) == (2, True, True)
+    (tmp_path / "precious.txt").write_text("mine")
+    code, _, err = dtr("run", place / "recipe.yaml", "--out", tmp_path, "--overwrite")
+    assert (code, "recipe.yaml" in err) == (2, True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+    code, _, err = dtr("run", place / "recipe.yaml", "--out", folder, "--resume", "--set", "seed=7")
+    assert (code, "seed=0" in err, "seed=7" in err) == (2, True, True)
+    code, _, err = dtr("run", place / "recipe.yaml", "--out", tmp_path / "precious.txt")
+    assert (code, "a folder" in err) == (2, True)
+    assert (folder / "report.json").exists()
+
+
+def test_damaged_models_are_told(place, dtr, tmp_path):
+    pico_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+    code, _, err = dtr("run", place / "recipe.yaml", "--model", tmp_path / "model", "--out", tmp_path / "run")
+    assert (code, "teacher.source" in err, "Traceback" in err) == (2, True, False)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    code, _, err = dtr("run", place / "recipe.yaml", "--model", tmp_path / "model", "--out", tmp_path / "run2")
+    assert (code, "Supported: llama" in err) == (2, True)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 40)
+    code, _, err = dtr("run", place / "recipe.yaml", "--model", tmp_path / "broken.gguf", "--out", tmp_path / "run3")
+    assert (code, "broken.gguf" in err, "Traceback" in err) == (2, True, False)
