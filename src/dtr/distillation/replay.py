@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -22,14 +23,16 @@ class Replay:
         self._num_calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._refused = False
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         self._num_calls += 1
         if self._num_calls <= WARMUP_STEPS:
             return self._warm_up(input_ids)
-        if self._graph is None:
+        if self._graph is None and not self._refused:
             self._record(input_ids)
-        assert self._graph is not None
+        if self._graph is None:
+            return self._step(input_ids)
         assert input_ids.shape == self._input_ids.shape, f"{tuple(input_ids.shape)} was not recorded"
         self._input_ids.copy_(input_ids)
         self._graph.replay()
@@ -48,6 +51,13 @@ class Replay:
     def _record(self, input_ids: torch.Tensor) -> None:
         self._input_ids = input_ids.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._losses = self._step(self._input_ids)
+        try:
+            with torch.cuda.graph(graph):
+                self._losses = self._step(self._input_ids)
+        except RuntimeError as error:
+            # Recording runs nothing, so no update is lost; the step only stays slower.
+            self._refused = True
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            warnings.warn(f"the training step is not replayed as a CUDA graph: {first}", stacklevel=2)
+            return
         self._graph = graph
