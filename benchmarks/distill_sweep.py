@@ -11,8 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from dtr.environment import hardware, own_commit
 from dtr.distillation.trainer import distill
+from dtr.environment import hardware, own_commit
 from dtr.ops.dispatch import use_backend
 from dtr.pipeline import prepare_text
 from dtr.recipe import read_recipe

@@ -58,7 +58,8 @@ class GatedLinearAttention(LinearMixer):
         bias = -torch.log(torch.expm1(TEMPERATURE * log_decay))
         self.decay_up_proj.bias.copy_(bias.repeat_interleave(g.head_dim))
         nn.init.zeros_(self.write_proj.weight)
-        nn.init.zeros_(self.write_proj.bias)
+        # Writes as strong as the decay, so that a state starts as a weighted mean of values, as attention's output is.
+        self.write_proj.bias.copy_(torch.logit(log_decay))
 
     def recur(
         self,
