@@ -47,17 +47,20 @@ def load_text(
     num_held_out = max(num_held_out_tokens // seq_len_tokens, 1) * seq_len_tokens
     if max_tokens is not None:
         max_tokens = max(max_tokens // seq_len_tokens, 1) * seq_len_tokens
-    stream = encode(tokenizer, _ordered(files, name, seed))
-    held_out = take_held_out(stream, num_held_out, seq_len_tokens)
-    train = take_train(stream, max_tokens)
-    if len(held_out) < num_held_out or len(train) < seq_len_tokens:
-        raise DataError(
-            name,
-            got=f"text of {len(held_out) + len(train)} tokens",
-            expected=f"{num_held_out} tokens to hold out and {seq_len_tokens} or more of other documents to train on",
-            hint="Add text, or lower text.num_held_out_tokens or distill.seq_len_tokens.",
-        )
-    return TokenBlocks.from_tensors(_block(train, seq_len_tokens), _block(held_out, seq_len_tokens), source=name)
+    # At least eight documents are to be held out; where there are too few, one alone may be.
+    for max_document_tokens in (max(num_held_out // 8, seq_len_tokens), num_held_out):
+        stream = encode(tokenizer, _ordered(files, name, seed))
+        held_out = take_held_out(stream, num_held_out, max_document_tokens)
+        train = take_train(stream, max_tokens)
+        if len(held_out) == num_held_out and len(train) >= seq_len_tokens:
+            blocks = [_block(ids, seq_len_tokens) for ids in (train, held_out)]
+            return TokenBlocks.from_tensors(*blocks, source=name)
+    raise DataError(
+        name,
+        got=f"text of {sum(map(len, encode(tokenizer, _ordered(files, name, seed))))} tokens",
+        expected=f"{num_held_out} tokens to hold out and {seq_len_tokens} or more of other documents to train on",
+        hint="Add text, or lower text.num_held_out_tokens or distill.seq_len_tokens.",
+    )
 
 
 def _ordered(files: Sequence[Any], name: str, seed: int) -> Iterator[str]:

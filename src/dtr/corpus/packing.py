@@ -15,8 +15,6 @@ BATCH_CHARS = 2_000_000
 """Text given to the tokenizer at a time."""
 PIECE_CHARS = 16_384
 """Longer documents are tokenized in pieces, so that the tokenizer can work on them in parallel."""
-MIN_HELD_OUT_DOCUMENTS = 8
-"""No document gives more than this share of the held-out tokens, unless that is less than a block."""
 
 
 def shuffle_documents(documents: Iterable[str], seed: int) -> Iterator[list[str]]:
@@ -62,12 +60,11 @@ def encode(tokenizer: Any, documents: Iterable[str]) -> Iterator[array]:
             yield document_ids
 
 
-def take_held_out(stream: Iterator[array], num_tokens: int, seq_len_tokens: int) -> array:
-    """The first documents of the stream, up to `num_tokens`; what is left of the last ones is used nowhere."""
-    limit = max(num_tokens // MIN_HELD_OUT_DOCUMENTS, seq_len_tokens)
+def take_held_out(stream: Iterator[array], num_tokens: int, max_document_tokens: int) -> array:
+    """The first documents of the stream, up to `num_tokens`; what exceeds the limit of a document is used nowhere."""
     held_out = array("i")
     while len(held_out) < num_tokens and (ids := next(stream, None)) is not None:
-        held_out.extend(ids[: min(limit, num_tokens - len(held_out))])
+        held_out.extend(ids[: min(max_document_tokens, num_tokens - len(held_out))])
     return held_out
 
 

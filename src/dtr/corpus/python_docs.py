@@ -22,13 +22,14 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _TOPICS = ("pydoc_data", "topics.py")
 _COMMENT = re.compile(r"(?:^[ \t]*#[^\n]*\n)+", re.MULTILINE)
 _COMMENT_SIGN = re.compile(r"^[ \t]*#+[ \t]?", re.MULTILINE)
-_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def read_documents() -> Iterator[str]:
-    """Documents in a fixed order; no docstring or comment comes twice."""
+    """Documents in a fixed order; no docstring, comment or document comes twice."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    seen: set[str] = set()
+    seen_notes: set[str] = set()
+    seen_documents: set[str] = set()
     files = [file for file in root.rglob("*") if file.suffix in (".py", ".txt")]
     for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
         parts = file.relative_to(root).parts
@@ -42,8 +43,8 @@ def read_documents() -> Iterator[str]:
         elif parts == _TOPICS:
             documents = _topics(text)
         else:
-            documents = [_document(".".join(parts).removesuffix(".py").removesuffix(".__init__"), text, seen)]
-        yield from (document for document in documents if len(document) >= MIN_CHARS)
+            documents = [_document(".".join(parts).removesuffix(".py").removesuffix(".__init__"), text, seen_notes)]
+        yield from (document for document in documents if _is_new(document, seen_documents))
 
 
 def _read(file: Path) -> str | None:
@@ -90,16 +91,15 @@ def _document(module: str, source: str, seen: set[str]) -> str:
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[int, str, str]]:
     """(line, heading, docstring) of a node and of the classes and functions in it."""
-    if isinstance(node, _Documented):
+    if isinstance(node, ast.Module | ast.ClassDef | _Function):
         docstring = (ast.get_docstring(node) or "").strip()
         if docstring:
-            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            heading = f"{name}({ast.unparse(node.args)})" if is_function else name
-            yield node.body[0].lineno, heading, docstring
+            arguments = f"({ast.unparse(node.args)})" if isinstance(node, _Function) else ""
+            yield node.body[0].lineno, name + arguments, docstring
     # Statements alone: walking through every expression would take most of the time.
     for block in ("body", "orelse", "handlers", "finalbody"):
         for child in getattr(node, block, ()):
-            inner = f"{name}.{child.name}" if isinstance(child, _Documented) else name
+            inner = f"{name}.{child.name}" if isinstance(child, ast.ClassDef | _Function) else name
             yield from _docstrings(child, inner)
 
 

@@ -1,0 +1,211 @@
+"""Task data: JSON Lines, splits, row ranges, draws, and the kind that the fields tell."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from dtr.errors import DataError, RecipeError
+from dtr.tasks import load_task
+
+
+def questions(num: int, start: int = 0) -> list[dict]:
+    return [{"question": f"Q{n}?", "choices": ["a", "b"], "answer": n % 2} for n in range(start, start + num)]
+
+
+def lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "validation.jsonl").write_text(lines(questions(10)), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(lines(questions(20, start=100)), encoding="utf-8")
+    return tmp_path
+
+
+def asked(task, split: str) -> list[int]:
+    return [int(item.requests[0].context.split("Q", 2)[2].split("?")[0]) for item in task.splits[split]]
+
+
+def test_a_folder_gives_its_files_in_order(folder):
+    task = load_task(str(folder))
+    assert task.kind == "multiple_choice"
+    assert asked(task, "validation") == list(range(10))
+    assert asked(task, "test") == list(range(100, 120))
+    assert task.splits["test"][3].id == "test.jsonl:4"
+
+
+@pytest.mark.parametrize(
+    ("validation", "test", "expected"),
+    [
+        ("test[0:5]", "test[5:]", (range(100, 105), range(105, 120))),
+        ("test[-3:]", "test[:-3]", (range(117, 120), range(100, 117))),
+        ("validation[2:4]", "test", (range(2, 4), range(100, 120))),
+        ("test[0:5]", "validation", (range(100, 105), range(10))),
+    ],
+)
+def test_row_ranges(folder, validation, test, expected):
+    task = load_task(str(folder), validation=validation, test=test)
+    assert (asked(task, "validation"), asked(task, "test")) == tuple(map(list, expected))
+
+
+def test_a_single_file_is_divided_by_ranges(folder):
+    task = load_task(str(folder / "test.jsonl"), validation="rows[0:4]", test="test[4:6]")
+    assert (asked(task, "validation"), asked(task, "test")) == ([100, 101, 102, 103], [104, 105])
+    with pytest.raises(
+        DataError, match=r"task\.validation: got the split 'validation' of the single file.*rows\[0:250\]"
+    ):
+        load_task(str(folder / "test.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("validation", "test", "count"),
+    [("test", "test", 20), ("test[0:6]", "test[5:]", 1), ("test[-5:]", "test[0:17]", 2)],
+)
+def test_rows_in_both_splits_are_refused(folder, validation, test, count):
+    with pytest.raises(DataError, match=rf"task\.test: got {count} rows that are validation rows as well"):
+        load_task(str(folder), validation=validation, test=test)
+
+
+def test_copied_rows_are_counted_and_whole_copies_refused(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_task(str(folder))
+    (folder / "test.jsonl").write_text(lines(questions(20, start=8)), encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"^2 of 20 test rows are copies.*test\.jsonl:1 of .*validation\.jsonl:9"):
+        load_task(str(folder))
+    (folder / "test.jsonl").write_text(lines(questions(10)), encoding="utf-8")
+    with pytest.raises(DataError, match="only copies of validation rows"):
+        load_task(str(folder))
+
+
+def test_a_draw_is_seeded_and_keeps_the_order(folder):
+    one, two, other = (load_task(str(folder), num_validation=4, num_test=6, seed=seed) for seed in (0, 0, 1))
+    assert asked(one, "test") == sorted(asked(one, "test"))
+    assert len(asked(one, "validation")) == 4
+    assert asked(one, "test") == asked(two, "test") != asked(other, "test")
+    # The same on every Python version.
+    assert asked(one, "test") == [102, 105, 107, 109, 115, 118]
+    with pytest.raises(DataError, match=r"task\.num_test: got 21; expected at most the 20 items"):
+        load_task(str(folder), num_test=21)
+
+
+@pytest.mark.parametrize(
+    ("expression", "error", "message"),
+    [
+        ("test[0-5]", RecipeError, r"task\.validation: got 'test\[0-5\]'.*test\[0:250\]"),
+        ("", RecipeError, r"task\.validation: got ''"),
+        ("test[0:21]", DataError, r"task\.validation: got 20 rows in .*test\.jsonl.*bound 21"),
+        ("test[5:5]", DataError, r"task\.validation: got no row between 5 and 5"),
+        ("dev", DataError, r"task\.validation: got no file dev\.jsonl.*Files there: test\.jsonl, validation\.jsonl\."),
+    ],
+)
+def test_split_expressions_that_mean_nothing(folder, expression, error, message):
+    with pytest.raises(error, match=message):
+        load_task(str(folder), validation=expression)
+
+
+GOOD = '{"question": "Q50?", "choices": ["a", "b"], "answer": 1}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "Q2?"', "broken JSON"),
+        ("[1, 2]", "a JSON list; expected an object"),
+        ('{"question": "Q2?", "answer": 1}', "a row without 'choices'.*Fields of this row: question, answer"),
+        ('{"choices": ["a", "b"], "answer": 1}', "a row without 'question'"),
+        ('{"question": "Q2?", "choices": ["a", "b"], "answer": 2}', "got 2 in 'answer'.*from 0 to 1, one of 2 choices"),
+        ('{"question": "Q2?", "choices": ["a", "b"], "answer": -1}', "got -1 in 'answer'"),
+        ('{"question": "Q2?", "choices": ["a", "b"], "answer": "B"}', "got 'B' in 'answer'.*whole number from 0"),
+        ('{"question": "Q2?", "choices": ["a", "b"], "answer": true}', "got True in 'answer'"),
+        ('{"question": "Q2?", "choices": "ab", "answer": 0}', "got 'ab' in 'choices'.*a list of texts"),
+        ('{"question": "Q2?", "choices": ["a"], "answer": 0}', "at least two choices"),
+        ('{"question": "Q2?", "choices": ["a", " "], "answer": 0}', "at least one visible character"),
+        ('{"question": "", "choices": ["a", "b"], "answer": 0}', "a question or a context"),
+        ('{"question": 7, "choices": ["a", "b"], "answer": 0}', "got 7 in 'question'; expected text"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(folder, line, message):
+    (folder / "test.jsonl").write_text(f"{GOOD}\n\n{line}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=rf"test\.jsonl:3: got .*{message}|test\.jsonl:3: .*{message}"):
+        load_task(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "answer": ""}, "at least one letter or digit"),
+        ({"prompt": "p", "answer": {"a": 1}}, "a text or a number, or a list"),
+        ({"question": "q", "answers": []}, "a text or a number, or a list"),
+        ({"prompt": "p"}, "a row without 'answer'"),
+        ({"prompt": 3, "answer": "x"}, "got 3 in 'prompt'; expected text"),
+    ],
+)
+def test_bad_generation_rows(tmp_path, row, message):
+    (tmp_path / "validation.jsonl").write_text(lines([{"prompt": "p", "answer": "x"}]), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(lines([row]), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"test\.jsonl:1: .*{message}"):
+        load_task(str(tmp_path))
+
+
+def test_files_that_cannot_be_read(folder):
+    (folder / "test.jsonl").write_text("\n\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"test\.jsonl: got an empty file"):
+        load_task(str(folder))
+    (folder / "test.jsonl").write_bytes(b'{"question": "\xff"}')
+    with pytest.raises(DataError, match=r"test\.jsonl: .*UTF-8"):
+        load_task(str(folder))
+    with pytest.raises(DataError, match=r"task\.source: got .*validatio\.jsonl'.*Did you mean '.*validation\.jsonl'"):
+        load_task(str(folder / "validatio.jsonl"))
+    with pytest.raises(DataError, match=r"task\.source: got 'recal'.*Did you mean 'recall'"):
+        load_task("recal")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"context": "c", "question": "q", "choices": ["a", "b"], "answer": 0}, "multiple_choice"),
+        ({"text": "t", "label": 0, "label_text": "x"}, "classification"),
+        ({"prompt": "p", "answer": "a", "final": "1"}, "generation"),
+        ({"context": "c", "question": "q", "answers": ["a"], "label": 1}, "generation"),
+        ({"title": "t", "text": "words"}, "perplexity"),
+    ],
+)
+def test_the_fields_of_the_first_row_tell_the_kind(tmp_path, row, kind):
+    other = {**row, "label": 1, "label_text": "y"} if kind == "classification" else {**row, "number": 2}
+    (tmp_path / "validation.jsonl").write_text(lines([row, other]), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(lines([{**row, "number": 1}]), encoding="utf-8")
+    assert load_task(str(tmp_path)).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "t", "label": 1}, r"fields text, label; .*multiple_choice: \{question, choices, answer\}"),
+        ({"sentence": "t"}, r"classification: \{text, label, label_text\}.*set task\.kind"),
+        ({"prompt": "p", "question": "q", "choices": ["a"], "answer": 0}, "fits multiple_choice and generation"),
+    ],
+)
+def test_fields_that_fit_no_kind_or_several(folder, row, message):
+    (folder / "validation.jsonl").write_text(lines([row]), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"validation\.jsonl:1: got .*{message}"):
+        load_task(str(folder))
+
+
+def test_contexts_are_joined_by_their_id(tmp_path):
+    for split, name in (("validation", "m1"), ("test", "m2")):
+        row = {"context_id": name, "question": "Who?", "answers": ["Ann"]}
+        (tmp_path / f"{split}.jsonl").write_text(lines([row]), encoding="utf-8")
+        (tmp_path / f"docs_{split}.jsonl").write_text(
+            lines([{"context_id": name, "context": f"Ann spoke in {name}."}]), encoding="utf-8"
+        )
+    task = load_task(str(tmp_path))
+    assert task.splits["test"][0].requests[0].context == "Ann spoke in m2.\nQuestion: Who?\nAnswer:"
+    (tmp_path / "docs_test.jsonl").write_text(lines([{"context_id": "m3", "context": "x"}]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"test\.jsonl:1: got 'm2' in 'context_id'.*docs_test\.jsonl"):
+        load_task(str(tmp_path))
