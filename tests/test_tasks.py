@@ -217,7 +217,7 @@ def test_perplexity_reads_plain_text(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt": "{questoin}"}, r"task\.prompt: got '\{questoin\}'.*question, choices, answer.*mean '\{question\}'"),
+        ({"prompt": "{questions}"}, r"task\.prompt: got '\{questions\}'.*choices, answer.*mean '\{question\}'"),
         ({"prompt": "{question.real}"}, r"task\.prompt: got '\{question\.real\}'"),
         ({"prompt": "{question"}, r"task\.prompt.*literal braces doubled"),
         ({"prompt": "{question:d}"}, r"task\.prompt.*literal braces doubled"),

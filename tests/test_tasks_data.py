@@ -162,8 +162,8 @@ def test_files_that_cannot_be_read(folder):
         load_task(str(folder))
     with pytest.raises(DataError, match=r"task\.source: got .*validatio\.jsonl'.*Did you mean '.*validation\.jsonl'"):
         load_task(str(folder / "validatio.jsonl"))
-    with pytest.raises(DataError, match=r"task\.source: got 'recal'.*Did you mean 'recall'"):
-        load_task("recal")
+    with pytest.raises(DataError, match=r"task\.source: got 'recalls'.*Did you mean 'recall'"):
+        load_task("recalls")
 
 
 @pytest.mark.parametrize(
