@@ -1,6 +1,6 @@
 """Distil with several settings in one process and compare their held-out error; search and tasks are left out.
 
-    python benchmarks/distill_sweep.py RECIPE --try distill.learning_rate=1e-3 --try "distill.learning_rate=2e-3 distill.batch_size=8"
+    python benchmarks/distill_sweep.py RECIPE --try distill.learning_rate=1e-3 --try "distill.batch_size=8 seed=1"
 
 Prints one JSON line per trial: settings, mean and worst normalised MSE, the curve, tokens per second.
 """

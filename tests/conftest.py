@@ -1,13 +1,59 @@
+import json
 import os
+import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
+from tiny import byte_tokenizer, pico_model
 
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+WORDS = ["red", "green", "blue", "stone", "river", "tree", "cloud", "bird", "fish", "lamp", "door", "road"]
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a model, a text, a task and a recipe."""
+    folder = tmp_path_factory.mktemp("place")
+    pico_model().save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(WORDS, k=60)) for _ in range(60)]
+    (folder / "text.txt").write_text("\n<|doc|>\n".join(documents))
+    (folder / "task").mkdir()
+    for split, num_rows in (("validation", 24), ("test", 30)):
+        rows = [
+            {
+                "context": "",
+                "question": f"{split} {i} {rng.choice(WORDS)}?",
+                "choices": rng.sample(WORDS, 3),
+                "answer": i % 3,
+            }
+            for i in range(num_rows)
+        ]
+        (folder / "task" / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = {
+        "teacher": {"source": str(folder / "model"), "dtype": "float32"},
+        "text": {"source": str(folder / "text.txt"), "num_held_out_tokens": 512},
+        "distill": {
+            "num_tokens": 8192,
+            "seq_len_tokens": 64,
+            "batch_size": 4,
+            "learning_rate": 5e-3,
+            "checkpoint_every_steps": 5,
+        },
+        "task": {"source": str(folder / "task")},
+        "search": {"p_min": 0.8, "run_to_end": True, "test_curve": True},
+        "runtime": {"device": "cpu", "num_threads": 1},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder

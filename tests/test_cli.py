@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -11,47 +10,10 @@ import time
 
 import pytest
 import torch
-import yaml
 from tiny import byte_tokenizer, pico_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dtr.cli import main
-
-WORDS = "red green blue stone river tree cloud bird fish lamp door road".split()
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    """A folder with a model, a text, a task and a recipe."""
-    folder = tmp_path_factory.mktemp("place")
-    pico_model().save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    rng = random.Random(0)
-    documents = [" ".join(rng.choices(WORDS, k=60)) for _ in range(60)]
-    (folder / "text.txt").write_text("\n<|doc|>\n".join(documents))
-    (folder / "task").mkdir()
-    for split, num_rows in (("validation", 24), ("test", 30)):
-        rows = [
-            {"context": "", "question": f"{split} {i} {rng.choice(WORDS)}?", "choices": rng.sample(WORDS, 3), "answer": i % 3}
-            for i in range(num_rows)
-        ]
-        (folder / "task" / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    recipe = {
-        "teacher": {"source": str(folder / "model"), "dtype": "float32"},
-        "text": {"source": str(folder / "text.txt"), "num_held_out_tokens": 512},
-        "distill": {
-            "num_tokens": 8192,
-            "seq_len_tokens": 64,
-            "batch_size": 4,
-            "learning_rate": 5e-3,
-            "checkpoint_every_steps": 5,
-        },
-        "task": {"source": str(folder / "task")},
-        "search": {"p_min": 0.8, "run_to_end": True, "test_curve": True},
-        "runtime": {"device": "cpu", "num_threads": 1},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
 
 
 @pytest.fixture
@@ -123,7 +85,7 @@ def test_the_saved_hybrid_scores_what_the_report_says(finished, place, dtr):
 
 def test_the_same_recipe_gives_the_same_result(finished, place, dtr, tmp_path):
     folder, _ = finished
-    code, _, err = dtr("run", place / "recipe.yaml", "--out", tmp_path / "again", "--log", "quiet")
+    code, _, err = dtr("run", place / "recipe.yaml", "--out", tmp_path / "again", "--progress", "quiet")
     assert code == 0, err
     first, second = (json.loads((f / "report.json").read_text()) for f in (folder, tmp_path / "again"))
     for key in ("m_opt", "m_best", "teacher"):
@@ -134,11 +96,13 @@ def test_the_same_recipe_gives_the_same_result(finished, place, dtr, tmp_path):
 
 def test_phases_apart_equal_the_run(finished, place, dtr, tmp_path):
     folder, _ = finished
-    code, out, err = dtr("distill", place / "recipe.yaml", "--out", tmp_path / "half", "--log", "quiet")
+    code, out, err = dtr("distill", place / "recipe.yaml", "--out", tmp_path / "half", "--progress", "quiet")
     assert code == 0, err
     assert "4 mixers" in out
     bank = tmp_path / "half" / "bank"
-    code, _, err = dtr("search", place / "recipe.yaml", "--bank", bank, "--out", tmp_path / "search", "--log", "json")
+    code, _, err = dtr(
+        "search", place / "recipe.yaml", "--bank", bank, "--out", tmp_path / "search", "--progress", "json"
+    )
     assert code == 0, err
     assert '"event": "candidate"' in err
     first, second = (json.loads((f / "report.json").read_text()) for f in (folder, tmp_path / "search"))
@@ -149,7 +113,7 @@ def test_phases_apart_equal_the_run(finished, place, dtr, tmp_path):
 def test_ctrl_c_and_kill_lose_nothing(finished, place, dtr, tmp_path, moment):
     folder, _ = finished
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "dtr", "run", str(place / "recipe.yaml"), "--out", str(out), "--log", "json"]
+    command = [sys.executable, "-m", "dtr", "run", str(place / "recipe.yaml"), "--out", str(out), "--progress", "json"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if f'"event": "{moment}"' in line:
@@ -165,7 +129,7 @@ def test_ctrl_c_and_kill_lose_nothing(finished, place, dtr, tmp_path, moment):
         process.wait()
         process.stderr.close()
     assert not (out / "report.json").exists()
-    code, _, err = dtr("run", place / "recipe.yaml", "--out", out, "--resume", "--log", "quiet")
+    code, _, err = dtr("run", place / "recipe.yaml", "--out", out, "--resume", "--progress", "quiet")
     assert code == 0, err
     first, second = (json.loads((f / "report.json").read_text()) for f in (folder, out))
     assert first["m_opt"] == second["m_opt"]
@@ -219,7 +183,7 @@ BAD = {
     "no such task": (["--task", "missing"], "missing"),
     "same rows twice": (["--set", "task.test=validation"], "validation"),
     "malformed --set": (["--set", "nonsense"], "section.key=value"),
-    "unknown log": (["--log", "loud"], "rich, json or quiet"),
+    "unknown log": (["--progress", "loud"], "rich, json or quiet"),
     "backend that cannot run": (["--set", "runtime.backend=fla"], "CUDA"),
 }
 
@@ -230,7 +194,9 @@ def test_bad_input_gets_one_clear_message(case, place, dtr, tmp_path):
         pytest.skip("there is a GPU")
     arguments, expected = BAD[case]
     quick = ["--set", "distill.num_tokens=512"] if case != "wrong type" else []
-    code, _, err = dtr("run", place / "recipe.yaml", "--out", tmp_path / "run", "--log", "quiet", *quick, *arguments)
+    code, _, err = dtr(
+        "run", place / "recipe.yaml", "--out", tmp_path / "run", "--progress", "quiet", *quick, *arguments
+    )
     assert code == 2, err
     message = [line for line in err.splitlines() if line.startswith("dtr: ")]
     assert len(message) == 1
@@ -261,7 +227,9 @@ def test_damaged_models_are_told(place, dtr, tmp_path):
     code, _, err = dtr("run", place / "recipe.yaml", "--model", tmp_path / "model", "--out", tmp_path / "run")
     assert (code, "teacher.source" in err, "Traceback" in err) == (2, True, False)
     config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
     code, _, err = dtr("run", place / "recipe.yaml", "--model", tmp_path / "model", "--out", tmp_path / "run2")
     assert (code, "Supported: llama" in err) == (2, True)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 40)

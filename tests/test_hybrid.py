@@ -126,7 +126,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code={blocked!r})
 ids = torch.arange(1, 22)[None]
 with torch.no_grad():
-    print(json.dumps([model(ids).logits[0, -1, :8].tolist(), model.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist()]))
+    logits = model(ids).logits[0, -1, :8].tolist()
+    print(json.dumps([logits, model.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist()]))
 if {blocked!r}:
     model.save_pretrained({folder!r} + "/again")
 """
@@ -188,3 +189,21 @@ def test_misuse_is_told(ids):
         hybrid.generate(ids, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ModelError, match="full attention"):
         as_teacher(hybrid, None)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.configuration_auto",
+        "transformers.cache_utils",
+        "transformers.pipelines",
+        "transformers.trainer",
+    ],
+)
+def test_our_import_hook_disturbs_no_other_import(first):
+    code = f"import dtr, {first}; from transformers import AutoConfig; print(AutoConfig.for_model('dtr_qwen3').mixers)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[None")

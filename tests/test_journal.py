@@ -146,4 +146,4 @@ def test_scores_come_back_bit_for_bit(tmp_path_factory, value: float, likelihood
     with Journal(path, identity=IDENTITY) as journal:
         journal.record(frozenset({3, 1}), score)
     with Journal(path, identity=IDENTITY, resume=True) as journal:
-        assert repr(journal[frozenset({1, 3})]) == repr(score)
+        assert repr(journal.find(frozenset({1, 3}))) == repr(score)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dtr.errors import DtrError
     from dtr.evaluation.evaluator import evaluate
     from dtr.evaluation.score import Score
+    from dtr.export.exporter import export_hybrid
     from dtr.pipeline import run
     from dtr.recipe import Recipe, read_recipe
     from dtr.replace import SearchResult, search
@@ -37,6 +38,7 @@ _HOMES = {
     "distill": "dtr.distillation.trainer",
     "doctor": "dtr.environment",
     "evaluate": "dtr.evaluation.evaluator",
+    "export_hybrid": "dtr.export.exporter",
     "load_bank": "dtr.distillation.bank",
     "load_task": "dtr.tasks",
     "load_teacher": "dtr.teacher",
@@ -58,6 +60,7 @@ __all__ = [
     "distill",
     "doctor",
     "evaluate",
+    "export_hybrid",
     "load_bank",
     "load_task",
     "load_teacher",
@@ -74,10 +77,16 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def _register_hybrids(_module: Any) -> None:
-    from dtr.hybrid.modeling import register
+def _register_hybrids(module: Any) -> None:
+    try:
+        from dtr.hybrid.configuration import register_configs
+    except (ImportError, AttributeError):
+        # The library is in the middle of importing itself; the second of the two hooks comes when it is done.
+        if module.__name__.endswith("modeling_auto"):
+            raise
+        return
+    register_configs()
 
-    register()
 
-
-wrapt.register_post_import_hook(_register_hybrids, "transformers.models.auto.modeling_auto")
+for _name in ("configuration_auto", "modeling_auto"):
+    wrapt.register_post_import_hook(_register_hybrids, f"transformers.models.auto.{_name}")

@@ -109,7 +109,8 @@ def capture_attention(model: nn.Module, layers: Sequence[int], visit: Any) -> It
         return hook
 
     stack = decoder_layers(model)
-    handles = [stack[i].self_attn.register_forward_hook(hook_for(i), with_kwargs=True) for i in layers]
+    attentions: list[Any] = [stack[i].self_attn for i in layers]
+    handles = [a.register_forward_hook(hook_for(i), with_kwargs=True) for i, a in zip(layers, attentions)]
     try:
         yield
     finally:
@@ -124,7 +125,8 @@ class Prepared:
     hidden_BTD: torch.Tensor
     positions: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
-    masks: dict[str, torch.Tensor | None]
+    masks: dict[str, Any]
+    """Attention mask by layer kind, in the form that the attention implementation takes; None for plain causal."""
 
 
 class LayerRunner:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -23,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArg = Annotated[Path | None, typer.Argument(help="YAML recipe; see recipes/ for examples.", metavar="[RECIPE]")]
+RecipeArg = Annotated[Path | None, typer.Argument(help="YAML recipe; see recipes/ for examples.", metavar="RECIPE")]
 OutOpt = Annotated[Path, typer.Option("--out", help="Run folder.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="Change one setting: section.key=value. Repeatable.")]
 ModelOpt = Annotated[str | None, typer.Option("--model", help="Teacher: hub name, folder or GGUF file.")]
@@ -31,8 +33,26 @@ TaskOpt = Annotated[str | None, typer.Option("--task", help="Task: recall, or a 
 PMinOpt = Annotated[float | None, typer.Option("--p-min", help="Share of the teacher's score to keep, as 0.95.")]
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in --out first.")]
-LogOpt = Annotated[str, typer.Option("--log", help="What to show meanwhile: rich, json or quiet.")]
+LogOpt = Annotated[str, typer.Option("--progress", help="What to show meanwhile: rich, json or quiet.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from dtr.environment import own_version
+
+        _say(f"dtr {own_version()}")
+        raise typer.Exit
+
+
+VersionOpt = Annotated[
+    bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+]
+
+
+@app.callback()
+def _common(version: VersionOpt = False) -> None:
+    """Options before the verb."""
 
 
 @app.command()
@@ -151,6 +171,77 @@ def report(
 
 
 @app.command()
+def export(
+    hybrid: Annotated[Path, typer.Argument(help="Folder of a saved hybrid, as RUN/hybrid.")],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the stock model.")],
+    to: Annotated[
+        str, typer.Option("--to", help="Stock architecture; docs/export.md says what each can hold.")
+    ] = "granite",
+    layer_types: Annotated[
+        str,
+        typer.Option("--layer-types", help="Spelling in config.json: linear_attention, or mamba for older servers."),
+    ] = "linear_attention",
+    debug: DebugOpt = False,
+) -> None:
+    """Write a hybrid as a stock model that servers run without this package; prints the proof as one JSON line."""
+    from dtr.export.exporter import export_hybrid
+
+    print(json.dumps(export_hybrid(hybrid, out, to=to, layer_types=layer_types)))
+
+
+bench = typer.Typer(help="Measure speed; each ends in one JSON line.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("distill")
+def bench_distill(
+    model: Annotated[str, typer.Argument(help="Teacher: hub name, folder, GGUF file or smollm2-demo.")],
+    sizes: Annotated[str, typer.Option("--sizes", help="Sequences x tokens of a step, by commas.")] = "32x512,8x2048",
+    mixer: Annotated[str, typer.Option("--mixer", help="Kind of mixer.")] = "gated_deltanet",
+    backend: Annotated[str, typer.Option("--backend", help="auto, torch, triton or fla.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    steps: Annotated[int, typer.Option("--steps", help="Timed steps per size.", min=1)] = 10,
+    slow: Annotated[bool, typer.Option("--slow", help="Neither compile nor replay the step.")] = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Time distillation against the teacher's bare forward pass."""
+    from dtr.bench.distillation import parse_sizes
+    from dtr.display import speed_table
+    from dtr.pipeline import bench_distillation
+
+    record = bench_distillation(
+        model, parse_sizes(sizes), mixer=mixer, backend=backend, device=device, num_steps=steps, slow=slow
+    )
+    _print(speed_table(record))
+    print(json.dumps(record))
+
+
+@bench.command("search")
+def bench_search(
+    bank: Annotated[Path, typer.Option("--bank", help="Folder of a bank from 'dtr distill' or another run.")],
+    recipe: RecipeArg = None,
+    model: ModelOpt = None,
+    task: TaskOpt = None,
+    p_min: PMinOpt = None,
+    strategies: Annotated[
+        str, typer.Option("--strategies", help="Names, by commas.")
+    ] = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,uniform,random",
+    settings: SetOpt = None,
+    log: LogOpt = "quiet",
+    debug: DebugOpt = False,
+) -> None:
+    """All search strategies on one bank and task: what each finds, holds on test and costs."""
+    from dtr.display import strategy_table
+    from dtr.pipeline import bench_strategies
+
+    plan = _recipe(recipe, model, task, p_min, settings)
+    with _display(log) as show:
+        record = bench_strategies(plan, bank, strategies.split(","), on_event=show)
+    _print(strategy_table(record))
+    print(json.dumps(record))
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: DebugOpt = False
 ) -> None:
@@ -168,15 +259,23 @@ def doctor(
 def main() -> None:
     """Entry point: errors that users cause become one line and exit code 2, Ctrl-C exit code 130."""
     debug = "--debug" in sys.argv or os.environ.get("DTR_DEBUG") == "1"
+    warnings.formatwarning = _format_warning
     try:
         app(standalone_mode=True)
     except DtrError as error:
         _fail(error, debug)
         raise SystemExit(error.exit_code) from None
     except _Stopped as stopped:
-        command = " ".join(["dtr", *(a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")), "--resume"])
+        kept = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+        command = shlex.join(["dtr", *kept, "--resume"])
         print(f"\n{stopped}\nGo on with: {command}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _format_warning(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    """Our own warnings as people read them; those of libraries keep their place in the code."""
+    is_ours = Path(__file__).parent in Path(filename).parents
+    return f"dtr: warning: {message}\n" if is_ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _fail(error: DtrError, debug: bool) -> None:
@@ -213,7 +312,7 @@ class _Stopped(Exception):
 
 
 def _conclude(record: dict[str, Any], out: Path, log: str) -> None:
-    if log != "rich":
+    if log != "rich" or not record:
         return
     from dtr.reporting import summary_table
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -26,7 +27,7 @@ def open_display(kind: str) -> Iterator[Listener]:
         RecipeError: an unknown kind.
     """
     if kind not in KINDS:
-        raise RecipeError("--log", got=f"'{kind}'", expected="rich, json or quiet", hint=did_you_mean(kind, KINDS))
+        raise RecipeError("--progress", got=f"'{kind}'", expected="rich, json or quiet", hint=did_you_mean(kind, KINDS))
     if kind == "quiet":
         yield lambda event: None
     elif kind == "json":
@@ -81,11 +82,15 @@ class _Bars:
         self._bar("search", event["done"], event["total"], f"{self._linear} layers linear")
 
     def _on_step(self, event: dict[str, Any]) -> None:
-        self._linear += event["accepted"]
+        self._linear = event["step"] if event["accepted"] else self._linear
         verdict = "" if event["accepted"] else " (below p_min)"
-        self._console.print(
-            f"step {event['step']:>3}: layer {event['layer']:>3} -> {event['score']:.4f}{verdict}", highlight=False
-        )
+        layers = event.get("layers", [event["layer"]])
+        what = f"layer {event['layer']:>3}" if len(layers) == 1 else f"{len(layers)} layers more"
+        self._console.print(f"step {event['step']:>3}: {what} -> {event['score']:.4f}{verdict}", highlight=False)
+
+    def _on_refused(self, event: dict[str, Any]) -> None:
+        layers = ", ".join(map(str, event["layers"]))
+        self._console.print(f"refused for {event['guard']}: layers {layers}", highlight=False)
 
     def _on_stop(self, event: dict[str, Any]) -> None:
         self._console.print(event["text"], highlight=False)
@@ -105,5 +110,47 @@ def doctor_table(facts: dict[str, Any]) -> Table:
         table.add_row(name, found or "not installed")
     missing = ", ".join(facts["missing_extras"])
     hint = f"{missing}; as in: pip install 'distill-then-replace[{facts['missing_extras'][0]}]'" if missing else "none"
-    table.add_row("missing extras", hint)
+    # Escaped, as rich would read the extra's brackets as markup.
+    table.add_row("missing extras", escape(hint))
+    return table
+
+
+def speed_table(record: dict[str, Any]) -> Table:
+    """`dtr bench distill` for people."""
+    machine = record["hardware"]
+    table = Table(title=f"{record['teacher']}, {record['mixer']} by {record['backend']['name']}, {record['dtype']}")
+    table.caption = machine.get("gpu") or f"{machine['cpu']}, {machine['num_threads']} threads"
+    for name in ("step", "teacher forward", "distillation", "ratio", "utilisation", "cold start", "peak memory"):
+        table.add_column(name, justify="right")
+    for size in record["sizes"]:
+        peak = size["peak_bytes_beyond_model_students_and_optimizer"]
+        table.add_row(
+            f"{size['batch']} x {size['seq_len_tokens']}",
+            f"{size['teacher_forward_tokens_per_second']:,.0f} tok/s",
+            f"{size['distill_tokens_per_second']:,.0f} tok/s",
+            f"{size['ratio_to_teacher_forward']:.3f}",
+            f"{size['flop_utilisation']:.1%}",
+            f"{size['cold_start_seconds']:.1f} s",
+            "not measured" if peak is None else f"{peak / 1e9:.2f} GB",
+        )
+    return table
+
+
+def strategy_table(record: dict[str, Any]) -> Table:
+    """`dtr bench search` for people."""
+    table = Table(title=f"{record['teacher']} on {record['task']}, P_min {record['p_min']:g}")
+    table.caption = "test with its 95 % interval; work in passes of the whole model over validation"
+    table.add_column("strategy")
+    for name in ("replaced", "validation", "test", "passes", "seconds"):
+        table.add_column(name, justify="right")
+    for name, row in record["strategies"].items():
+        low, high = row["test_ci95"]
+        table.add_row(
+            name,
+            f"{row['num_replaced']}/{record['num_layers']}",
+            f"{row['val']:.4f}",
+            f"{row['test']:.4f} ({low:.3f} to {high:.3f})",
+            f"{row['pass_equivalents']:.1f}",
+            f"{row['seconds']:.1f}",
+        )
     return table

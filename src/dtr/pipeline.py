@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 
+from dtr.bench.distillation import bench_distill
+from dtr.bench.strategies import compare_strategies
 from dtr.corpus import TokenBlocks, load_text
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
+from dtr.distributed import World, current_world, join_world
+from dtr.environment import hardware, library_versions, own_commit
 from dtr.errors import DeviceError, RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.examples import differing_items, write_sample
 from dtr.files import write_json
 from dtr.ops.dispatch import use_backend
-from dtr.recipe import Recipe
+from dtr.recipe import Recipe, TaskSection
 from dtr.record import make_record
-from dtr.replace import SearchResult, search
+from dtr.replace import GuardFloor, SearchResult, check_search, search
 from dtr.reporting import render_model_card, write_report
 from dtr.runfolder import RunFolder
 from dtr.tasks import load_task
@@ -50,19 +54,23 @@ def run(
         on_event: called with small dicts for live displays; all of them are in events.jsonl too.
 
     Returns:
-        the record that is in report.json.
+        the record that is in report.json; nothing on any but the first rank of several processes.
     """
     folder, clock = RunFolder(out), _Clock()
-    folder.open(recipe, resume=resume, overwrite=overwrite)
-    emit = _to_log_and(folder, on_event)
+    world, emit = open_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
     with clock("load"):
         teacher = prepare_teacher(recipe, emit)
         task = prepare_task(recipe)
+        guards = prepare_guards(recipe)
+        check_search(task, **recipe.search.model_dump())
         text = prepare_text(recipe, teacher)
     with clock("distill"), _memory_advice("distill.batch_size"):
         mixers = load_bank(bank, teacher=teacher) if bank else prepare_bank(recipe, teacher, text, folder, emit)
+    if not world.is_first:
+        # Only distillation is shared out; the first rank does the rest.
+        return {}
     with clock("search"), _memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
-        result = prepare_search(recipe, teacher, mixers, task, folder, emit)
+        result = prepare_search(recipe, teacher, mixers, task, guards, folder, emit)
     with clock("report"):
         sample = write_sample(teacher, result.m_opt)
         differences = differing_items(teacher, result.m_opt, task)
@@ -84,18 +92,31 @@ def distill_only(
 ) -> MixerBank:
     """The first half of `run`: leaves OUT/bank, with which `run(..., bank=...)` or `--resume` goes on."""
     folder = RunFolder(out)
-    folder.open(recipe, resume=resume, overwrite=overwrite)
-    emit = _to_log_and(folder, on_event)
+    _, emit = open_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
     teacher = prepare_teacher(recipe, emit)
     with _memory_advice("distill.batch_size"):
         return prepare_bank(recipe, teacher, prepare_text(recipe, teacher), folder, emit)
+
+
+def open_run(
+    folder: RunFolder, recipe: Recipe, *, resume: bool, overwrite: bool, on_event: Listener | None
+) -> tuple[World, Listener]:
+    """Join the other processes if torchrun started some, and open the folder on the first one.
+
+    Returns our place among them and where events go: to log and listener on the first rank, nowhere on the others.
+    """
+    world, _ = join_world(pick_device(recipe.runtime.device))
+    if world.is_first:
+        folder.open(recipe, resume=resume, overwrite=overwrite)
+    world.wait()
+    return world, _to_log_and(folder, on_event) if world.is_first else lambda event: None
 
 
 def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
     """Set threads and backend, then load the teacher."""
     if recipe.runtime.num_threads:
         torch.set_num_threads(recipe.runtime.num_threads)
-    device = pick_device(recipe.runtime.device)
+    _, device = join_world(pick_device(recipe.runtime.device))
     backend = use_backend(recipe.runtime.backend, device.type)
     emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
     settings = recipe.teacher
@@ -105,8 +126,20 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
 
 
 def prepare_task(recipe: Recipe) -> Task:
-    settings = recipe.task.model_dump()
-    return load_task(settings.pop("source"), **settings, seed=recipe.seed)
+    return _load(recipe.task, recipe.seed)
+
+
+def prepare_guards(recipe: Recipe) -> list[GuardFloor]:
+    """The guard tasks, loaded before any work so that missing data is found at once."""
+    return [
+        GuardFloor(task=_load(guard.task, recipe.seed), p_min=guard.p_min, p_min_kind=guard.p_min_kind)
+        for guard in recipe.search.guards
+    ]
+
+
+def _load(task: TaskSection, seed: int) -> Task:
+    settings = task.model_dump()
+    return load_task(settings.pop("source"), **settings, seed=seed)
 
 
 def prepare_text(recipe: Recipe, teacher: Teacher) -> TokenBlocks:
@@ -132,23 +165,33 @@ def prepare_bank(recipe: Recipe, teacher: Teacher, text: TokenBlocks, folder: Ru
         options=recipe.mixer.options,
         **settings,
         seed=recipe.seed,
+        parallel=recipe.runtime.parallel,
         checkpoint=folder.checkpoint,
         on_event=emit,
     )
-    bank.save(folder.bank)
-    # The bank holds all that is needed from here on.
-    folder.checkpoint.unlink(missing_ok=True)
+    if current_world().is_first:
+        bank.save(folder.bank)
+        # The bank holds all that is needed from here on.
+        folder.checkpoint.unlink(missing_ok=True)
     return bank
 
 
 def prepare_search(
-    recipe: Recipe, teacher: Teacher, bank: MixerBank, task: Task, folder: RunFolder, emit: Listener
+    recipe: Recipe,
+    teacher: Teacher,
+    bank: MixerBank,
+    task: Task,
+    guards: list[GuardFloor],
+    folder: RunFolder,
+    emit: Listener,
 ) -> SearchResult:
     result = search(
         teacher,
         bank,
         task,
-        **recipe.search.model_dump(),
+        **recipe.search.model_dump(exclude={"guards"}),
+        guards=guards,
+        seed=recipe.seed,
         batch_tokens=recipe.runtime.eval_batch_tokens,
         cache_bytes=recipe.runtime.cache_bytes,
         journal=folder.journal,
@@ -223,3 +266,69 @@ def evaluate_model(recipe: Recipe, split: str) -> dict[str, Any]:
         model, prepare_task(recipe), split=split, tokenizer=tokenizer, batch_tokens=recipe.runtime.eval_batch_tokens
     )
     return {"model": settings.source, "task": recipe.task.source, "split": split, **score.to_dict()}
+
+
+def bench_strategies(
+    recipe: Recipe, bank: str | Path, strategies: list[str], *, on_event: Listener | None = None
+) -> dict[str, Any]:
+    """`dtr bench search`: each strategy on the recipe's task, with what it was measured on."""
+    emit = on_event or (lambda event: None)
+    task = prepare_task(recipe)
+    for strategy in strategies:
+        check_search(task, **{**recipe.search.model_dump(), "strategy": strategy})
+    guards = prepare_guards(recipe)
+    teacher = prepare_teacher(recipe, emit)
+    rows = compare_strategies(
+        teacher,
+        load_bank(bank, teacher=teacher),
+        task,
+        strategies=strategies,
+        on_event=emit,
+        **recipe.search.model_dump(exclude={"guards", "strategy", "run_to_end", "test_curve"}),
+        guards=guards,
+        seed=recipe.seed,
+        batch_tokens=recipe.runtime.eval_batch_tokens,
+        cache_bytes=recipe.runtime.cache_bytes,
+    )
+    return {
+        "hardware": hardware(teacher.device),
+        "versions": library_versions(),
+        "commit": own_commit(),
+        "teacher": teacher.source,
+        "num_layers": teacher.num_layers,
+        "task": task.name,
+        "metric": task.metric,
+        "num_validation": len(task.splits["validation"]),
+        "num_test": len(task.splits["test"]),
+        "p_min": recipe.search.p_min,
+        "strategies": {row["strategy"]: row for row in rows},
+    }
+
+
+def bench_distillation(
+    source: str,
+    sizes: list[tuple[int, int]],
+    *,
+    mixer: str,
+    backend: str,
+    device: str,
+    num_steps: int,
+    slow: bool,
+) -> dict[str, Any]:
+    """`dtr bench distill`: the figures of every size, with what they were measured on."""
+    place = pick_device(device)
+    choice = use_backend(backend, place.type)
+    teacher = load_teacher(source, device=str(place))
+    results = bench_distill(
+        teacher, sizes=sizes, mixer=mixer, num_steps=num_steps, fast=False if slow or place.type != "cuda" else None
+    )
+    return {
+        "hardware": hardware(teacher.device),
+        "versions": library_versions(),
+        "commit": own_commit(),
+        "teacher": teacher.source,
+        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "mixer": mixer,
+        "backend": {"name": choice.name, "reason": choice.reason},
+        "sizes": list(results),
+    }

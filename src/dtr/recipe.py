@@ -6,6 +6,7 @@ the run, defaults filled in, so that the run can be repeated. No torch in here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ class TeacherSection(Section):
     source: str
     """Hub name, local folder, GGUF file, or `smollm2-demo` (downloaded once, checked, cached)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights in memory; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Weights in memory; auto is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Never needed for the supported families."""
 
@@ -62,6 +63,8 @@ class DistillSection(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient norm limit of each layer on its own."""
+    refit_tokens: int = Field(default=0, ge=0)
+    """Tokens on which the output projections are solved for in closed form after training; 0 leaves it out."""
     layers: list[int] | None = None
     """Layers to distil; all when left out."""
     checkpoint_every_steps: int = Field(default=200, ge=1)
@@ -95,11 +98,43 @@ class TaskSection(Section):
     """Further keyword arguments of the task kind."""
 
 
+class GuardSection(Section):
+    """A task that must keep a floor while the search looks at another."""
+
+    task: TaskSection
+    """As the recipe's own `task`; only its validation split is used."""
+    p_min: float = Field(default=0.9, gt=0)
+    """The floor: how much of the teacher's score on that task must be kept."""
+    p_min_kind: Literal["relative", "absolute"] = "relative"
+    """relative: a share of the teacher's score; absolute: a value of that task's metric."""
+
+
 class SearchSection(Section):
+    strategy: Literal[
+        "auto", "exact", "lazy", "restore", "uniform", "random", "lowest_mse", "one_shot", "kl", "impact"
+    ] = "auto"
+    """How to find the layers. auto: as good as exact for a few tens of passes; exact: Algorithm 1, every layer at
+    every step; lazy: the same with stale scores; restore: from all layers linear downwards; the others are baselines
+    that follow a fixed order."""
     p_min: float = Field(default=0.95, gt=0)
     """How much of the score must be kept on validation."""
     p_min_kind: Literal["relative", "absolute"] = "relative"
     """relative: a share of the teacher's score; absolute: a value of the metric itself."""
+    p_min_confidence: float | None = Field(default=None, gt=0.5, lt=1)
+    """Commit only what validation items that selection never saw certify at this confidence, as 0.95; the plain
+    comparison with p_min when left out."""
+    confirmation_share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the validation items kept for that certificate; nothing is kept without p_min_confidence."""
+    guards: list[GuardSection] = Field(default_factory=list)
+    """Other tasks with a floor; a swap that breaks one is refused."""
+    max_linear_layers: int | None = Field(default=None, ge=1)
+    """Stop once so many layers are linear."""
+    max_cache_bytes: int | None = Field(default=None, ge=1)
+    """Stop once the cache of one sequence of cache_context_tokens tokens fits into this."""
+    cache_context_tokens: int = Field(default=2048, ge=1)
+    """Context length for max_cache_bytes."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Stop the search after this time; where it strikes depends on the machine."""
     run_to_end: bool = False
     """Go on below p_min until every layer is linear, to draw the whole curve; M_opt is not affected."""
     test_curve: bool = False
@@ -111,12 +146,14 @@ class RuntimeSection(Section):
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    backend: Literal["auto", "torch", "fla"] = "auto"
+    backend: Literal["auto", "torch", "triton", "fla"] = "auto"
     """Kernels of the mixers; auto takes what is present and right on this machine."""
     eval_batch_tokens: int = Field(default=16_384, ge=1)
     """Padded tokens per evaluation batch."""
     cache_bytes: int = Field(default=4_000_000_000, ge=0)
     """Memory for hidden states that search reuses; 0 turns reuse off."""
+    parallel: Literal["data", "layers"] = "data"
+    """What several processes started by torchrun share out while distilling: sequences of a batch, or layers."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads; torch's own default when left out."""
 
@@ -192,6 +229,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
+    # To YAML a template such as "Question: {question}" is a mapping; one that is meant has braces and values.
+    if isinstance(value, dict) and (not text.lstrip().startswith("{") or None in value.values()):
+        value = text
     # YAML 1.1 reads 1e-3 as a string.
     if isinstance(value, str):
         try:
@@ -221,8 +261,20 @@ def _describe(problem: Any) -> tuple[str, str, str, str]:
         known: Any = Recipe
         for part in path[:-1]:
             known = known.model_fields[part].annotation
-        return field, f"unknown key '{path[-1]}'", "a known key", did_you_mean(path[-1], known.model_fields)
+        # Most often a setting without its section, as --set p_min=0.9.
+        inside = [
+            f"{name}.{field}" for name, info in Recipe.model_fields.items() if field in _fields_of(info.annotation)
+        ]
+        hint = f"Did you mean '{inside[0]}'?" if inside else did_you_mean(path[-1], known.model_fields)
+        return field, f"unknown key '{path[-1]}'", "a known key", hint
     if problem["type"] == "missing":
+        if field == "teacher":
+            return field, "nothing", "a model", "Name one with --model, or as teacher.source in a recipe."
         return field, "nothing", "a value", f"Add '{path[-1]}:' or --set {field}=..."
     message = problem["msg"].replace("Input should be", "").strip()
     return field, repr(problem["input"]), message, ""
+
+
+def _fields_of(annotation: Any) -> Iterable[str]:
+    """Fields of a section; nothing for a plain type."""
+    return getattr(annotation, "model_fields", ())

@@ -39,7 +39,11 @@ class RunFolder:
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise OutputError(str(self.path), got="a file", expected="a folder", hint="Choose another --out.")
-            if self.path.exists() and any(self.path.iterdir()):
+            names = {item.name for item in self.path.iterdir()} if self.path.exists() else set()
+            # A run that failed before it had done anything leaves its recipe and log; the next try may replace them.
+            if not resume and RECIPE in names and names <= {RECIPE, EVENTS}:
+                (self.path / EVENTS).unlink(missing_ok=True)
+            elif names:
                 self._reuse(recipe, resume=resume, overwrite=overwrite)
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RECIPE, recipe.to_yaml())

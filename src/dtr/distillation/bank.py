@@ -17,7 +17,7 @@ from dtr.arch import HeadGeometry
 from dtr.errors import BankError
 from dtr.files import write_json, write_tensors
 from dtr.mixers import make_mixer
-from dtr.mixers.base import LinearMixer
+from dtr.mixers.base import Mixer
 
 FORMAT = 1
 
@@ -28,7 +28,7 @@ class MixerBank:
 
     kind: str
     options: dict[str, Any]
-    mixers: dict[int, LinearMixer]
+    mixers: dict[int, Mixer]
     teacher_fingerprint: str
     geometry: HeadGeometry
     identity: dict[str, Any] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class MixerBank:
         """One layer's entry in a hybrid's `config.mixers`."""
         return {"kind": self.kind, **self.options}
 
-    def in_dtype(self, dtype: torch.dtype) -> dict[int, LinearMixer]:
+    def in_dtype(self, dtype: torch.dtype) -> dict[int, Mixer]:
         """Frozen copies of all mixers in the teacher's dtype, as hybrids use them."""
         return {i: copy.deepcopy(m).to(dtype).requires_grad_(False).eval() for i, m in self.mixers.items()}
 
@@ -133,7 +133,8 @@ def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tens
         prefix = f"layers.{index}."
         mixer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         mixers[index] = mixer.to(device)
-    by_layer = {key: {int(k): v for k, v in facts[key].items()} for key in ("nmse_before", "nmse_after")}
+    errors = ("nmse_before", "nmse_after")
+    by_layer: dict[str, Any] = {key: {int(k): v for k, v in facts[key].items()} for key in errors}
     plain = {key: facts[key] for key in ("identity", "curve", "num_tokens", "num_steps", "seconds")}
     bank = MixerBank(
         kind=facts["kind"],

@@ -4,30 +4,39 @@ Each student sees the input of its attention and learns its output, `MSE / mean(
 (blockwise local distillation, arXiv 2601.11667, section 3.1). A student's forward and backward run as soon as its
 layer has run, so that only one layer's activations are alive at a time.
 
+With several processes either each takes a part of every batch (`data`: gradients are added up) or each trains a part
+of the layers (`layers`: nothing is exchanged).
+
 Shapes: B batch, T tokens, D hidden dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from dtr.arch import capture_attention
 from dtr.distillation.replay import Replay
-from dtr.mixers.base import LinearMixer
+from dtr.distributed import World
+from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
 
+ParallelKind = Literal["data", "layers"]
 
-def student_loss(
+
+def squared_sums(
     mixer: nn.Module, hidden_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], target_BTD: torch.Tensor
-) -> torch.Tensor:
-    """Mean squared error over the mean square of the target: 1 is what an output of zeros would get."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of squared errors of the mixer's output, and sum of squares of the target; their ratio is the loss.
+
+    Both are sums so that they can be added up over parts of a batch: a ratio of 1 is what an output of zeros gets.
+    """
     out, _ = mixer(hidden_BTD, rotary)
     target = target_BTD.float()
-    return (out.float() - target).square().mean() / target.square().mean()
+    return (out.float() - target).square().sum(), target.square().sum()
 
 
 class Students:
@@ -40,24 +49,30 @@ class Students:
     def __init__(
         self,
         teacher: Teacher,
-        mixers: Mapping[int, LinearMixer],
+        mixers: Mapping[int, Mixer],
         *,
         learning_rate: float,
         weight_decay: float,
         max_grad_norm: float,
         fast: bool,
+        world: World | None = None,
+        parallel: ParallelKind = "data",
     ) -> None:
         self._teacher, self.mixers = teacher, mixers
         self._max_grad_norm = max_grad_norm
+        self._world = world or World()
+        self._splits_batch = parallel == "data"
+        self.own = list(mixers) if self._splits_batch else self._world.share(list(mixers))
+        """Layers that this process trains."""
         self._amp = torch.autocast(
             teacher.device.type, torch.bfloat16, enabled=teacher.dtype in (torch.bfloat16, torch.float16)
         )
         # One compiled graph serves all layers: their parameters are its inputs.
-        self._loss = torch.compile(student_loss, dynamic=False) if fast else student_loss
+        self._sums = torch.compile(squared_sums, dynamic=False) if fast else squared_sums
         self._replay = Replay(self._step) if fast else None
-        self._groups = [[p for p in mixer.parameters() if p.requires_grad] for mixer in mixers.values()]
+        self._groups = [[p for p in mixers[i].parameters() if p.requires_grad] for i in self.own]
         self.optimizer = torch.optim.AdamW(
-            [p for group in self._groups for p in group],
+            [p for group in self._groups for p in group] or [torch.zeros(1)],
             # A recorded step reads the rate from device memory.
             lr=torch.tensor(learning_rate, device=teacher.device) if fast else learning_rate,
             betas=(0.9, 0.95),
@@ -67,34 +82,40 @@ class Students:
         )
 
     def train_step(self, input_ids: torch.Tensor, learning_rate: float) -> torch.Tensor:
-        """One teacher pass over (B, T) tokens and one update of every student; returns their losses (layers,)."""
+        """One teacher pass over the global batch (B, T) and one update; returns the losses of `own` layers."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
+        if self._splits_batch:
+            input_ids = input_ids[self._world.rank :: self._world.size]
         input_ids = input_ids.to(self._teacher.device, torch.long)
         return self._step(input_ids) if self._replay is None else self._replay(input_ids)
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        losses: dict[int, torch.Tensor] = {}
+        sums = {index: torch.zeros(2, device=self._teacher.device) for index in self.own}
 
         def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
             with torch.enable_grad(), self._amp:
-                loss = self._loss(self.mixers[index], hidden, rotary, target)
-            loss.backward()
-            losses[index] = loss.detach()
+                error, power = self._sums(self.mixers[index], hidden, rotary, target)
+            error.backward()
+            sums[index] = torch.stack([error.detach(), power])
 
         self._teacher_pass(input_ids, visit)
-        self._clip()
+        errors_and_powers = torch.stack([sums[index] for index in self.own]) if self.own else torch.zeros(0, 2)
+        if self._splits_batch and self._world.size > 1:
+            self._world.add_up([*self._gradients(), errors_and_powers])
+        errors, powers = errors_and_powers.unbind(1)
+        self._normalise_and_clip(powers)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([losses[index] for index in self.mixers])
+        return errors / powers
 
     @torch.no_grad()
     def held_out_nmse(self, blocks: torch.Tensor, batch_size: int) -> dict[int, float]:
         """Normalised MSE of each layer over held-out blocks (num_blocks, T): sum((o - o')^2) / sum(o^2)."""
-        sums = {index: torch.zeros(2, dtype=torch.float64, device=self._teacher.device) for index in self.mixers}
+        sums = {index: torch.zeros(2, dtype=torch.float64, device=self._teacher.device) for index in self.own}
 
         def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
             with self._amp:
@@ -102,17 +123,34 @@ class Students:
             error = (out.float() - target.float()).square().sum(dtype=torch.float64)
             sums[index] += torch.stack([error, target.float().square().sum(dtype=torch.float64)])
 
-        for batch in blocks.split(batch_size):
+        batches = list(blocks.split(batch_size))
+        for batch in self._world.share(batches) if self._splits_batch else batches:
             self._teacher_pass(batch.to(self._teacher.device, torch.long), visit)
-        return {index: (error / power).item() for index, (error, power) in sums.items()}
+        if self._splits_batch:
+            self._world.add_up(sums.values())
+        parts = self._world.collect({index: (error / power).item() for index, (error, power) in sums.items()})
+        merged = {index: value for part in parts for index, value in part.items()}
+        return {index: merged[index] for index in self.mixers}
 
     @torch.no_grad()
     def _teacher_pass(self, input_ids: torch.Tensor, visit: Any) -> None:
-        body = self._teacher.model.model
-        with capture_attention(self._teacher.model, list(self.mixers), visit):
-            body(input_ids=input_ids, use_cache=False)
+        # With more processes than sequences some have nothing to do but to take part in the exchange.
+        if len(input_ids) and self.own:
+            with capture_attention(self._teacher.model, self.own, visit):
+                self._teacher.model.model(input_ids=input_ids, use_cache=False)
 
-    def _clip(self) -> None:
-        # Each student on its own, as if it were trained alone.
+    def _gradients(self) -> list[torch.Tensor]:
         for group in self._groups:
-            nn.utils.clip_grad_norm_(group, self._max_grad_norm, foreach=True)
+            for param in group:
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)
+        return [param.grad for group in self._groups for param in group if param.grad is not None]
+
+    @torch.no_grad()
+    def _normalise_and_clip(self, powers: torch.Tensor) -> None:
+        """Divide each student's gradient by its target's power and limit its norm, as if it were trained alone."""
+        for group, power in zip(self._groups, powers.unbind(0)):
+            gradients = [param.grad for param in group if param.grad is not None]
+            norm = nn.utils.get_total_norm(gradients, foreach=True) / power
+            factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / power
+            torch._foreach_mul_(gradients, factor)

@@ -5,7 +5,6 @@ Source: "Distill-then-Replace" (arXiv 2601.11667), section 3.1.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -13,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dtr.arch import decoder_layers
 from dtr.corpus import TokenBlocks, load_text
 from dtr.distillation.bank import MixerBank
-from dtr.distillation.students import Students
-from dtr.errors import BankError, DeviceError, Interrupted, RecipeError
-from dtr.files import write_tensors
+from dtr.distillation.calibration import calibrate
+from dtr.distillation.refit import refit_outputs
+from dtr.distillation.state import TrainingState
+from dtr.distillation.students import ParallelKind, Students
+from dtr.distributed import World, current_world
+from dtr.errors import DeviceError, Interrupted, RecipeError
 from dtr.interrupt import stop_at_safe_point
 from dtr.mixers import mixer_from_teacher
 from dtr.teacher import Teacher
@@ -45,8 +46,10 @@ def distill(
     final_lr_fraction: float = 0.1,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    refit_tokens: int = 0,
     layers: list[int] | None = None,
     seed: int = 0,
+    parallel: ParallelKind = "data",
     checkpoint: str | Path | None = None,
     checkpoint_every_steps: int = 200,
     on_event: Callable[[dict[str, Any]], None] | None = None,
@@ -62,8 +65,11 @@ def distill(
         seq_len_tokens: length of a training sequence (when `text` is not tokenized yet).
         batch_size: sequences per optimizer step.
         learning_rate: peak rate of AdamW after a linear warm-up; cosine decay to `final_lr_fraction` of it.
+        refit_tokens: solve for the output projections in closed form at the end, on this many tokens; 0 leaves it out.
         layers: layers to distil; all by default.
         seed: order of the text and start values.
+        parallel: what several processes (torchrun) share out: `data`, the sequences of each batch, or `layers`. The
+            bank is the same up to rounding, on all ranks.
         checkpoint: safetensors file for the state; if it is there, training goes on from it.
         checkpoint_every_steps: at most this many steps are lost by an interruption.
         on_event: called with small dicts for logs and live displays.
@@ -85,7 +91,7 @@ def distill(
             max_tokens=num_tokens,
             seed=seed,
         )
-    chosen = _check_layers(layers, teacher.num_layers)
+    chosen, world = _check_layers(layers, teacher.num_layers), current_world()
     identity = {
         "teacher": teacher.fingerprint,
         "text": text.fingerprint,
@@ -99,6 +105,7 @@ def distill(
         "final_lr_fraction": final_lr_fraction,
         "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm,
+        "refit_tokens": refit_tokens,
         "layers": chosen,
         "seed": seed,
     }
@@ -112,6 +119,7 @@ def distill(
         num_tokens=num_tokens,
         num_steps=math.ceil(num_tokens / (batch_size * text.train.shape[1])),
     )
+    calibrate(teacher, bank.mixers, text.train[:batch_size])
     students = Students(
         teacher,
         bank.mixers,
@@ -119,10 +127,15 @@ def distill(
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
         fast=teacher.device.type == "cuda",
+        world=world,
+        parallel=parallel,
     )
-    state = _State(bank, students, Path(checkpoint) if checkpoint else None)
+    state = TrainingState(bank, students, Path(checkpoint) if checkpoint else None, world)
     try:
-        _train(bank, students, state, text, batch_size, checkpoint_every_steps, on_event or (lambda _: None))
+        _train(bank, students, state, text, batch_size, checkpoint_every_steps, on_event or (lambda _: None), world)
+        state.share_weights()
+        if refit_tokens:
+            _refit(teacher, bank, students, text, batch_size, refit_tokens)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             "distill.batch_size",
@@ -136,11 +149,12 @@ def distill(
 def _train(
     bank: MixerBank,
     students: Students,
-    state: _State,
+    state: TrainingState,
     text: TokenBlocks,
     batch_size: int,
     checkpoint_every_steps: int,
     emit: Callable[[dict[str, Any]], None],
+    world: World,
 ) -> None:
     identity, started = bank.identity, time.monotonic()
     step = state.restore()
@@ -163,16 +177,30 @@ def _train(
             batch = text.batch(step, batch_size=batch_size, seed=identity["seed"])
             losses = students.train_step(batch, _learning_rate(step, bank.num_steps, identity))
             step += 1
-            # Reading the loss waits for the device, so not at every step.
+            # Reading the loss waits for the device, and asking all ranks for their Ctrl-C for them; not at every step.
+            stopping = stop.requested and world.size == 1
             if step % 10 == 0 or step == bank.num_steps:
                 emit(_progress(step, bank.num_steps, batch, losses))
+                stopping = any(world.collect(stop.requested))
             if step % measure_every == 0 or step == bank.num_steps:
                 measure(step)
             bank.seconds = spent_before + time.monotonic() - started
-            if step % checkpoint_every_steps == 0 or stop.requested or step == bank.num_steps:
+            if step % checkpoint_every_steps == 0 or stopping or step == bank.num_steps:
                 state.save(step)
-            if stop.requested and step < bank.num_steps:
+            if stopping and step < bank.num_steps:
                 raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
+
+
+def _refit(
+    teacher: Teacher, bank: MixerBank, students: Students, text: TokenBlocks, batch_size: int, num_tokens: int
+) -> None:
+    """Refit the output projections on the text that training would have gone on with; every rank does the same."""
+    num_batches = math.ceil(num_tokens / (batch_size * text.train.shape[1]))
+    seed = bank.identity["seed"]
+    train = [text.batch(bank.num_steps + i, batch_size=batch_size, seed=seed) for i in range(num_batches)]
+    # The ridge is chosen on one half of the held-out text, so only the other half is free of that choice.
+    bank.identity["ridges"] = refit_outputs(teacher, bank.mixers, train, text.held_out[::2].split(batch_size))
+    bank.nmse_after = students.held_out_nmse(text.held_out, batch_size)
 
 
 def _progress(step: int, num_steps: int, batch: torch.Tensor, losses: torch.Tensor) -> dict[str, Any]:
@@ -184,75 +212,6 @@ def _progress(step: int, num_steps: int, batch: torch.Tensor, losses: torch.Tens
         "mean_loss": losses.mean().item(),
         "worst_loss": losses.max().item(),
     }
-
-
-class _State:
-    """The training state in one safetensors file: students, optimizer moments, step and curve."""
-
-    def __init__(self, bank: MixerBank, students: Students, path: Path | None) -> None:
-        self._bank, self._students, self._path = bank, students, path
-        names = [f"{i}.{name}" for i, mixer in bank.mixers.items() for name, _ in mixer.named_parameters()]
-        self._named = dict(zip(names, (p for mixer in bank.mixers.values() for p in mixer.parameters()), strict=True))
-
-    def how_to_go_on(self) -> str:
-        return "go on with --resume." if self._path else "nothing was saved, as no checkpoint was asked for."
-
-    def save(self, step: int) -> None:
-        if self._path is None:
-            return
-        tensors = {f"param.{name}": param for name, param in self._named.items()}
-        for name, param in self._named.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self._students.optimizer.state[param][moment]
-        facts = {
-            "step": step,
-            "identity": self._bank.identity,
-            "curve": self._bank.curve,
-            "nmse_before": self._bank.nmse_before,
-            "nmse_after": self._bank.nmse_after,
-            "seconds": self._bank.seconds,
-        }
-        write_tensors(self._path, tensors, metadata={"state": json.dumps(facts)})
-
-    @torch.no_grad()
-    def restore(self) -> int:
-        """Load the state if there is one; returns the step to go on with."""
-        if self._path is None or not self._path.exists():
-            return 0
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                facts = json.loads(file.metadata()["state"])
-                self._check(facts["identity"])
-                for name, param in self._named.items():
-                    param.copy_(file.get_tensor(f"param.{name}"))
-                    self._students.optimizer.state[param] = {
-                        "step": torch.tensor(float(facts["step"]), device=param.device),
-                        "exp_avg": file.get_tensor(f"exp_avg.{name}").to(param.device),
-                        "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(param.device),
-                    }
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise BankError(
-                str(self._path),
-                got=f"{type(error).__name__}: {error}",
-                expected="a distillation checkpoint",
-                hint="Delete the file to start again.",
-            ) from error
-        self._bank.curve = facts["curve"]
-        self._bank.nmse_before = {int(k): v for k, v in facts["nmse_before"].items()}
-        self._bank.nmse_after = {int(k): v for k, v in facts["nmse_after"].items()}
-        self._bank.seconds = facts["seconds"]
-        return facts["step"]
-
-    def _check(self, identity: dict[str, Any]) -> None:
-        ours = json.loads(json.dumps(self._bank.identity))
-        changed = [key for key in ours if ours[key] != identity.get(key)]
-        if changed:
-            raise BankError(
-                str(self._path),
-                got="; ".join(f"{key} {identity.get(key)}" for key in changed),
-                expected="; ".join(f"{key} {ours[key]}" for key in changed),
-                hint="Go on with the settings it was started with, or use --overwrite.",
-            )
 
 
 def _start(teacher: Teacher, kind: str, options: dict | None, layers: list[int], seed: int) -> dict[int, Any]:

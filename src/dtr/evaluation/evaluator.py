@@ -12,7 +12,7 @@ from dtr.arch import LayerRunner, with_mixer
 from dtr.errors import DataError
 from dtr.evaluation.generation import encode_context, generate_texts
 from dtr.evaluation.likelihood import LikelihoodScorer, TokenPair
-from dtr.evaluation.score import Score
+from dtr.evaluation.score import Grade, Score
 from dtr.hybrid.modeling import make_hybrid
 from dtr.tasks.base import Generation, GenerationRequest, Item, LikelihoodRequest, Request, Response, Task
 
@@ -29,6 +29,7 @@ class Evaluator:
         specs: layer index to the mixer's entry in `config.mixers`.
         batch_tokens: padded tokens per batch.
         cache_bytes: memory for hidden states that are reused between candidates.
+        blocks: items that may be scored alone, by index, together all items; one block of all when left out.
     """
 
     def __init__(
@@ -42,23 +43,31 @@ class Evaluator:
         specs: Mapping[int, dict] | None = None,
         batch_tokens: int = 16_384,
         cache_bytes: int = 4_000_000_000,
+        blocks: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._model, self._tokenizer, self._task = model, tokenizer, task
         self._items: Sequence[Item] = task.splits[split]
         self._mixers, self._specs = dict(mixers or {}), dict(specs or {})
         self._batch_tokens = batch_tokens
-        self._num_generating_passes = 0
-        requests = [request for item in self._items for request in item.requests]
-        self._generations = [r for r in requests if isinstance(r, GenerationRequest)]
+        self._num_generating_passes = 0.0
+        self._grades: dict[frozenset[int], dict[int, Grade]] = {}
+        pairs: list[TokenPair] = []
+        self._pairs_of: list[list[int]] = []
+        """By item, where its likelihood requests are among all pairs."""
+        for item in self._items:
+            own = [self._pair(request) for request in item.requests if isinstance(request, LikelihoodRequest)]
+            self._pairs_of.append(list(range(len(pairs), len(pairs) + len(own))))
+            pairs += own
         runner = LayerRunner(model)
         self._likelihoods = LikelihoodScorer(
             runner,
             {index: with_mixer(runner.layers[index], mixer) for index, mixer in self._mixers.items()},
-            [self._pair(r) for r in requests if isinstance(r, LikelihoodRequest)],
+            pairs,
             pad_token_id=tokenizer.pad_token_id or 0,
             device=model.device,
             batch_tokens=batch_tokens,
             cache_bytes=cache_bytes,
+            groups=None if blocks is None else [self._pairs_in(block) for block in blocks],
         )
 
     @property
@@ -66,29 +75,71 @@ class Evaluator:
         """Work so far in full passes over the split (each generating pass counts as one)."""
         return self._likelihoods.pass_equivalents + self._num_generating_passes
 
-    def __call__(self, linear: frozenset[int] = frozenset(), *, base: frozenset[int] | None = None) -> Score:
-        """Score with the layers in `linear` replaced; `base` is what the candidate was derived from."""
-        return self._task.summarize(
-            [self._task.grade(item, responses) for item, responses in zip(self._items, self.respond(linear, base=base))]
-        )
+    def __call__(
+        self,
+        linear: frozenset[int] = frozenset(),
+        *,
+        base: frozenset[int] | None = None,
+        items: Sequence[int] | None = None,
+    ) -> Score:
+        """Score with the layers in `linear` replaced.
+
+        Args:
+            linear: the layers that are linear.
+            base: what the candidate was derived from.
+            items: a union of blocks to score; all items when left out. What a hybrid answered is remembered, so that a
+                larger union costs only what is new in it.
+        """
+        wanted = range(len(self._items)) if items is None else items
+        # Whole splits are asked for once each; only portions come again.
+        grades = {} if items is None else self._grades.setdefault(linear, {})
+        new = [index for index in wanted if index not in grades]
+        if new:
+            for index, responses in zip(new, self.respond(linear, base=base, items=None if items is None else new)):
+                grades[index] = self._task.grade(self._items[index], responses)
+        return self._task.summarize([grades[index] for index in wanted])
 
     def respond(
-        self, linear: frozenset[int] = frozenset(), *, base: frozenset[int] | None = None
+        self,
+        linear: frozenset[int] = frozenset(),
+        *,
+        base: frozenset[int] | None = None,
+        items: Sequence[int] | None = None,
     ) -> list[list[Response]]:
-        """The responses to each item's requests."""
-        likelihoods = iter(self._likelihoods(linear, base=linear if base is None else base))
-        texts = iter(self._generate(linear) if self._generations else ())
-        return [[self._response(request, likelihoods, texts) for request in item.requests] for item in self._items]
+        """The responses to the requests of each item, or of each of `items`, a union of blocks."""
+        only = None if items is None else self._pairs_in(items)
+        likelihoods = iter(self._likelihoods(linear, base=linear if base is None else base, only=only))
+        chosen = range(len(self._items)) if items is None else items
+        texts = iter(self._generate(linear, chosen))
+        return [
+            [self._response(request, likelihoods, texts) for request in self._items[index].requests] for index in chosen
+        ]
 
-    def _generate(self, linear: frozenset[int]) -> list[str]:
-        self._num_generating_passes += 1
+    def divergence(self, layer: int, items: Sequence[int] | None = None) -> float | None:
+        """Mean KL(teacher || teacher with `layer` linear) in nats over the answers; None where answers are generated.
+
+        `items` is a union of blocks; all items when left out.
+        """
+        if not any(self._pairs_of):
+            return None
+        only = None if items is None else self._pairs_in(items)
+        return self._likelihoods.divergence(frozenset({layer}), only=only)
+
+    def _pairs_in(self, items: Sequence[int]) -> list[int]:
+        return [pair for index in items for pair in self._pairs_of[index]]
+
+    def _generate(self, linear: frozenset[int], items: Sequence[int]) -> list[str]:
+        requests = [r for index in items for r in self._items[index].requests if isinstance(r, GenerationRequest)]
+        if not requests:
+            return []
+        self._num_generating_passes += len(items) / len(self._items)
         model = self._model
         if linear:
             model = make_hybrid(model, {i: self._mixers[i] for i in linear}, {i: self._specs[i] for i in linear})
         return generate_texts(
             model,
             self._tokenizer,
-            self._generations,
+            requests,
             chat_template=self._task.chat_template,
             batch_tokens=self._batch_tokens,
         )

@@ -4,13 +4,16 @@ A candidate that differs from its base first at layer l needs layers l and above
 kept at layer boundaries, within a memory budget; where they do not all fit, every n-th boundary is kept and the layers
 between are run again. Work is counted in layer-tokens, so that the saving can be reported.
 
+Choices of one question repeat its prompt. Running it once for all of them would need every mixer to go on from a state
+in the middle of a sequence, at the same rounding; it is not done, and the repeated tokens are counted.
+
 Shapes: B batch, T tokens, D hidden dim.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +52,8 @@ class _Batch:
     """Real tokens, without padding."""
     boundaries: dict[int, torch.Tensor] = field(default_factory=dict)
     """Hidden state (B, T, D) before layer l, under the current base."""
+    teacher_rows: torch.Tensor | None = None
+    """The teacher's last hidden states at `rows`, once a divergence was asked for."""
 
 
 class LikelihoodScorer:
@@ -64,15 +69,26 @@ class LikelihoodScorer:
         device: torch.device,
         batch_tokens: int = 16_384,
         cache_bytes: int = 4_000_000_000,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """`linear_layers` maps a layer index to a decoder layer with a mixer; `batch_tokens` counts padding."""
+        """Args:
+
+        linear_layers: layer index to a decoder layer with a mixer.
+        batch_tokens: padded tokens per batch.
+        cache_bytes: memory for hidden states of the base.
+        groups: pairs that may be asked for alone; no batch holds pairs of two groups, so that a pair's result does
+            not depend on which others are asked for. One group of all when left out.
+        """
         self._runner, self._linear = runner, linear_layers
         self._num_layers = len(runner.layers)
-        self._num_pairs = len(pairs)
         self._device = device
         self._base: frozenset[int] = frozenset()
         with torch.no_grad():
-            self._batches = [self._prepare(pairs, members, pad_token_id) for members in _group(pairs, batch_tokens)]
+            self._batches = [
+                self._prepare(pairs, members, pad_token_id)
+                for group in (groups if groups is not None else [range(len(pairs))])
+                for members in _group(pairs, group, batch_tokens)
+            ]
         per_boundary = sum(b.prepared.hidden_BTD.numel() * b.prepared.hidden_BTD.element_size() for b in self._batches)
         num_kept = max(1, min(self._num_layers, cache_bytes // max(per_boundary, 1)))
         self._stride = math.ceil(self._num_layers / num_kept)
@@ -85,20 +101,47 @@ class LikelihoodScorer:
         return self._layer_tokens / (self._num_layers * max(self._tokens_per_pass, 1))
 
     @torch.no_grad()
-    def __call__(self, linear: frozenset[int], *, base: frozenset[int]) -> list[Likelihood]:
-        """Likelihoods of all pairs, in order, with the layers in `linear` replaced."""
+    def __call__(
+        self, linear: frozenset[int], *, base: frozenset[int], only: Sequence[int] | None = None
+    ) -> list[Likelihood]:
+        """Likelihoods with the layers in `linear` replaced, of all pairs in order, or of `only` these groups' pairs."""
+        results: dict[int, Likelihood] = {}
+        for batch in self._batches_of(only):
+            results |= zip(batch.members, self._read(batch, self._last_hidden(batch, linear, base)))
+        return [results[index] for index in (range(len(results)) if only is None else only)]
+
+    @torch.no_grad()
+    def divergence(self, linear: frozenset[int], *, only: Collection[int] | None = None) -> float:
+        """Mean KL(teacher || hybrid) in nats over the scored positions, with the teacher as the base."""
+        total, num_positions, teacher = 0.0, 0, frozenset[int]()
+        step = LOGIT_ROWS.get(self._device.type, 1024)
+        for batch in self._batches_of(only):
+            if batch.teacher_rows is None:
+                batch.teacher_rows = self._last_hidden(batch, teacher, teacher).flatten(0, 1)[batch.rows]
+            rows = self._last_hidden(batch, linear, teacher).flatten(0, 1)[batch.rows]
+            for theirs, ours in zip(batch.teacher_rows.split(step), rows.split(step)):
+                reference, candidate = (self._runner.logits(part).float().log_softmax(dim=1) for part in (theirs, ours))
+                total += ((reference - candidate) * reference.exp()).sum().item()
+            num_positions += len(rows)
+        return total / max(num_positions, 1)
+
+    def _batches_of(self, only: Collection[int] | None) -> list[_Batch]:
+        if only is None:
+            return self._batches
+        wanted = set(only)
+        chosen = [batch for batch in self._batches if batch.members[0] in wanted]
+        assert sum(len(batch.members) for batch in chosen) == len(wanted), "only whole groups can be asked for"
+        return chosen
+
+    def _last_hidden(self, batch: _Batch, linear: frozenset[int], base: frozenset[int]) -> torch.Tensor:
         self._rebase(base)
-        results: list[Likelihood | None] = [None] * self._num_pairs
         start = min(linear ^ base, default=self._num_layers)
-        for batch in self._batches:
-            hidden = self._hidden_before(batch, start)
-            hidden = self._run(batch, hidden, range(start, self._num_layers), linear)
-            for member, result in zip(batch.members, self._read(batch, hidden)):
-                results[member] = result
-        return results  # type: ignore[return-value]
+        return self._run(batch, self._hidden_before(batch, start), range(start, self._num_layers), linear)
 
     def _rebase(self, base: frozenset[int]) -> None:
         """Forget what does not hold for the new base."""
+        if base == self._base:
+            return
         first_change = min(base ^ self._base, default=self._num_layers)
         for batch in self._batches:
             batch.boundaries = {at: hidden for at, hidden in batch.boundaries.items() if at <= first_change}
@@ -124,7 +167,9 @@ class LikelihoodScorer:
     def _prepare(self, pairs: Sequence[TokenPair], members: list[int], pad_token_id: int) -> _Batch:
         longest = max(len(pairs[i]) for i in members)
         ids = torch.full((len(members), longest), pad_token_id)
-        rows, targets, owners = [], [], []
+        rows: list[int] = []
+        targets: list[int] = []
+        owners: list[int] = []
         for place, index in enumerate(members):
             pair = pairs[index]
             tokens = pair.context + pair.target
@@ -163,9 +208,9 @@ class LikelihoodScorer:
         ]
 
 
-def _group(pairs: Sequence[TokenPair], batch_tokens: int) -> list[list[int]]:
-    """Indices of similar length, longest first, at most `batch_tokens` padded tokens together."""
-    order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i]), i))
+def _group(pairs: Sequence[TokenPair], members: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Members of similar length, longest first, at most `batch_tokens` padded tokens together."""
+    order = sorted(members, key=lambda i: (-len(pairs[i]), i))
     groups: list[list[int]] = []
     for index in order:
         if groups and len(pairs[groups[-1][0]]) * (len(groups[-1]) + 1) <= batch_tokens:

@@ -50,5 +50,6 @@ def write_code(folder: str | Path) -> list[Path]:
 
 def _source(module: str) -> str:
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, f"{module} has no source file"
+    assert spec is not None, f"{module} is not there"
+    assert spec.origin is not None, f"{module} has no source file"
     return Path(spec.origin).read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 Built on the library's own layers. What is added: a linear layer counts its tokens, so that a model whose layers are
 all linear still knows its position (the stock cache raises there), and no convolution state is needed to mark a state
-as present.
+as present. A mixer with a short convolution keeps its last inputs beside the state.
 """
 
 from __future__ import annotations
@@ -30,10 +30,20 @@ class RecurrentStateLayer(LinearAttentionLayer):
         """The carried state (B, H, K, V), or None before the first token."""
         return self.recurrent_states[0] if self.num_seen_tokens else None
 
-    def write(self, state: torch.Tensor, num_new_tokens: int) -> None:
-        """Replace the state after `num_new_tokens` more tokens."""
+    def read_conv(self) -> torch.Tensor | None:
+        """The last inputs of a short convolution (B, num, channels), or None before the first token."""
+        return self.conv_states[0] if self.num_seen_tokens else None
+
+    def write(self, state: torch.Tensor, num_new_tokens: int, conv_inputs: torch.Tensor | None = None) -> None:
+        """Replace the state, and the last inputs of a short convolution, after `num_new_tokens` more tokens."""
         self.device, self.dtype = state.device, state.dtype
         self.update_recurrent_state(state)
+        if conv_inputs is not None:
+            if not self.is_conv_states_initialized[0]:
+                self.lazy_initialization(conv_states=conv_inputs)
+            kept = self.conv_states[0]
+            assert kept is not None
+            kept.copy_(conv_inputs)
         self.has_previous_state[0] = True
         self.num_seen_tokens += num_new_tokens
 
@@ -55,7 +65,8 @@ class RecurrentStateLayer(LinearAttentionLayer):
 
     def _replace(self, change: Any) -> None:
         if self.num_seen_tokens:
-            self.recurrent_states[0] = change(self.recurrent_states[0])
+            for states in (self.recurrent_states, self.conv_states):
+                states[0] = None if states[0] is None else change(states[0])
 
 
 class HybridCache(DynamicCache):
@@ -79,7 +90,7 @@ class HybridCache(DynamicCache):
         tensors = []
         for layer in self.layers:
             if isinstance(layer, RecurrentStateLayer):
-                tensors.append(layer.read())
+                tensors += [layer.read(), layer.read_conv()]
             else:
                 tensors += [getattr(layer, "keys", None), getattr(layer, "values", None)]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,69 +1,40 @@
 """The hybrid as Hugging Face classes: a supported family with some attention modules replaced by linear mixers.
 
 One config and one model class per family, so that everything the library knows of the family (device placement,
-weight tying, generation) holds for the hybrid too. `config.mixers` lists, per layer, None or {"kind": ..., options}.
-A field of our own is used because the stock forward does not know `linear_attention` in `layer_types`.
+weight tying, generation) holds for the hybrid too.
 """
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from dtr.arch import HYBRID_PREFIX, decoder_layers, read_geometry, with_mixer
 from dtr.errors import ModelError
 from dtr.hybrid.cache import HybridCache
+from dtr.hybrid.configuration import HybridLlamaConfig, HybridMistralConfig, HybridQwen2Config, HybridQwen3Config
 from dtr.mixers import make_mixer
 
+if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedModel
 
-class HybridLlamaConfig(LlamaConfig):
-    """A Llama whose `mixers` names the linear layers."""
+    class _FamilyModel(PreTrainedModel, GenerationMixin):
+        """What every family's model is; at run time the family's own class stands there."""
 
-    model_type = "dtr_llama"
-    mixers: list | None = None
-
-
-class HybridMistralConfig(MistralConfig):
-    """A Mistral whose `mixers` names the linear layers."""
-
-    model_type = "dtr_mistral"
-    mixers: list | None = None
+else:
+    _FamilyModel = object
 
 
-class HybridQwen2Config(Qwen2Config):
-    """A Qwen2 whose `mixers` names the linear layers."""
-
-    model_type = "dtr_qwen2"
-    mixers: list | None = None
-
-
-class HybridQwen3Config(Qwen3Config):
-    """A Qwen3 whose `mixers` names the linear layers."""
-
-    model_type = "dtr_qwen3"
-    mixers: list | None = None
-
-
-class HybridModelMixin:
+class HybridModelMixin(_FamilyModel):
     """What turns a family's causal language model into a hybrid."""
 
     config: Any
     model: Any
+    tokenizer: Any
 
     def __init__(self, config: Any) -> None:
-        if config.mixers is None:
-            config.mixers = [None] * config.num_hidden_layers
         if len(config.mixers) != config.num_hidden_layers:
             raise ModelError(
                 "config.mixers",
@@ -124,7 +95,8 @@ class HybridModelMixin:
         """An empty cache for this model."""
         return HybridCache(self.config)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    # Releases differ in what follows the first two arguments, and none is needed.
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:  # type: ignore[override]
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "hybrid"):
             raise ModelError(
@@ -136,7 +108,7 @@ class HybridModelMixin:
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Save weights, config and the code to load them without this package; the tokenizer too if it is known."""
         from dtr.hybrid.bundle import auto_map, write_code
 
@@ -206,12 +178,3 @@ def make_hybrid(teacher_model: Any, mixers: dict[int, nn.Module], specs: dict[in
     hybrid.lm_head = teacher_model.lm_head
     hybrid.generation_config = copy.deepcopy(teacher_model.generation_config)
     return hybrid.eval()
-
-
-def register() -> None:
-    """Make the Auto classes of transformers know hybrids. Safe to call twice."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    for model_type, cls in HYBRIDS.items():
-        AutoConfig.register(model_type, cls.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)

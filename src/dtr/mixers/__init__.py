@@ -6,17 +6,19 @@ from typing import Any
 
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
-from dtr.mixers.base import LinearMixer
+from dtr.mixers.base import Mixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.mixers.gated_linear_attention import GatedLinearAttention
+from dtr.mixers.mamba2 import Mamba2
 from dtr.registry import Registry
 
-MIXERS: Registry[type[LinearMixer]] = Registry("mixer")
+MIXERS: Registry[type[Mixer]] = Registry("mixer")
 MIXERS.register("gated_deltanet")(GatedDeltaNet)
 MIXERS.register("gated_linear_attention")(GatedLinearAttention)
+MIXERS.register("mamba2")(Mamba2)
 
 
-def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[str, Any] | None = None) -> LinearMixer:
+def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[str, Any] | None = None) -> Mixer:
     """An uninitialised mixer by name.
 
     Raises:
@@ -32,7 +34,7 @@ def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[
 
 def mixer_from_teacher(
     kind: str, geometry: HeadGeometry, layer_idx: int, attention: Any, options: dict[str, Any] | None = None
-) -> LinearMixer:
+) -> Mixer:
     """A float32 mixer that starts from the weights of the teacher's attention module, on its device."""
     mixer = make_mixer(kind, geometry, layer_idx, options).float()
     mixer.start_from(attention)

@@ -1,7 +1,8 @@
-"""What every linear mixer shares: the teacher's projections, rotary positions, an output gate, and the cached state.
+"""What every mixer has in common, and what those that keep rotary positions share.
 
-A mixer takes the place of a Hugging Face attention module: same inputs, same kind of output. It differs from others in
-how it decays and writes its state, which is all that a subclass says.
+A mixer takes the place of a Hugging Face attention module: same inputs, same kind of output. Linear mixers with the
+teacher's projections, rotary positions and an output gate differ in how they decay and write their state, which is all
+that a subclass of `LinearMixer` says.
 
 Shapes: B batch, T tokens, D hidden dim, H heads, K head dim.
 """
@@ -31,7 +32,58 @@ class HeadNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).to(x_BTHK.dtype)
 
 
-class LinearMixer(nn.Module):
+class Mixer(nn.Module):
+    """Stands in for one attention module of the teacher.
+
+    Args:
+        geometry: shape of the attention that is replaced.
+        layer_idx: its place in the model, where the cache keeps its state.
+    """
+
+    needs_calibration = False
+    """Whether `calibrate` wants to see a batch of the teacher's inputs and outputs before training."""
+
+    def __init__(self, geometry: HeadGeometry, layer_idx: int) -> None:
+        super().__init__()
+        self.geometry, self.layer_idx = geometry, layer_idx
+
+    def start_from(self, attention: Any) -> None:
+        """Set all weights from those of the Hugging Face attention module that this mixer will stand in for."""
+        raise NotImplementedError
+
+    def calibrate(self, hidden_BTD: torch.Tensor, target_BTD: torch.Tensor) -> None:
+        """Fit start values in closed form to the teacher's output on its input; called once, before training."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        token_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Stand in for an attention module.
+
+        Args:
+            hidden_states: (B, T, D), the input of the attention.
+            position_embeddings: cos and sin, (B or 1, T, K) each.
+            attention_mask: ignored; a recurrence is causal by itself.
+            past_key_values: a HybridCache, or None.
+            token_mask: (B, at least T), 0 where a token is padding; the last T columns belong to these tokens.
+
+        Returns:
+            (B, T, D) and None in place of attention weights.
+        """
+        raise NotImplementedError
+
+    def _repeat_heads(self, weight: torch.Tensor, times: int) -> torch.Tensor:
+        """Repeat each key/value head's rows as grouped-query attention does: head h uses group h // times."""
+        per_head = weight.unflatten(0, (-1, self.geometry.head_dim)) if times > 1 else weight
+        return per_head.repeat_interleave(times, dim=0).flatten(0, 1) if times > 1 else weight
+
+
+class LinearMixer(Mixer):
     """Linear attention shaped like the teacher's: one state per query head, rotary positions kept.
 
     Keys and values of grouped heads are repeated to all heads when weights are copied, so that each head may learn its
@@ -42,9 +94,8 @@ class LinearMixer(nn.Module):
     """
 
     def __init__(self, geometry: HeadGeometry, layer_idx: int) -> None:
-        super().__init__()
-        g = self.geometry = geometry
-        self.layer_idx = layer_idx
+        super().__init__(geometry, layer_idx)
+        g = geometry
         inner_dim = g.num_heads * g.head_dim
         self.q_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
         self.k_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
@@ -102,19 +153,7 @@ class LinearMixer(nn.Module):
         token_mask: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Stand in for an attention module.
-
-        Args:
-            hidden_states: (B, T, D), the input of the attention.
-            position_embeddings: cos and sin, (B or 1, T, K) each.
-            attention_mask: ignored; a recurrence is causal by itself.
-            past_key_values: a HybridCache, or None.
-            token_mask: (B, at least T), 0 where a token is padding; the last T columns belong to these tokens.
-
-        Returns:
-            (B, T, D) and None in place of attention weights.
-        """
-        g, (batch, num_tokens, _) = self.geometry, hidden_states.shape
+        g, (batch, num_tokens) = self.geometry, hidden_states.shape[:2]
         heads = (batch, num_tokens, g.num_heads, g.head_dim)
         q, k = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
         if g.qk_norm:
@@ -131,8 +170,3 @@ class LinearMixer(nn.Module):
 
         gate = 2 * torch.sigmoid(self.gate_proj(hidden_states)).view(heads)
         return self.o_proj((out * gate).flatten(2)), None
-
-    def _repeat_heads(self, weight: torch.Tensor, times: int) -> torch.Tensor:
-        """Repeat each key/value head's rows as grouped-query attention does: head h uses group h // times."""
-        per_head = weight.unflatten(0, (-1, self.geometry.head_dim)) if times > 1 else weight
-        return per_head.repeat_interleave(times, dim=0).flatten(0, 1) if times > 1 else weight

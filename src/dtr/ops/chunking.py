@@ -51,6 +51,16 @@ def start_state(
     return state_BHKV.to(dtype)
 
 
+def pair_decays(g: torch.Tensor) -> torch.Tensor:
+    """exp of the sum of g over the tokens after j up to i, for j <= i, else 0; [..., C, C].
+
+    Summed apart for each j: a difference of running sums would lose its digits after one strong decay.
+    """
+    size = g.shape[-1]
+    upto = torch.ones(size, size, dtype=torch.bool, device=g.device).triu()
+    return g.unsqueeze(-1).expand(*g.shape, size).masked_fill(upto, 0).cumsum_(-2).exp_().tril_()
+
+
 def full_precision(x: torch.Tensor) -> torch.autocast:
     """Context without autocast, which would otherwise run the matmuls on states and inverses in 16 bits."""
     return torch.autocast(x.device.type, enabled=False)

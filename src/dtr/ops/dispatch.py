@@ -54,6 +54,7 @@ def gated_linear_attention(
     return _gated_linear_attention(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state=state_BHKV, backend=name)
 
 
+@torch.compiler.assume_constant_result
 def _name(op: str, device_type: str) -> str:
     if (op, device_type) not in _chosen:
         # A kernel that was asked for may not exist for every recurrence; auto then takes what does.

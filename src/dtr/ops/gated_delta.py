@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 
-from dtr.ops.chunking import chunk_length, from_chunks, full_precision, start_state, state_dtype, to_chunks
+from dtr.ops.chunking import (
+    chunk_length,
+    from_chunks,
+    full_precision,
+    pair_decays,
+    start_state,
+    state_dtype,
+    to_chunks,
+)
 
 CACHE_ELEMENTS_PER_THREAD = 2**18
 """On a CPU, elements of the queries that are worked on at once, for each thread."""
@@ -160,7 +168,7 @@ class _Chunked(torch.autograd.Function):
         """q, k [G, N, C, K], v [G, N, C, V], g, beta [G, N, C], state [G, K, V]."""
         with full_precision(q):
             beta = beta.unsqueeze(-1)
-            decay = _pair_decays(g)
+            decay = pair_decays(g)
             from_start, to_end = g.cumsum(-1).exp().unsqueeze(-1), decay[..., -1, :].unsqueeze(-1)
             inverse = unit_lower_inverse((k @ k.mT).mul_(decay).mul_(beta))
             scores = (q @ k.mT).mul_(decay)
@@ -171,7 +179,8 @@ class _Chunked(torch.autograd.Function):
                 written.append(inverse[:, n] @ torch.baddbmm(asked[:, n], k_reads[:, n], state, alpha=-1))
                 state = torch.baddbmm(state * from_start[:, n, -1:], k_writes[:, n], written[-1])
             states, x = torch.stack(starts, dim=1), torch.stack(written, dim=1)
-            o = ((q * from_start) @ states).add_(scores @ x).mul_(scale)
+            # Not in place: traced by torch 2.11, an output of an in-place operation gets no gradient.
+            o = (q * (from_start * scale)) @ states + (scores @ x).mul_(scale)
         ctx.save_for_backward(q, k, v, beta, decay, from_start, inverse, scores, states, x)
         ctx.scale = scale
         return o, state
@@ -209,13 +218,3 @@ class _Chunked(torch.autograd.Function):
             dg = dc.squeeze(-1).flip(-1).cumsum(-1).flip(-1)
             dk = torch.addcmul(dk_memory, dk_reader, beta)
         return dq, dk, z * beta, dg, dbeta.squeeze(-1), grad_state, None
-
-
-def _pair_decays(g: torch.Tensor) -> torch.Tensor:
-    """exp of the sum of g over the tokens after j up to i, for j <= i, else 0; [..., C, C].
-
-    Summed apart for each j: a difference of running sums would lose its digits after one strong decay.
-    """
-    size = g.shape[-1]
-    upto = torch.ones(size, size, dtype=torch.bool, device=g.device).triu()
-    return g.unsqueeze(-1).expand(*g.shape, size).masked_fill(upto, 0).cumsum_(-2).exp_().tril_()

@@ -119,7 +119,8 @@ class _Chunked(torch.autograd.Function):
                 starts.append(state)
                 state = torch.addcmul(added[:, n], state, kept[:, n])
             states = torch.stack(starts, dim=1)
-            o.add_((q * from_start.exp_()) @ states).mul_(scale)
+            # Not in place: traced by torch 2.11, an output of an in-place operation gets no gradient.
+            o = o.add_((q * from_start.exp_()) @ states) * scale
         ctx.save_for_backward(q, k, v, g, states)
         ctx.scale = scale
         return o, state

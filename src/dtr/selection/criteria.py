@@ -50,39 +50,40 @@ class Threshold:
         return at_least(score.goodness, self.goodness)
 
 
-def check_p_min(p_min: float, p_min_kind: str) -> None:
-    """Refuse what no teacher can reach, before anything is scored.
+def check_p_min(p_min: float, p_min_kind: str, *, where: str = "search") -> None:
+    """Refuse what no teacher can reach, before anything is scored; `where` is the section that holds `p_min`.
 
     Raises:
         RecipeError: unknown kind, a P_min that is not a positive number, or a relative one above 1.
     """
     if p_min_kind not in get_args(PMinKind):
-        raise RecipeError("search.p_min_kind", got=f"'{p_min_kind}'", expected="'relative' or 'absolute'")
+        raise RecipeError(f"{where}.p_min_kind", got=f"'{p_min_kind}'", expected="'relative' or 'absolute'")
     if not (math.isfinite(p_min) and p_min > 0):
-        raise RecipeError("search.p_min", got=repr(p_min), expected="a positive number")
+        raise RecipeError(f"{where}.p_min", got=repr(p_min), expected="a positive number")
     if p_min_kind == "relative" and not at_least(1.0, p_min):
         raise RecipeError(
-            "search.p_min",
+            f"{where}.p_min",
             got=f"{p_min:g} of the teacher's score, more than the teacher has itself",
             expected="a share of at most 1",
-            hint="Write 0.95 to keep 95 %, or set search.p_min_kind to absolute to give a value of the metric.",
+            hint=f"Write 0.95 to keep 95 %, or set {where}.p_min_kind to absolute to give a value of the metric.",
         )
 
 
-def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score) -> Threshold:
+def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str = "search") -> Threshold:
     """The bound that `p_min` means for this teacher.
 
     Args:
         p_min: relative: a share of `teacher.goodness` (0.95 lets a perplexity grow to teacher / 0.95); absolute: a
             value of the metric, a lower bound for accuracy and an upper bound for perplexity.
         p_min_kind: `relative` or `absolute`.
+        where: the section of the recipe that `p_min` comes from, for messages.
         teacher: score of the unchanged teacher on the validation split.
 
     Raises:
         RecipeError: as `check_p_min`, and if the teacher itself misses the bound.
         ModelError: the teacher's score is not a finite number.
     """
-    check_p_min(p_min, p_min_kind)
+    check_p_min(p_min, p_min_kind, where=where)
     if not math.isfinite(teacher.goodness):
         raise ModelError(
             "teacher",
@@ -101,9 +102,9 @@ def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score) -> Threshold:
     if not threshold.is_met_by(teacher):
         side, change = ("at most", "Lower") if teacher.higher_is_better else ("at least", "Raise")
         raise RecipeError(
-            "search.p_min",
+            f"{where}.p_min",
             got=f"a {teacher.metric} of {value:g}, which the teacher itself misses",
             expected=f"{side} {teacher.value:.6g}, the teacher's {teacher.metric} on validation",
-            hint=f"{change} search.p_min, or give a share of the teacher's score with search.p_min_kind=relative.",
+            hint=f"{change} {where}.p_min, or give a share of the teacher's score with {where}.p_min_kind=relative.",
         )
     return threshold

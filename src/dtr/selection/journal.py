@@ -1,7 +1,8 @@
 """The search journal: every score ever computed, one JSON line each, so that an interrupted search repeats no work.
 
-The first line says what the scores belong to; each further line is one hybrid, `{"linear": [1, 4], "score": {...}}`.
-The file is only ever appended to, except that an unfinished last line is cut off when it is opened again.
+The first line says what the scores belong to; each further line is one hybrid, `{"linear": [1, 4], "score": {...}}`,
+with `items` where only some of the items were scored and `task` where a guard task was. The file is only ever
+appended to, except that an unfinished last line is cut off when it is opened again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dtr.errors import OutputError
 from dtr.evaluation.score import Score
 
 FORMAT = 1
+ScoreKey = tuple[frozenset[int], tuple[int, ...] | None, str]
+"""Linear layers, the items that were scored (None for all of them), and the guard task ("" for the task itself)."""
 _MAX_DIFFERENCES_SHOWN = 8
 _MAX_VALUE_CHARS = 100
 
@@ -35,7 +38,7 @@ class Journal:
 
     def __init__(self, path: str | Path, *, identity: Mapping[str, Any], resume: bool = False) -> None:
         self.path = Path(path)
-        self._scores: dict[frozenset[int], Score] = {}
+        self._scores: dict[ScoreKey, Score] = {}
         header = _to_line({"journal": "search", "format": FORMAT, "identity": identity})
         try:
             existing = self.path.read_bytes() if self.path.exists() else b""
@@ -63,17 +66,21 @@ class Journal:
         """Number of scores held."""
         return len(self._scores)
 
-    def __contains__(self, linear: object) -> bool:
-        return linear in self._scores
+    def find(self, linear: frozenset[int], *, items: tuple[int, ...] | None = None, task: str = "") -> Score | None:
+        """The score of a hybrid over these items, or None if it is not there; other items are another score."""
+        return self._scores.get((linear, items, task))
 
-    def __getitem__(self, linear: frozenset[int]) -> Score:
-        return self._scores[linear]
-
-    def record(self, linear: frozenset[int], score: Score) -> None:
+    def record(
+        self, linear: frozenset[int], score: Score, *, items: tuple[int, ...] | None = None, task: str = ""
+    ) -> None:
         """Write one score; on return it survives the end of this process."""
-        assert linear not in self._scores, f"{sorted(linear)} is in the journal already"
-        self._append(_to_line({"linear": sorted(linear), "score": _encode(score)}))
-        self._scores[linear] = score
+        key = (linear, items, task)
+        assert key not in self._scores, f"{sorted(linear)} is in the journal already"
+        entry: dict[str, Any] = {"linear": sorted(linear), "score": _encode(score)}
+        entry |= {"items": list(items)} if items is not None else {}
+        entry |= {"task": task} if task else {}
+        self._append(_to_line(entry))
+        self._scores[key] = score
 
     def close(self) -> None:
         self._file.close()
@@ -101,13 +108,13 @@ class Journal:
         num_good_bytes = len(lines[0]) + 1
         for number, line in enumerate(lines[1:], start=2):
             try:
-                linear, score = _decode(line)
+                key, score = _decode(line)
             except (ValueError, TypeError, KeyError, AttributeError):
                 if number == len(lines):
                     return num_good_bytes
                 raise self._damaged(number, "a line that is no score") from None
-            if self._scores.setdefault(linear, score) != score:
-                raise self._damaged(number, f"a second, different score of layers {sorted(linear)}")
+            if self._scores.setdefault(key, score) != score:
+                raise self._damaged(number, f"a second, different score of layers {sorted(key[0])}")
             num_good_bytes += len(line) + 1
         return min(num_good_bytes, len(data))
 
@@ -158,11 +165,13 @@ def _encode(score: Score) -> dict[str, Any]:
     return {**score.to_dict(), "per_item": "".join(f"{value:.0f}" for value in items) if is_binary else list(items)}
 
 
-def _decode(line: bytes) -> tuple[frozenset[int], Score]:
+def _decode(line: bytes) -> tuple[ScoreKey, Score]:
     # Decoded here because json.loads guesses other encodings for bytes, such as UTF-16 for a run of zeros.
     entry = json.loads(line.decode("utf-8"))
-    items = entry["score"].pop("per_item")
-    return frozenset(entry["linear"]), Score(**entry["score"], per_item=tuple(float(item) for item in items))
+    values = entry["score"].pop("per_item")
+    items = tuple(int(item) for item in entry["items"]) if "items" in entry else None
+    key = (frozenset(entry["linear"]), items, str(entry.get("task", "")))
+    return key, Score(**entry["score"], per_item=tuple(float(value) for value in values))
 
 
 def _flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

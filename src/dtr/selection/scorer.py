@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from dtr.evaluation.score import Score
@@ -15,23 +15,26 @@ class ScoreFunction(Protocol):
     """All that search knows of a model: the validation score of the hybrid with these layers linear.
 
     It must be deterministic. `base` is the hybrid that the candidate was derived from, a hint that lets an evaluator
-    reuse hidden states; it never changes the score.
+    reuse hidden states; it never changes the score. A function that is given blocks of items also takes
+    `items: Sequence[int]`, the ascending indices of the items to score, always a union of blocks.
     """
 
     def __call__(self, linear: frozenset[int], *, base: frozenset[int]) -> Score: ...
 
 
 class Scorer:
-    """A score function with its journal and listener; each strategy makes one.
+    """A score function with its journal and listener; each search makes one.
 
     Events are small dicts of plain types. `candidate` events carry `done` and `total` for a progress bar, where
-    `total` is `max_candidates`, and `replayed` if the score came from the journal.
+    `total` is `max_candidates`, and `replayed` if the score came from the journal. Where more than one layer changes,
+    `layer` is None and `num_linear` says how many are linear; `num_items` is there where not all items were scored.
 
     Args:
         score: the score function.
         max_candidates: most candidates that the strategy can ask for; it may stop earlier.
         journal: where scores are read and kept; None to keep none.
         on_event: called with each event, after the journal has the score.
+        task: what the journal calls this task; "" for the task itself, a name for a guard.
     """
 
     def __init__(
@@ -41,31 +44,38 @@ class Scorer:
         max_candidates: int,
         journal: Journal | None = None,
         on_event: EventListener | None = None,
+        task: str = "",
     ) -> None:
         self.num_candidates = 0
+        self.max_candidates = max_candidates
         self._score = score
-        self._max_candidates = max_candidates
         self._journal = journal
         self._on_event = on_event
+        self._task = task
 
-    def teacher(self) -> Score:
+    def teacher(self, items: Sequence[int] | None = None) -> Score:
         """Score of the model with no layer replaced."""
-        score, replayed = self._look_up_or_score(frozenset(), base=frozenset())
+        score, replayed = self.look_up_or_score(frozenset(), base=frozenset(), items=items)
         self.emit("teacher", score=score.value, replayed=replayed)
         return score
 
-    def candidate(self, layer: int, *, base: frozenset[int], step: int) -> Score:
-        """Score of `base` with `layer` made linear as well, counted and announced as part of `step`."""
-        assert layer not in base, f"layer {layer} is linear already"
-        score, replayed = self._look_up_or_score(base | {layer}, base=base)
+    def hybrid(
+        self, linear: frozenset[int], *, base: frozenset[int], step: int, items: Sequence[int] | None, share: bool
+    ) -> Score:
+        """Score of one hybrid, counted and announced as part of `step`; `share` if `items` are not all there are."""
+        score, replayed = self.look_up_or_score(linear, base=base, items=items)
         self.num_candidates += 1
+        changed = linear ^ base
+        fields: dict[str, Any] = {"layer": next(iter(changed))} if len(changed) == 1 else {"layer": None}
+        fields |= {} if len(linear) == len(base) + 1 else {"num_linear": len(linear)}
+        fields |= {"num_items": score.num_items} if share else {}
         self.emit(
             "candidate",
             step=step,
-            layer=layer,
+            **fields,
             score=score.value,
             done=self.num_candidates,
-            total=self._max_candidates,
+            total=max(self.max_candidates, self.num_candidates),
             replayed=replayed,
         )
         return score
@@ -74,11 +84,15 @@ class Scorer:
         if self._on_event is not None:
             self._on_event({"event": event, **fields})
 
-    def _look_up_or_score(self, linear: frozenset[int], *, base: frozenset[int]) -> tuple[Score, bool]:
-        """The score, and whether it came from the journal."""
-        if self._journal is not None and linear in self._journal:
-            return self._journal[linear], True
-        score = self._score(linear, base=base)
+    def look_up_or_score(
+        self, linear: frozenset[int], *, base: frozenset[int], items: Sequence[int] | None = None
+    ) -> tuple[Score, bool]:
+        """The score, and whether it came from the journal; neither counted nor announced."""
+        key = None if items is None else tuple(items)
+        if self._journal is not None and (known := self._journal.find(linear, items=key, task=self._task)) is not None:
+            return known, True
+        # Score functions without blocks need not know of items.
+        score = self._score(linear, base=base, **({} if items is None else {"items": items}))
         if self._journal is not None:
-            self._journal.record(linear, score)
+            self._journal.record(linear, score, items=key, task=self._task)
         return score, False

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dtr.evaluation.score import Score
+from dtr.selection.certificate import Certificate
 from dtr.selection.criteria import PMinKind
 
-StopReason = Literal["p_min", "all_linear"]
+StopReason = Literal["p_min", "all_linear", "budget", "guard", "certificate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,26 +27,48 @@ class Chosen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardScore:
+    """M_opt on a guard task, all of whose items took part in the search."""
+
+    name: str
+    floor: float
+    """In the guard's own metric."""
+    teacher: Score
+    m_opt: Score
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "floor": self.floor,
+            "teacher": self.teacher.to_dict(),
+            "m_opt": self.m_opt.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchStep:
-    """One round of Algorithm 1: every remaining layer was scored and the best one taken."""
+    """One hybrid on the path: in Algorithm 1 every remaining layer was scored and the best one taken."""
 
     index: int
-    """1 for the first step; also the number of linear layers of the hybrid that has `score`."""
+    """Number of linear layers of the hybrid that has `score`; 1 for the first step of Algorithm 1."""
     layer: int
-    """The best layer of this step."""
+    """The best layer of this step; the last of `added`."""
     linear: tuple[int, ...]
     """Sorted linear layers of the hybrid that has `score`, `layer` included even if the step was refused."""
     score: Score
     accepted: bool
     """Whether Algorithm 1 commits this step; False for the step that falls below P_min and for all later ones."""
     candidates: Mapping[int, Score]
-    """Score of each remaining layer, by ascending layer."""
+    """Score of each layer that was tried in this step, by ascending layer."""
+    added: tuple[int, ...] = ()
+    """Layers that became linear in this step, in order; one in Algorithm 1, more where a strategy commits several."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON, without per-item lists; the keys of `candidates` are strings, as JSON has them."""
         return {
             "index": self.index,
             "layer": self.layer,
+            "added": list(self.added),
             "linear": list(self.linear),
             "score": self.score.to_dict(),
             "accepted": self.accepted,
@@ -72,9 +95,18 @@ class SearchTrace:
     num_candidate_evaluations: int
     """Candidates whose score the search needed (the teacher not counted), read from the journal or not."""
     stop_reason: StopReason
-    """What ended Algorithm 1: the best candidate fell below P_min, or no candidate layer was left."""
+    """What ended the search: the best candidate fell below P_min, no candidate layer was left, a budget was reached,
+    all that was left broke a guard's floor, or the certificate reached less far than the search."""
     stop_text: str
     """The same as a sentence with numbers."""
+    strategy: str = "exact"
+    """Name of the strategy that made the path."""
+    reason: str = ""
+    """Why `auto` went the way it did; empty for the others."""
+    guards: tuple[GuardScore, ...] = ()
+    """M_opt on each guard task."""
+    certificate: Certificate | None = None
+    """The verdict of the confirmation items; None where none was asked for."""
 
     def to_dict(self, *, with_items: bool = False) -> dict[str, Any]:
         """Plain types for JSON.
@@ -94,4 +126,8 @@ class SearchTrace:
             "num_candidate_evaluations": self.num_candidate_evaluations,
             "stop_reason": self.stop_reason,
             "stop_text": self.stop_text,
+            "strategy": self.strategy,
+            "reason": self.reason,
+            "guards": [guard.to_dict() for guard in self.guards],
+            "certificate": self.certificate.to_dict() if self.certificate else None,
         }

@@ -1,0 +1,124 @@
+"""Search strategies side by side on several tasks, and the certificate's error rate by simulation.
+
+    python benchmarks/search_bench.py --model MODEL --bank BANK --task arc_easy=DATA/arc_easy --task recall=recall
+    python benchmarks/search_bench.py --simulate 500
+
+Both write into one file: a run with tasks replaces those tasks and keeps the simulation, and the other way round. The
+order in which layers fall is drawn beside it. The last line on stdout is the record as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dtr.environment import hardware, own_commit
+
+OUT = Path(__file__).parent / "results" / "search.json"
+STRATEGIES = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,uniform,random"
+
+
+def main() -> None:
+    args = read_arguments()
+    record: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    provenance = {"command": shlex.join(["python", *sys.argv]), "commit": own_commit()}
+    if args.simulate:
+        from dtr.selection.trials import simulate_certificates
+
+        started = time.monotonic()
+        found = simulate_certificates(args.simulate, num_items=args.simulated_items, confidence=args.confidence or 0.95)
+        found |= {**provenance, "hardware": hardware(), "seconds": round(time.monotonic() - started, 1)}
+        record["certificate_simulation"] = found
+    if args.task:
+        record |= provenance
+        record.setdefault("tasks", {})
+        for named in args.task:
+            name, _, source = named.partition("=")
+            found = measure(args, source or name)
+            record["hardware"] = found.pop("hardware")
+            record["tasks"][name] = found
+            # Kept after every task, as a search of all strategies is long.
+            write(args.out, record)
+        draw_orders(record, args.out.with_name(args.out.stem + "_order.png"))
+    write(args.out, record)
+    print(json.dumps(record))
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="teacher: hub name, folder or GGUF file")
+    parser.add_argument("--bank", type=Path, help="folder of its mixer bank")
+    parser.add_argument("--task", action="append", default=[], help="name=source, repeatable; source as in a recipe")
+    parser.add_argument("--strategies", default=STRATEGIES, help="names, by commas")
+    parser.add_argument("--p-min", type=float, default=0.95)
+    parser.add_argument("--confidence", type=float, help="p_min_confidence, for `auto_certified` beside the others")
+    parser.add_argument("--set", action="append", default=[], help="further recipe settings, section.key=value")
+    parser.add_argument("--simulate", type=int, default=0, metavar="RUNS", help="simulate the certificate")
+    parser.add_argument("--simulated-items", type=int, default=800)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    if not args.simulate and not (args.task and args.model and args.bank):
+        parser.error("give --simulate RUNS, or --model, --bank and at least one --task")
+    return args
+
+
+def measure(args: argparse.Namespace, source: str) -> dict[str, Any]:
+    """All strategies on one task; with a confidence also `auto` under it."""
+    from dtr.pipeline import bench_strategies
+    from dtr.recipe import read_recipe
+
+    base = {"teacher": {"source": args.model}, "task": {"source": source}, "search": {"p_min": args.p_min}}
+    names = args.strategies.split(",")
+    found = bench_strategies(read_recipe(None, args.set, base), args.bank, names, on_event=report_steps)
+    if args.confidence:
+        certified = {**base, "search": {"p_min": args.p_min, "p_min_confidence": args.confidence}}
+        rows = bench_strategies(read_recipe(None, args.set, certified), args.bank, ["auto"], on_event=report_steps)
+        found["strategies"]["auto_certified"] = rows["strategies"]["auto"]
+    return found
+
+
+def report_steps(event: dict[str, Any]) -> None:
+    if event["event"] in ("teacher", "stop", "certificate"):
+        print(json.dumps(event), file=sys.stderr, flush=True)
+
+
+def draw_orders(record: dict[str, Any], path: Path) -> None:
+    """When each layer falls, by task and strategy: dark falls early; rows end in how many were replaced."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [
+        (f"{task}, {name} ({row['num_replaced']})", row["order"], found["num_layers"])
+        for task, found in record["tasks"].items()
+        for name, row in found["strategies"].items()
+        if row["order"]
+    ]
+    if not rows:
+        return
+    num_layers = max(num for _, _, num in rows)
+    ranks = [[float("nan")] * num_layers for _ in rows]
+    for line, (_, order, _) in zip(ranks, rows):
+        for rank, layer in enumerate(order, start=1):
+            line[layer] = rank
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.24 * len(rows)), layout="constrained")
+    image = axes.imshow(ranks, aspect="auto", cmap="viridis")
+    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes.set_xlabel("layer")
+    figure.colorbar(image, label="replaced as number")
+    figure.savefig(path, dpi=150)
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

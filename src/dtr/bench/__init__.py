@@ -1,0 +1,1 @@
+"""Measurements of speed. Each checks first that what it times is right."""

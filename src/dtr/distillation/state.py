@@ -1,0 +1,120 @@
+"""The state of a distillation in one file, so that nothing is lost and a resumed run ends in the same bank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dtr.distillation.bank import MixerBank
+from dtr.distillation.students import Students
+from dtr.distributed import World
+from dtr.errors import BankError
+from dtr.files import write_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TrainingState:
+    """Students, optimizer moments, step and curve, in one safetensors file that the first rank writes.
+
+    Any number of processes may go on with it, whatever the number that wrote it.
+    """
+
+    def __init__(self, bank: MixerBank, students: Students, path: Path | None, world: World) -> None:
+        self._bank, self._students, self._path, self._world = bank, students, path, world
+        self._layers = list(bank.mixers)
+        self._named = {f"{i}.{name}": p for i, mixer in bank.mixers.items() for name, p in mixer.named_parameters()}
+
+    def how_to_go_on(self) -> str:
+        return "go on with --resume." if self._path else "nothing was saved, as no checkpoint was asked for."
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` steps; all ranks call this together."""
+        if self._path is None:
+            return
+        self.share_weights()
+        tensors = {f"param.{name}": param for name, param in self._named.items()}
+        for name in self._named:
+            tensors |= {f"{moment}.{name}": self._moment(name, moment) for moment in MOMENTS}
+        facts = {
+            "step": step,
+            "identity": self._bank.identity,
+            "curve": self._bank.curve,
+            "nmse_before": self._bank.nmse_before,
+            "nmse_after": self._bank.nmse_after,
+            "seconds": self._bank.seconds,
+        }
+        if self._world.is_first:
+            write_tensors(self._path, tensors, metadata={"state": json.dumps(facts)})
+        self._world.wait()
+
+    @torch.no_grad()
+    def share_weights(self) -> None:
+        """Give every rank the weights of the layers that others have trained."""
+        for name, param in self._named.items():
+            if (owner := self._owner(name)) is not None:
+                self._world.send_from(owner, param)
+
+    def _owner(self, name: str) -> int | None:
+        """The one rank that trains this parameter; None where all do."""
+        if len(self._students.own) == len(self._layers):
+            return None
+        return self._world.owner(self._layers.index(int(name.partition(".")[0])))
+
+    def _moment(self, name: str, moment: str) -> torch.Tensor:
+        """A moment of the optimizer, from the rank that has it."""
+        param = self._named[name]
+        mine = self._students.optimizer.state[param].get(moment) if param in self._students.optimizer.state else None
+        owner = self._owner(name)
+        if owner is None:
+            assert mine is not None, f"the optimizer has not seen {name}"
+            return mine
+        tensor = mine if mine is not None else torch.empty_like(param)
+        self._world.send_from(owner, tensor)
+        return tensor
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Load the state if there is one; returns the step to go on with."""
+        if self._path is None or not self._path.exists():
+            return 0
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                facts = json.loads(file.metadata()["state"])
+                self._check(facts["identity"])
+                for name, param in self._named.items():
+                    param.copy_(file.get_tensor(f"param.{name}"))
+                    if int(name.partition(".")[0]) not in self._students.own:
+                        continue
+                    self._students.optimizer.state[param] = {
+                        "step": torch.tensor(float(facts["step"]), device=param.device),
+                        "exp_avg": file.get_tensor(f"exp_avg.{name}").to(param.device),
+                        "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(param.device),
+                    }
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise BankError(
+                str(self._path),
+                got=f"{type(error).__name__}: {error}",
+                expected="a distillation checkpoint",
+                hint="Delete the file to start again.",
+            ) from error
+        self._bank.curve = facts["curve"]
+        self._bank.nmse_before = {int(k): v for k, v in facts["nmse_before"].items()}
+        self._bank.nmse_after = {int(k): v for k, v in facts["nmse_after"].items()}
+        self._bank.seconds = facts["seconds"]
+        return facts["step"]
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        ours = json.loads(json.dumps(self._bank.identity))
+        changed = [key for key in ours if ours[key] != identity.get(key)]
+        if changed:
+            raise BankError(
+                str(self._path),
+                got="; ".join(f"{key} {identity.get(key)}" for key in changed),
+                expected="; ".join(f"{key} {ours[key]}" for key in changed),
+                hint="Go on with the settings it was started with, or use --overwrite.",
+            )

@@ -1,0 +1,95 @@
+"""Several processes as torchrun starts them: who we are, and the few exchanges that distillation needs.
+
+    torchrun --nproc-per-node 2 -m dtr distill RECIPE --out DIR
+
+Everything is torch.distributed's own; a process that was not started by torchrun is a world of one, where every
+exchange does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process's place among all."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, items: list) -> list:
+        """This process's part of a list; parts differ by one item at most, and may be empty."""
+        return items[self.rank :: self.size]
+
+    def owner(self, position: int) -> int:
+        """The rank whose `share` holds the item at `position`."""
+        return position % self.size
+
+    def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks, in one exchange. All must have one dtype and device."""
+        tensors = list(tensors)
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+    def send_from(self, owner: int, tensor: torch.Tensor) -> None:
+        """Replace the tensor on all ranks by what `owner` has."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=owner)
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's small value, in the order of ranks, on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join_world(device: torch.device) -> tuple[World, torch.device]:
+    """Join the processes that torchrun started, if it did; returns our place and our device.
+
+    Args:
+        device: what was asked for; on GPUs each process takes the one of its local rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World(), device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return current_world(), device
+
+
+def current_world() -> World:
+    """Our place among the processes that have been joined."""
+    if not dist.is_initialized():
+        return World()
+    return World(rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def leave_world() -> None:
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,158 @@
+"""A hybrid with Mamba-2 layers as a stock GraniteMoeHybrid with a dense MLP (no experts).
+
+Attention, norms and MLP compute the same in the same order, so an all-attention model stays the same to the last bit;
+the names and three shapes differ: gate and up projection are one matrix, a family without output bias gets zeros, and
+Granite's attention scale is a setting.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+from dtr.arch import HeadGeometry, layer_kind, read_geometry
+from dtr.errors import ModelError
+from dtr.export.source import Source
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+CHUNK_TOKENS = 64
+"""Chunk of the stock scan: its sums of decays within a chunk round less than in the usual 256."""
+KEPT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+)
+"""Fields that both configs have, with the same meaning."""
+
+
+def to_granite(source: Source) -> Any:
+    """The stock model with the source's weights in their type; made without running it.
+
+    Raises:
+        ModelError: the source has something that Granite cannot express.
+    """
+    geometry = read_geometry(source.model.config)
+    config = _config(source, geometry)
+    with torch.device("meta"):
+        model = GraniteMoeHybridForCausalLM(config)
+    weights = _weights(source, geometry, has_bias=config.attention_bias)
+    model.load_state_dict({name: tensor.to(source.dtype) for name, tensor in weights.items()}, assign=True)
+    model.tie_weights()
+    model.generation_config = source.model.generation_config
+    return model
+
+
+def _config(source: Source, geometry: HeadGeometry) -> GraniteMoeHybridConfig:
+    ours = source.model.config
+    linear = [i for i, spec in enumerate(source.mixers) if spec]
+    _refuse_what_granite_lacks(source, linear)
+    inner_dim = geometry.num_heads * geometry.head_dim
+    # Stock models take it from the config if it is there; servers may not, so it is left out where it can be.
+    unusual_head: dict[str, Any] = {} if inner_dim == geometry.hidden_dim else {"head_dim": geometry.head_dim}
+    # Checked by the library even where no layer is linear.
+    mamba: dict[str, Any] = {"mamba_expand": 1, "mamba_n_heads": 1, "mamba_d_head": geometry.hidden_dim}
+    if linear:
+        mixers = [source.model.model.layers[i].self_attn for i in linear]
+        mamba = {
+            "mamba_expand": inner_dim // geometry.hidden_dim,
+            "mamba_n_heads": geometry.num_heads,
+            "mamba_d_head": geometry.head_dim,
+            "mamba_d_state": geometry.head_dim,
+            "mamba_n_groups": mixers[0].num_groups,
+            "mamba_d_conv": mixers[0].conv1d.kernel_size[0],
+            "mamba_conv_bias": True,
+            "mamba_proj_bias": True,
+            "mamba_chunk_size": CHUNK_TOKENS,
+        }
+    return GraniteMoeHybridConfig(
+        **{name: getattr(ours, name) for name in KEPT_FIELDS},
+        **unusual_head,
+        **mamba,
+        attention_bias=geometry.qkv_bias or geometry.o_bias,
+        attention_multiplier=geometry.head_dim**-0.5,
+        embedding_multiplier=1.0,
+        logits_scaling=1.0,
+        residual_multiplier=1.0,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=ours.intermediate_size,
+        position_embedding_type="rope",
+        layer_types=["linear_attention" if spec else "full_attention" for spec in source.mixers],
+        dtype=source.dtype,
+    )
+
+
+def _refuse_what_granite_lacks(source: Source, linear: list[int]) -> None:
+    config, geometry = source.model.config, read_geometry(source.model.config)
+    problems = []
+    windows = [
+        i for i in range(config.num_hidden_layers) if i not in linear and layer_kind(config, i) != "full_attention"
+    ]
+    if windows and config.sliding_window < config.max_position_embeddings:
+        problems.append(f"a sliding window of {config.sliding_window} tokens in attention layers")
+    if len(linear) == config.num_hidden_layers:
+        problems.append("no attention layer, without which transformers' cache does not know its length")
+    if getattr(config, "mlp_bias", False):
+        problems.append("biases in the MLP")
+    if linear and config.hidden_act != "silu":
+        problems.append(f"{config.hidden_act} beside linear layers, whose convolution needs silu")
+    if linear and geometry.num_heads * geometry.head_dim % geometry.hidden_dim:
+        problems.append(
+            f"{geometry.num_heads} linear heads of {geometry.head_dim} on a hidden size of {geometry.hidden_dim}, "
+            "of which they must be a multiple"
+        )
+    if len({source.model.model.layers[i].self_attn.num_groups for i in linear}) > 1:
+        problems.append("linear layers with different num_groups")
+    if problems:
+        raise ModelError(
+            str(source.folder),
+            got="; ".join(problems),
+            expected="what a GraniteMoeHybrid can express",
+            hint="Use the folder as it is with trust_remote_code=True.",
+        )
+
+
+def _weights(source: Source, geometry: HeadGeometry, *, has_bias: bool) -> dict[str, torch.Tensor]:
+    ours = source.model.state_dict()
+    theirs: dict[str, torch.Tensor] = {}
+    for name, tensor in ours.items():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            theirs[name] = tensor
+            continue
+        layer, part = f"model.layers.{match[1]}.", match[2]
+        if part == "mlp.gate_proj.weight":
+            both = [tensor, ours[f"{layer}mlp.up_proj.weight"]]
+            theirs[f"{layer}shared_mlp.input_linear.weight"] = torch.cat(both)
+        elif part == "mlp.down_proj.weight":
+            theirs[f"{layer}shared_mlp.output_linear.weight"] = tensor
+        elif part == "self_attn.gate_bias":
+            # Rows that send something to the convolution have no bias of their own.
+            rest = len(ours[f"{layer}self_attn.in_proj.weight"]) - len(tensor)
+            theirs[f"{layer}mamba.in_proj.bias"] = torch.cat([tensor, tensor.new_zeros(rest)])
+        elif part.startswith("self_attn.") and source.mixers[int(match[1])]:
+            theirs[layer + part.replace("self_attn.", "mamba.")] = tensor
+        elif part != "mlp.up_proj.weight":
+            theirs[layer + part] = tensor
+    for i, spec in enumerate(source.mixers):
+        bias = f"model.layers.{i}.self_attn.o_proj.bias"
+        if has_bias and not spec and bias not in theirs:
+            theirs[bias] = torch.zeros(geometry.hidden_dim)
+    return theirs

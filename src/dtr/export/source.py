@@ -1,0 +1,149 @@
+"""What is exported: a saved hybrid or all-attention model, checked before anything is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dtr.arch import FAMILIES, HYBRID_PREFIX, model_class
+from dtr.errors import DtrError, ModelError
+from dtr.hybrid.modeling import HYBRIDS
+
+WEIGHT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+AGAIN = "Copy the folder again, or save the hybrid again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model folder that can be read."""
+
+    folder: Path
+    model: Any
+    """In float32, on the CPU, in evaluation mode."""
+    dtype: torch.dtype
+    """Type of the weights on disk."""
+
+    @property
+    def family(self) -> str:
+        return self.model.config.model_type.removeprefix(HYBRID_PREFIX)
+
+    @property
+    def mixers(self) -> list[dict[str, Any] | None]:
+        """Per layer: None for attention, or the mixer's kind and options."""
+        config = self.model.config
+        return getattr(config, "mixers", None) or [None] * config.num_hidden_layers
+
+
+def read_source(folder: str | Path) -> Source:
+    """Load a model for export.
+
+    Raises:
+        ModelError: no such folder, not a model of ours or of a supported family, or files that are missing, damaged or
+            of a type that holds no plain weights.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(
+            str(folder), got="no such folder", expected="a folder of a saved hybrid", hint="Check the path."
+        )
+    config = _read_json(folder / "config.json")
+    cls = _class_of(folder, config)
+    dtype = _weight_type(folder)
+    model, report = _load(folder, cls)
+    wrong = sorted(
+        [*report["missing_keys"], *report["unexpected_keys"], *(key[0] for key in report["mismatched_keys"])]
+    )
+    if wrong:
+        raise ModelError(
+            str(folder),
+            got=f"{len(wrong)} weights that do not fit config.json ({', '.join(wrong[:3])})",
+            expected="every weight of the model, in its shape",
+            hint=AGAIN,
+        )
+    return Source(folder=folder, model=model.eval().requires_grad_(False), dtype=dtype)
+
+
+def _load(folder: Path, cls: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        return cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    except DtrError:
+        raise
+    # The library raises many kinds of error on a config or a weight that does not fit.
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise ModelError(
+            str(folder), got=f"{type(error).__name__}: {first}", expected="a model that loads", hint=AGAIN
+        ) from error
+
+
+def _class_of(folder: Path, config: dict[str, Any]) -> Any:
+    kind = str(config.get("model_type"))
+    if kind not in HYBRIDS and kind not in FAMILIES:
+        raise ModelError(
+            str(folder / "config.json"),
+            got=f"model type '{kind}'",
+            expected="a hybrid saved by dtr, or a model of a family it knows",
+            hint=f"Known: {', '.join(sorted([*HYBRIDS, *FAMILIES]))}.",
+        )
+    if config.get("quantization_config"):
+        raise ModelError(
+            str(folder / "config.json"),
+            got="quantized weights",
+            expected="weights in float32, bfloat16 or float16",
+            hint="Export the unquantized model and quantize the result.",
+        )
+    return HYBRIDS[kind] if kind in HYBRIDS else model_class(kind, "ForCausalLM")
+
+
+def _weight_type(folder: Path) -> torch.dtype:
+    """The weights' type, read from the files' headers; several are told as the widest."""
+    found = set()
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                str(file), got=f"a damaged file ({error})", expected="a safetensors file", hint=AGAIN
+            ) from None
+    strange = sorted(found - WEIGHT_TYPES.keys())
+    if strange or not found:
+        raise ModelError(
+            str(folder),
+            got=f"weights of type {', '.join(strange)}" if strange else "no weights",
+            expected="float32, bfloat16 or float16",
+            hint="Save the model in one of these types first.",
+        )
+    return next(dtype for name, dtype in WEIGHT_TYPES.items() if name in found)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            str(folder),
+            got=f"{len(missing)} of {len(names)} weight files missing ({', '.join(missing[:3])})",
+            expected=f"all of {index.name}" if index.exists() else "model.safetensors",
+            hint=AGAIN,
+        )
+    return [folder / name for name in names]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        got = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        raise ModelError(
+            str(path), got=got, expected="the JSON file of a saved model", hint="Give the folder of a saved hybrid."
+        ) from None
+    if not isinstance(content, dict):
+        raise ModelError(str(path), got="JSON that is no object", expected="the JSON file of a saved model", hint=AGAIN)
+    return content

@@ -1,0 +1,74 @@
+"""Strategies `lazy` and `restore`: keep stale scores, and score again only what could still be the best.
+
+Lazy evaluation is Minoux's (1978) for greedy maximisation: where the gain of a choice only shrinks while others are
+made, a choice that is scored again and stays on top is the best. Damages of layers are not submodular, so here it is a
+heuristic: a layer that became harmless meanwhile is noticed only when it comes to the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from dtr.evaluation.score import Score
+from dtr.selection.state import Search
+
+
+class StaleScores:
+    """Gains of candidates over the hybrid that they were scored on, the newest known of each."""
+
+    def __init__(self, score: Callable[[int], Score]) -> None:
+        self._score = score
+        self._gains: dict[int, tuple[float, float]] = {}
+
+    def best(self, candidates: Iterable[int], current: Score) -> dict[int, Score]:
+        """Scores made now, in order of asking; the one that is on top of all, stale ones included, is among them."""
+        left = set(candidates)
+        fresh: dict[int, Score] = {}
+        while left - set(fresh):
+            unknown = sorted(left - set(self._gains))
+            layer = unknown[0] if unknown else min(left, key=self._rank)
+            if layer in fresh:
+                break
+            fresh[layer] = score = self._score(layer)
+            self._gains[layer] = (score.goodness - current.goodness, score.log_likelihood - current.log_likelihood)
+        return fresh
+
+    def _rank(self, layer: int) -> tuple[float, float, int]:
+        goodness, log_likelihood = self._gains[layer]
+        # Rounded, as differences of equal scores are equal only up to rounding.
+        return -round(goodness, 12), -log_likelihood, layer
+
+
+def lazy(search: Search) -> None:
+    """Greedy replacement with stale scores; before it stops, all layers left are scored anew."""
+    stale = StaleScores(search.candidate)
+    while search.goes_on():
+        fresh = stale.best(search.remaining(), search.current)
+        if not any(search.threshold.is_met_by(score) for score in fresh.values()):
+            fresh |= {layer: search.candidate(layer) for layer in search.remaining() if layer not in fresh}
+        search.take_best(fresh)
+
+
+def restore(search: Search) -> None:
+    """Start with every layer linear and give attention back to the layer that gains most, until P_min is reached."""
+    linear = frozenset(search.layers)
+    score, restored = search.score(linear), []
+    stale = StaleScores(lambda layer: search.score(linear - {layer}, base=linear))
+    limit = search.budget.num_linear or len(search.layers)
+    while linear and not (
+        search.threshold.is_met_by(score) and len(linear) <= limit and search.keeps_guards(linear, sorted(linear))
+    ):
+        fresh = stale.best(linear, score)
+        layer = min(fresh, key=lambda one: (-fresh[one].goodness, -fresh[one].log_likelihood, one))
+        restored.append((layer, score))
+        linear, score = linear - {layer}, fresh[layer]
+    if linear:
+        search.take(sorted(linear), score)
+    if restored:
+        layer, below = restored[-1]
+        if len(linear) == limit and search.threshold.is_met_by(below):
+            search.goes_on()
+        else:
+            search.stop("p_min", f"With layer {layer} linear as well, {below.metric} would be {below.value:.6g}.")
+    for layer, score in reversed(restored) if search.run_to_end else ():
+        search.take([layer], score)

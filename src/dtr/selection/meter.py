@@ -1,0 +1,41 @@
+"""How much work a score is, in passes over the items, for an evaluator that keeps its base's hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class PassMeter:
+    """Adds up pass equivalents: item-layers run over item-layers of one full pass.
+
+    An upper half of the layers run on all items counts as 0.5, and what was scored before counts nothing. Items count
+    alike here; an evaluator, which knows their tokens, counts tokens. Strategies plan with this estimate, so that they
+    decide alike on any machine.
+    """
+
+    def __init__(self, *, num_layers: int, num_items: int) -> None:
+        self.passes = 0.0
+        self._num_layers, self._num_items = num_layers, num_items
+        self._base: frozenset[int] = frozenset()
+        self._depths: dict[int, int] = {}
+        """Layers of the base that were run, by item."""
+        self._scored: dict[frozenset[int], set[int]] = {}
+
+    def add(self, linear: frozenset[int], *, base: frozenset[int], items: Iterable[int]) -> None:
+        """Count the scoring of `linear` on these items: the base up to the first change, then the hybrid from there."""
+        scored = self._scored.setdefault(linear, set())
+        new = [item for item in items if item not in scored]
+        if not new:
+            return
+        scored.update(new)
+        first_change = min(base ^ self._base, default=self._num_layers)
+        if first_change < self._num_layers:
+            self._depths = {item: min(depth, first_change) for item, depth in self._depths.items()}
+            self._base = base
+        start = min(linear ^ base, default=self._num_layers)
+        num_run = 0
+        for item in new:
+            depth = self._depths.get(item, 0)
+            num_run += max(0, start - depth) + self._num_layers - start
+            self._depths[item] = max(depth, start)
+        self.passes += num_run / (self._num_layers * self._num_items)

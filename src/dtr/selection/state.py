@@ -1,0 +1,224 @@
+"""What every strategy works with: scores to ask for, the path so far, the limits, and the trace that comes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dtr.evaluation.score import Score
+from dtr.selection.criteria import Threshold, argmax, at_least
+from dtr.selection.meter import PassMeter
+from dtr.selection.scorer import Scorer
+from dtr.selection.trace import Chosen, SearchStep, StopReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Where search may stop although more layers could go; None for no such limit."""
+
+    num_linear: int | None = None
+    """Stop once this many layers are linear."""
+    num_linear_text: str = ""
+    """Why that many, if it follows from another budget, as the bytes of a cache."""
+    seconds: float | None = None
+    """Stop after this time. Where it strikes depends on the machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Another task that must keep a floor, with the score function of its own items."""
+
+    name: str
+    scorer: Scorer
+    threshold: Threshold
+    teacher: Score
+
+    def is_kept_by(self, linear: frozenset[int]) -> bool:
+        return self.threshold.is_met_by(self.score(linear))
+
+    def score(self, linear: frozenset[int]) -> Score:
+        return self.scorer.look_up_or_score(linear, base=linear)[0]
+
+
+class OutOfTime(Exception):
+    """The budget of seconds is spent; the path so far stands."""
+
+
+class Search:
+    """One search, while it goes on.
+
+    Args:
+        layers: candidate layers, ascending.
+        num_model_layers: layers of the model, for the estimate of the work.
+        scorer: the task.
+        teacher: its score over the items that search may look at.
+        threshold: P_min.
+        blocks: these items in blocks that may be scored alone; empty where the score function knows only all items.
+        run_to_end: go on below P_min, to draw the curve.
+        guards: floors on other tasks.
+        budget: other reasons to stop.
+        facts: numbers per layer by name (`nmse`, `kl`, `impact`), looked up when a strategy needs them.
+        seed: for strategies that draw.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[int],
+        num_model_layers: int,
+        scorer: Scorer,
+        teacher: Score,
+        threshold: Threshold,
+        blocks: Sequence[Sequence[int]] = (),
+        run_to_end: bool = False,
+        guards: Sequence[Guard] = (),
+        budget: Budget | None = None,
+        facts: Callable[[str], Mapping[int, float]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.layers, self.teacher, self.threshold, self.scorer = tuple(layers), teacher, threshold, scorer
+        self.run_to_end, self.guards, self.seed = run_to_end, tuple(guards), seed
+        self.budget = budget or Budget()
+        self.facts = facts
+        self.blocks = tuple(tuple(sorted(block)) for block in blocks)
+        self._items = tuple(sorted(item for block in self.blocks for item in block))
+        self._meter = PassMeter(num_layers=num_model_layers, num_items=teacher.num_items)
+        self._deadline = time.monotonic() + self.budget.seconds if self.budget.seconds else None
+
+        self.order: tuple[int, ...] = ()
+        self.current = teacher
+        """Score of the hybrid with the layers in `order`."""
+        self.steps: list[SearchStep] = []
+        self.refused: set[int] = set()
+        """Layers that broke a guard's floor; a larger hybrid would break it too, so they are not tried again."""
+        self.m_opt = self.m_best = Chosen(layers=(), score=teacher)
+        self.stop_reason: StopReason | None = None
+        self.stop_text = ""
+        self.reason = ""
+        self._p_best = teacher.goodness
+
+    @property
+    def linear(self) -> frozenset[int]:
+        return frozenset(self.order)
+
+    @property
+    def passes(self) -> float:
+        """Estimated work so far, in passes over the items that search may look at."""
+        return self._meter.passes
+
+    def remaining(self) -> list[int]:
+        """Candidate layers that are not linear yet and not refused."""
+        return [layer for layer in self.layers if layer not in self.order and layer not in self.refused]
+
+    def goes_on(self) -> bool:
+        """Whether a further step is wanted."""
+        num_wanted = self.budget.num_linear
+        if self.stop_reason is None and num_wanted is not None and len(self.order) >= num_wanted:
+            why = self.budget.num_linear_text or "as many as asked for"
+            self.stop("budget", f"{len(self.order)} layers are linear, {why}.")
+        return bool(self.remaining()) and (self.run_to_end or self.stop_reason is None)
+
+    def score(
+        self, linear: Iterable[int], *, base: frozenset[int] | None = None, blocks: Sequence[int] | None = None
+    ) -> Score:
+        """Score of a hybrid, over some blocks of items or over all that search may look at.
+
+        Raises:
+            OutOfTime: the budget of seconds is spent.
+        """
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise OutOfTime
+        return self._score(frozenset(linear), self.linear if base is None else base, blocks)
+
+    def score_untimed(self, linear: Iterable[int]) -> Score:
+        """Score over all items that search may look at, after a search whose time may be spent."""
+        return self._score(frozenset(linear), frozenset(linear), None)
+
+    def _score(self, linear: frozenset[int], base: frozenset[int], blocks: Sequence[int] | None) -> Score:
+        items = self._items or None
+        share = items is not None and blocks is not None and len(blocks) < len(self.blocks)
+        if share:
+            items = tuple(sorted(item for block in blocks or () for item in self.blocks[block]))
+        self._meter.add(linear, base=base, items=range(self.teacher.num_items) if items is None else items)
+        return self.scorer.hybrid(linear, base=base, step=len(self.order) + 1, items=items, share=share)
+
+    def candidate(self, layer: int) -> Score:
+        """Score of the current hybrid with one more layer."""
+        return self.score(self.linear | {layer})
+
+    def keeps_guards(self, linear: frozenset[int], layers: Sequence[int]) -> bool:
+        """Whether every guard keeps its floor; announces the one that does not."""
+        broken = next((guard for guard in self.guards if not guard.is_kept_by(linear)), None)
+        if broken is not None:
+            self.scorer.emit("refused", layers=list(layers), guard=broken.name, num_linear=len(linear))
+        return broken is None
+
+    def take_best(self, candidates: Mapping[int, Score]) -> int | None:
+        """Take the best candidate, or the next best where a guard refuses; None where all are refused."""
+        left = dict(candidates)
+        while left:
+            layer = argmax(left)
+            may_accept = self.stop_reason is None and self.threshold.is_met_by(left[layer])
+            if not may_accept or self.keeps_guards(self.linear | {layer}, [layer]):
+                self.take([layer], left[layer], candidates)
+                return layer
+            self.refused.add(layer)
+            del left[layer]
+        return None
+
+    def take(self, layers: Sequence[int], score: Score, candidates: Mapping[int, Score] | None = None) -> None:
+        """Make layers linear. Guards have been asked; below P_min the step is kept for the curve, and search stops."""
+        self.order = (*self.order, *layers)
+        self.current = score
+        accepted = self.stop_reason is None and self.threshold.is_met_by(score)
+        step = SearchStep(
+            index=len(self.order),
+            layer=layers[-1],
+            linear=tuple(sorted(self.order)),
+            score=score,
+            accepted=accepted,
+            candidates={layer: (candidates or {})[layer] for layer in sorted(candidates or {})},
+            added=tuple(layers),
+        )
+        self.steps.append(step)
+        fields: dict[str, Any] = {"layers": list(layers)} if len(layers) > 1 else {}
+        self.scorer.emit(
+            "step",
+            step=step.index,
+            layer=step.layer,
+            score=score.value,
+            accepted=accepted,
+            num_layers=len(self.layers),
+            **fields,
+        )
+        if self.stop_reason is None:
+            if at_least(score.goodness, self._p_best):
+                # The maximum keeps P_best from sinking, tolerance by tolerance, over many ties.
+                self.m_best, self._p_best = Chosen(layers=self.order, score=score), max(self._p_best, score.goodness)
+            if accepted:
+                self.m_opt = Chosen(layers=self.order, score=score)
+            else:
+                self.stop("p_min", self._below_p_min(step))
+
+    def stop(self, reason: StopReason, text: str) -> None:
+        """End Algorithm 1; the first reason stands."""
+        if self.stop_reason is None:
+            self.stop_reason, self.stop_text = reason, text
+
+    def conclude(self) -> None:
+        """Name the reason where a strategy simply ran out of layers."""
+        if self.refused:
+            guards = " and ".join(guard.name for guard in self.guards)
+            left = ", ".join(map(str, sorted(self.refused)))
+            self.stop("guard", f"Layers {left} are left, and each would break a floor of {guards}.")
+        self.stop("all_linear", f"All {len(self.layers)} candidate layers are linear.")
+
+    def _below_p_min(self, step: SearchStep) -> str:
+        metric, value = step.score.metric, step.score.value
+        side = "below" if step.score.higher_is_better else "above"
+        return (
+            f"Step {step.index}: the best candidate, layer {step.layer}, has {metric} {value:.6g}, "
+            f"{side} the limit of {self.threshold.value:.6g}."
+        )

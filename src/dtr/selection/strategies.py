@@ -1,0 +1,207 @@
+"""Search by name: sets the table for a strategy, lets it run, and hands out the trace with its certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dtr.errors import RecipeError
+from dtr.evaluation.score import Score
+from dtr.registry import Registry
+from dtr.selection.auto import auto
+from dtr.selection.certificate import Certificate, check_num_items, confirm_path
+from dtr.selection.criteria import PMinKind, check_p_min, resolve_p_min
+from dtr.selection.greedy import exact
+from dtr.selection.items import ItemSplit
+from dtr.selection.journal import Journal
+from dtr.selection.lazy import lazy, restore
+from dtr.selection.ranked import impact, kl, lowest_mse, one_shot, random_order, uniform
+from dtr.selection.scorer import EventListener, ScoreFunction, Scorer
+from dtr.selection.state import Budget, Guard, OutOfTime, Search
+from dtr.selection.trace import Chosen, GuardScore, SearchTrace
+
+STRATEGIES: Registry[Callable[[Search], None]] = Registry("search.strategy")
+for _name, _strategy in {
+    "auto": auto,
+    "exact": exact,
+    "impact": impact,
+    "kl": kl,
+    "lazy": lazy,
+    "lowest_mse": lowest_mse,
+    "one_shot": one_shot,
+    "random": random_order,
+    "restore": restore,
+    "uniform": uniform,
+}.items():
+    STRATEGIES.register(_name)(_strategy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardTask:
+    """A floor on another task: `p_min` and `p_min_kind` as for the task itself, over that task's own score."""
+
+    name: str
+    score: ScoreFunction
+    p_min: float
+    p_min_kind: PMinKind = "relative"
+
+
+def select_layers(
+    score: ScoreFunction,
+    *,
+    layers: Sequence[int],
+    p_min: float,
+    p_min_kind: PMinKind,
+    strategy: str = "exact",
+    run_to_end: bool = False,
+    num_model_layers: int | None = None,
+    items: ItemSplit | None = None,
+    p_min_confidence: float | None = None,
+    guards: Sequence[GuardTask] = (),
+    budget: Budget | None = None,
+    facts: Callable[[str], Mapping[int, float]] | None = None,
+    seed: int = 0,
+    journal: Journal | None = None,
+    on_event: EventListener | None = None,
+) -> SearchTrace:
+    """Find the hybrid with the most linear layers at or above P_min, and a path of hybrids that leads there.
+
+    Args:
+        score: validation score of a hybrid.
+        layers: layers that may become linear, in any order, each once.
+        p_min: smallest share of the teacher's score to keep, or a value of the metric; see `resolve_p_min`.
+        p_min_kind: `relative` or `absolute`.
+        strategy: a name in `STRATEGIES`.
+        run_to_end: go on below P_min until every candidate layer is linear, to draw the whole curve. M_opt and M_best
+            are not affected, even if a later hybrid should score well again.
+        num_model_layers: layers of the model; the highest candidate layer plus one when left out.
+        items: blocks of items that `score` can be asked for alone, and items kept for confirmation; without it `score`
+            is only asked for all items.
+        p_min_confidence: commit only what the confirmation items certify, as 0.95; None for the plain limit.
+        guards: floors on other tasks; a swap that breaks one is refused.
+        budget: other reasons to stop.
+        facts: numbers per layer by name, asked for by the baselines.
+        seed: for strategies that draw.
+        journal: scores are read from here before they are computed, and written here once they are. A search that
+            was interrupted (KeyboardInterrupt passes through) and goes on with its journal gives the same trace.
+        on_event: called with small dicts: `teacher`, `candidate` (see `Scorer`), `step`, `refused` and `stop`.
+
+    Raises:
+        RecipeError: no layers, an unknown strategy, or a P_min or floor that the teacher itself misses; before any
+            candidate is scored.
+        DataError: too few items to confirm with.
+    """
+    run = STRATEGIES[strategy]
+    check_p_min(p_min, p_min_kind)
+    layers = _sorted_layers(layers)
+    if p_min_confidence is not None:
+        assert items is not None, "a certificate needs items of its own"
+        check_num_items(
+            len(items.confirmation), confidence=p_min_confidence, p_min=p_min, p_min_kind=p_min_kind, teacher=None
+        )
+    scorer = Scorer(score, max_candidates=len(layers) * (len(layers) + 1) // 2, journal=journal, on_event=on_event)
+    teacher = scorer.teacher(items.selection if items else None)
+    threshold = resolve_p_min(p_min, p_min_kind, teacher)
+    certify = None
+    if p_min_confidence is not None and items is not None:
+        certify = _Confirmation(scorer, items, p_min_confidence, p_min, p_min_kind)
+    search = Search(
+        layers=layers,
+        num_model_layers=num_model_layers or max(layers) + 1,
+        scorer=scorer,
+        teacher=teacher,
+        threshold=threshold,
+        blocks=items.blocks if items else (),
+        run_to_end=run_to_end,
+        guards=[_resolve_guard(guard, journal) for guard in guards],
+        budget=budget,
+        facts=facts,
+        seed=seed,
+    )
+    try:
+        run(search)
+    except OutOfTime:
+        search.stop("budget", f"The budget of {search.budget.seconds:g} seconds is spent.")
+    search.conclude()
+    return _conclude(
+        search, certify(search) if certify else None, p_min=p_min, p_min_kind=p_min_kind, strategy=strategy
+    )
+
+
+def _conclude(
+    search: Search, certificate: Certificate | None, *, p_min: float, p_min_kind: PMinKind, strategy: str
+) -> SearchTrace:
+    """The trace of a finished search, cut back to what is certified."""
+    m_opt, stop_reason, stop_text = search.m_opt, search.stop_reason, search.stop_text
+    assert stop_reason is not None
+    if certificate is not None and certificate.num_certified < len(m_opt.layers):
+        kept = m_opt.layers[: certificate.num_certified]
+        m_opt = Chosen(layers=kept, score=search.score_untimed(kept) if kept else search.teacher)
+        stop_reason, stop_text = "certificate", certificate.text
+    search.scorer.emit(
+        "stop", reason=stop_reason, text=stop_text, num_opt=len(m_opt.layers), num_best=len(search.m_best.layers)
+    )
+    return SearchTrace(
+        teacher=search.teacher,
+        p_min=p_min,
+        p_min_kind=p_min_kind,
+        p_min_value=search.threshold.value,
+        steps=tuple(replace(step, accepted=step.accepted and step.index <= len(m_opt.layers)) for step in search.steps),
+        m_opt=m_opt,
+        m_best=search.m_best,
+        num_candidate_evaluations=search.scorer.num_candidates,
+        stop_reason=stop_reason,
+        stop_text=stop_text,
+        strategy=strategy,
+        reason=search.reason,
+        guards=tuple(
+            GuardScore(
+                name=guard.name,
+                floor=guard.threshold.value,
+                teacher=guard.teacher,
+                m_opt=guard.score(frozenset(m_opt.layers)),
+            )
+            for guard in search.guards
+        ),
+        certificate=certificate,
+    )
+
+
+class _Confirmation:
+    """Scores over the confirmation items, asked for only once the path is settled."""
+
+    def __init__(self, scorer: Scorer, items: ItemSplit, confidence: float, p_min: float, p_min_kind: PMinKind) -> None:
+        self._scorer, self._items = scorer, items
+        self._limit = {"confidence": confidence, "p_min": p_min, "p_min_kind": p_min_kind}
+        self._teacher = self._score(frozenset())
+        check_num_items(len(items.confirmation), **self._limit, teacher=self._teacher)  # type: ignore[arg-type]
+
+    def __call__(self, search: Search) -> Certificate:
+        order = search.m_opt.layers
+        certificate = confirm_path(
+            len(order),
+            lambda num_linear: self._score(frozenset(order[:num_linear])),
+            self._teacher,
+            **self._limit,  # type: ignore[arg-type]
+        )
+        self._scorer.emit("certificate", text=certificate.text, num_certified=certificate.num_certified)
+        return certificate
+
+    def _score(self, linear: frozenset[int]) -> Score:
+        return self._scorer.look_up_or_score(linear, base=linear, items=self._items.confirmation)[0]
+
+
+def _resolve_guard(guard: GuardTask, journal: Journal | None) -> Guard:
+    scorer = Scorer(guard.score, max_candidates=0, journal=journal, task=guard.name)
+    teacher, _ = scorer.look_up_or_score(frozenset(), base=frozenset())
+    threshold = resolve_p_min(guard.p_min, guard.p_min_kind, teacher, where=f"search.guards ({guard.name})")
+    return Guard(name=guard.name, scorer=scorer, threshold=threshold, teacher=teacher)
+
+
+def _sorted_layers(layers: Sequence[int]) -> tuple[int, ...]:
+    if not layers:
+        raise RecipeError(
+            "layers", got="no layers", expected="at least one layer to replace", hint="Distil some layers first."
+        )
+    assert len(set(layers)) == len(layers), f"candidate layers {list(layers)} repeat"
+    return tuple(sorted(layers))

@@ -1,0 +1,54 @@
+"""Benchmarks check first, then time; the numbers hang together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import pico_teacher
+
+from dtr.bench import distillation
+from dtr.bench.distillation import bench_distill, check_backend, parse_sizes
+from dtr.errors import DeviceError, RecipeError
+
+
+def test_figures_hang_together():
+    (result,) = bench_distill(pico_teacher(), sizes=[(2, 24)], num_steps=2)
+    rates = result["distill_tokens_per_second"], result["teacher_forward_tokens_per_second"]
+    assert result["ratio_to_teacher_forward"] == pytest.approx(rates[0] / rates[1])
+    assert 0 < result["ratio_to_teacher_forward"] < 1
+    assert 0 < result["flop_utilisation"] < 1
+    json.dumps(result)
+
+
+def test_a_wrong_backend_is_not_timed(monkeypatch):
+    right = distillation.gated_delta_rule
+    assert check_backend(torch.device("cpu"), torch.float32) < 1e-5
+
+    def wrong(*inputs, **options):
+        out, state = right(*inputs, **options)
+        return out * 1.05, state
+
+    monkeypatch.setattr(distillation, "gated_delta_rule", wrong)
+    with pytest.raises(DeviceError, match="Nothing was timed"):
+        list(bench_distill(pico_teacher(), sizes=[(2, 24)]))
+
+
+def test_sizes():
+    assert parse_sizes("32x512,8x2048") == [(32, 512), (8, 2048)]
+    for text in ("32", "0x5", "axb", ""):
+        with pytest.raises(RecipeError, match="--sizes"):
+            parse_sizes(text)
+
+
+def test_the_verb_prints_a_table_and_one_json_line(place):
+    command = [sys.executable, "-m", "dtr", "bench", "distill", str(place / "model"), "--sizes", "2x24", "--steps", "1"]
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 x 24" in done.stdout
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    assert record["backend"]["name"] == "torch"
+    assert len(record["sizes"]) == 1

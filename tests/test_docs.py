@@ -1,0 +1,144 @@
+"""What people read is true: recipes parse, commands exist, links resolve, made pages are up to date."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+from docs_pages import FENCE, PAGES, RECIPES, ROOT, commands, fences, load_script, write_rows
+from fake_report import fake_report
+
+from dtr.cli import app
+from dtr.mixers import MIXERS
+from dtr.recipe import read_recipe
+from dtr.tasks import load_task
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_recipes_parse(path):
+    recipe = read_recipe(path)
+    assert recipe.mixer.kind in MIXERS
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("multiple_choice", {"question": "{}?", "choices": ["a", "b", "c"], "answer": 0}),
+        ("classification", {"text": "{}", "label": 0, "label_text": "good"}),
+        ("generation", {"prompt": "{}", "answer": "so #### 7"}),
+        ("perplexity", {"text": "{} red green"}),
+    ],
+)
+def test_the_task_of_a_recipe_loads(name, row, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = read_recipe(ROOT / "recipes" / f"{name}.yaml").task.model_dump()
+    folder = Path(settings["path"] or settings["source"])
+    write_rows(folder, num_rows=100, **row)
+    if name == "classification":
+        for split in ("validation", "test"):
+            with (folder / f"{split}.jsonl").open("a") as file:
+                file.write("\n" + json.dumps({"text": f"{split} x", "label": 1, "label_text": "bad"}))
+    task = load_task(settings.pop("source"), **settings)
+    assert task.kind == name
+    assert len(task.splits["validation"]) >= 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_recipes_on_pages_parse(page, tmp_path):
+    for number, block in enumerate(fences(page, "yaml")):
+        (tmp_path / f"{number}.yaml").write_text(block, encoding="utf-8")
+        read_recipe(tmp_path / f"{number}.yaml")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_on_pages_are_known(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for words in commands(page):
+        if words[0] == "make":
+            assert words[1] in targets, words
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), words
+        elif words[0] != "dtr":
+            assert words in (["source", ".venv/bin/activate"], ["pre-commit", "install"]), words
+        elif page.name != "errors.md":
+            check_usage(words)
+
+
+def check_usage(words: list[str]) -> None:
+    """Every flag is one of the verb's, and every --set names a setting."""
+    verb = typer.main.get_command(app).commands[words[1]]
+    flags = {name: option for option in verb.params for name in option.opts}
+    unknown = [word for word in words[2:] if word.startswith("--") and word not in flags]
+    assert not unknown, words
+    settings = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
+    read_recipe(None, settings, {"teacher": {"source": "x"}})
+    for word in words[2:]:
+        if word.startswith("recipes/"):
+            assert (ROOT / word).is_file(), words
+
+
+def test_the_reference_is_made_from_this_source():
+    script = load_script(ROOT / "docs" / "make_reference.py")
+    assert script.TARGET.read_text(encoding="utf-8") == script.reference(), "run: make docs"
+
+
+def test_the_readme_shows_the_committed_results():
+    script = load_script(ROOT / "docs" / "make_results.py")
+    readme = script.README.read_text(encoding="utf-8")
+    assert readme == script.with_table(readme), "run: make docs"
+
+
+def test_a_result_becomes_a_row(tmp_path, monkeypatch):
+    script = load_script(ROOT / "docs" / "make_results.py")
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    assert script.results_table() == script.NONE_YET
+    report = fake_report()
+    (tmp_path / "some_task.json").write_text(json.dumps(report))
+    (tmp_path / "study.json").write_text("[]")
+    head, row = script.results_table().splitlines()[0], script.results_table().splitlines()[2:]
+    assert len(row) == 1
+    assert row[0].count("|") == head.count("|")
+    assert f"{report['m_opt']['num_replaced']} of {report['num_layers']}" in row[0]
+    assert f"{report['m_opt']['test']['value']:.3f}" in row[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_resolve(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\[[^\]]*\]\(([^)]+)\)", text):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_pages_name_exist(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    roots = (ROOT, ROOT / "src" / "dtr", ROOT / "docs")
+    for name in re.findall(r"`([\w./-]+)`", text):
+        is_ours = re.match(r"(src|docs|tests|recipes|examples|benchmarks|dev|\.ci)/", name) or name.endswith(".py")
+        if is_ours:
+            found = any((root / name).exists() for root in roots) or list((ROOT / "src").rglob(name.rsplit("/", 1)[-1]))
+            assert found, f"{page.name} names {name}"
+
+
+def test_pages_name_no_workplace_and_no_registry():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"/work/|/tmp/venv|pypi\.org|huggingface\.co/|download\.pytorch", text), page.name
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_install_and_run(tmp_path):
+    done = subprocess.run(["make", "wheel", f"WHEEL_DIR={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.glob("*.whl"))) == len(list(tmp_path.glob("*.tar.gz"))) == 1

@@ -1,0 +1,122 @@
+"""`dtr bench search`, the benchmark script, and recipes with guards, budgets and certificates, on a pico model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dtr.cli import main
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "search_bench.py"
+
+
+@pytest.fixture(scope="module")
+def recipe(place):
+    return yaml.safe_load((place / "recipe.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def bank(place, recipe, tmp_path_factory):
+    from dtr.pipeline import distill_only
+    from dtr.recipe import read_recipe
+
+    folder = tmp_path_factory.mktemp("bench") / "distilled"
+    distill_only(read_recipe(None, base=recipe), folder)
+    return folder / "bank"
+
+
+@pytest.fixture
+def dtr(capsys, monkeypatch):
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["dtr", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_bench_search_prints_a_table_and_one_json_line(dtr, place, bank):
+    code, out, err = dtr(
+        "bench", "search", place / "recipe.yaml", "--bank", bank, "--strategies", "exact,uniform", "--p-min", "0.5"
+    )
+    assert code == 0, err
+    record = json.loads(out.splitlines()[-1])
+    assert list(record["strategies"]) == ["exact", "uniform"]
+    assert record["strategies"]["exact"]["num_candidates"] >= 4
+    assert all(0 < row["pass_equivalents"] < 12 for row in record["strategies"].values())
+    assert {"hardware", "commit", "num_validation", "num_test"} <= record.keys()
+    assert "uniform" in out.split("{")[0]
+
+
+def test_bench_search_refuses_unknown_strategies_at_once(dtr, place, bank):
+    code, _, err = dtr("bench", "search", place / "recipe.yaml", "--bank", bank, "--strategies", "exact,lasy")
+    assert code == 2
+    assert "Did you mean 'lazy'?" in err
+
+
+def test_the_benchmark_script_keeps_what_it_does_not_measure(tmp_path, monkeypatch, capsys, place, recipe, bank):
+    spec = importlib.util.spec_from_file_location("search_bench", BENCHMARK)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    out = tmp_path / "search.json"
+    common = ["search_bench.py", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*common, "--simulate", "4", "--simulated-items", "300"])
+    script.main()
+    task = f"choices={recipe['task']['source']}"
+    model = ["--model", str(place / "model"), "--bank", str(bank)]
+    monkeypatch.setattr(sys, "argv", [*common, *model, "--task", task, "--strategies", "exact,auto"])
+    script.main()
+    record = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
+    assert record["certificate_simulation"]["runs"] == 4
+    row = record["tasks"]["choices"]["strategies"]["auto"]
+    wanted = {"num_replaced", "val", "test", "test_drop", "pass_equivalents", "seconds", "order"}
+    assert wanted <= row.keys()
+    assert {"command", "hardware", "commit"} <= record.keys()
+    assert (tmp_path / "search_order.png").stat().st_size > 1000
+
+
+def test_a_run_with_guard_and_budget_reports_them(dtr, tmp_path, place, recipe, bank):
+    changed = {**recipe, "search": {"p_min": 0.3, "max_linear_layers": 2, "strategy": "lazy"}}
+    changed["search"]["guards"] = [{"task": recipe["task"], "p_min": 0.3}]
+    path = tmp_path / "guarded.yaml"
+    path.write_text(yaml.safe_dump(changed))
+    code, _, err = dtr("search", path, "--bank", bank, "--out", tmp_path / "run", "--progress", "quiet")
+    assert code == 0, err
+    found = json.loads((tmp_path / "run" / "report.json").read_text())["search"]
+    assert found["strategy"] == "lazy"
+    assert len(found["steps"][-1]["linear"]) <= 2
+    assert found["guards"][0]["m_opt"]["value"] >= found["guards"][0]["floor"] - 1e-9
+    assert "Guard tasks" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ({"guards": [{"task": {"source": "nowhere"}}]}, "nowhere"),
+        (
+            {"p_min": 0.95, "p_min_confidence": 0.95},
+            "search.p_min_confidence: got 12 validation items to confirm with, too few",
+        ),
+        ({"p_min_confidence": 95}, "less than 1"),
+        ({"strategy": "greedy"}, "search.strategy: got 'greedy'; expected 'auto', 'exact'"),
+        ({"max_linear_layers": 0}, "search.max_linear_layers"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(dtr, tmp_path, recipe, search, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "search": {**recipe["search"], **search}}))
+    code, _, err = dtr("run", path, "--out", tmp_path / "run")
+    assert code == 2
+    assert words in " ".join(err.split())
+    assert not (tmp_path / "run" / "bank").exists()

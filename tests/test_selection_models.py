@@ -1,0 +1,171 @@
+"""Search on a pico model: portions of items, the account of the work, divergences, guards, budgets and certificates."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from tiny import pico_teacher
+
+from dtr.arch import decoder_layers
+from dtr.bench.strategies import compare_strategies
+from dtr.distillation.bank import MixerBank
+from dtr.errors import DataError, OutputError, RecipeError
+from dtr.evaluation.evaluator import Evaluator
+from dtr.hybrid.cache import decode_cache_bytes
+from dtr.mixers import mixer_from_teacher
+from dtr.replace import GuardFloor, search
+from dtr.selection.items import split_items
+from dtr.selection.meter import PassMeter
+from dtr.tasks import load_task
+
+NUM_LAYERS = 9
+NUM_ITEMS = 125
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return pico_teacher(num_layers=NUM_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def bank(teacher):
+    return untrained_bank(teacher)
+
+
+def untrained_bank(teacher):
+    """Mixers at their start values: a hybrid as bad as any."""
+    attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
+    mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a).eval() for i, a in enumerate(attention)}
+    return MixerBank(
+        kind="gated_deltanet",
+        options={},
+        mixers=mixers,
+        teacher_fingerprint=teacher.fingerprint,
+        geometry=teacher.geometry,
+        nmse_after={i: 1.0 / (i + 1) for i in mixers},
+    )
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("choices")
+    rng = random.Random(3)
+    # Equal lengths, so that items and tokens are the same account.
+    rows = [
+        {"question": f"{index:03d}?", "choices": ["aa", "bb"], "answer": rng.randrange(2)}
+        for index in range(NUM_ITEMS + 40)
+    ]
+    for split, chosen in {"validation": rows[:NUM_ITEMS], "test": rows[NUM_ITEMS:]}.items():
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    return load_task(str(folder), metric="acc")
+
+
+def evaluator(teacher, bank, task, **options):
+    specs = {layer: bank.spec() for layer in bank.layers}
+    mixers = bank.in_dtype(teacher.dtype)
+    return Evaluator(teacher.model, teacher.tokenizer, task, "validation", mixers=mixers, specs=specs, **options)
+
+
+def test_portions_are_parts_of_the_whole(teacher, bank, task):
+    split = split_items(NUM_ITEMS, confirmation_share=0.2)
+    whole, parts = evaluator(teacher, bank, task), evaluator(teacher, bank, task, blocks=split.groups)
+    linear, base = frozenset({1, 4, 7}), frozenset({4, 7})
+    expected = whole(linear).per_item
+    for items in (split.blocks[0], split.selection, split.confirmation):
+        assert parts(linear, base=base, items=items).per_item == tuple(expected[index] for index in items)
+    with pytest.raises(AssertionError, match="whole groups"):
+        parts(frozenset({2}), items=split.selection[:3])
+
+
+def test_the_account_of_the_work_is_the_meters(teacher, bank, task):
+    split = split_items(NUM_ITEMS)
+    scorer = evaluator(teacher, bank, task, blocks=split.groups)
+    meter = PassMeter(num_layers=NUM_LAYERS, num_items=NUM_ITEMS)
+    rng = random.Random(1)
+    base: frozenset[int] = frozenset()
+    for _ in range(12):
+        layer = rng.choice(sorted(set(range(NUM_LAYERS)) - base))
+        for blocks in ((0,), (0, 1, 2), (0, 1, 2, 3))[: rng.randint(1, 3)]:
+            items = sorted(item for block in blocks for item in split.blocks[block])
+            scorer(base | {layer}, base=base, items=items)
+            meter.add(base | {layer}, base=base, items=items)
+            assert scorer.pass_equivalents == pytest.approx(meter.passes)
+        base = base | {layer} if rng.random() < 0.3 and len(base) < 6 else base
+
+
+def test_divergence_is_zero_for_the_teacher_and_as_computed_for_a_hybrid(teacher, bank, task):
+    scorer = evaluator(teacher, bank, task)
+    assert scorer._likelihoods.divergence(frozenset()) == 0
+    model = search(teacher, bank, task, strategy="uniform", p_min=0.01, max_linear_layers=1).m_opt
+    assert model.config.mixers[0]
+    total, count = 0.0, 0
+    for item in task.splits["validation"][:NUM_ITEMS]:
+        for request in item.requests:
+            ids = teacher.tokenizer(request.context)["input_ids"]
+            tokens = torch.tensor([ids + teacher.tokenizer(request.target)["input_ids"]])
+            with torch.no_grad():
+                ours, theirs = (m(tokens).logits[0, len(ids) - 1 : -1].log_softmax(-1) for m in (model, teacher.model))
+            total += ((theirs - ours) * theirs.exp()).sum().item()
+            count += len(theirs)
+    assert scorer.divergence(0) == pytest.approx(total / count, rel=1e-3)
+
+
+def test_auto_on_a_model_costs_what_it_says(teacher, bank, task):
+    result = search(teacher, bank, task, strategy="auto", p_min=0.9)
+    assert result.pass_equivalents <= 25
+    assert result.trace.m_opt.score.value >= result.trace.p_min_value - 1e-9
+    assert len(result.trace.m_opt.score.per_item) == NUM_ITEMS
+    again = search(teacher, bank, task, strategy="auto", p_min=0.9)
+    assert again.trace == result.trace
+
+
+def test_guards_and_certificates_on_a_model(teacher, bank, task, tmp_path):
+    guard = GuardFloor(task=task, p_min=0.98)
+    journal = tmp_path / "journal.jsonl"
+    limits = {"p_min": 0.8, "p_min_confidence": 0.9, "guards": [guard], "journal": journal}
+    result = search(teacher, bank, task, strategy="lazy", **limits)
+    found = result.trace
+    assert found.guards[0].m_opt.value >= found.guards[0].floor - 1e-9
+    assert found.certificate.num_items == 62
+    assert len(found.m_opt.layers) == found.certificate.num_certified
+    assert result.guard_pass_equivalents > 0
+    # All from the journal, guards and confirmation included.
+    again = search(teacher, bank, task, strategy="lazy", **limits)
+    assert (again.trace, again.pass_equivalents, again.guard_pass_equivalents) == (found, 0, 0)
+    with pytest.raises(OutputError, match="seed = 0"):
+        search(teacher, bank, task, strategy="lazy", **limits, seed=1)
+    with pytest.raises(DataError, match="validation items to confirm with"):
+        search(teacher, bank, task, p_min=0.99, p_min_confidence=0.95)
+
+
+def test_a_cache_budget_becomes_a_number_of_layers(teacher, bank, task):
+    size = lambda num: decode_cache_bytes(  # noqa: E731
+        teacher.geometry, NUM_LAYERS, num, context_tokens=4096, bytes_per_element=teacher.dtype.itemsize
+    )
+    budget = {"cache_context_tokens": 4096, "p_min": 0.01}
+    result = search(teacher, bank, task, strategy="uniform", max_cache_bytes=size(3) + 1, **budget)
+    assert len(result.trace.m_opt.layers) == 3
+    assert f"the cache takes {size(3):,} bytes at 4,096 tokens" in result.trace.stop_text
+    with pytest.raises(RecipeError, match=f"expected at least {size(NUM_LAYERS):,}"):
+        search(teacher, bank, task, max_cache_bytes=size(NUM_LAYERS) - 1, **budget)
+
+
+def test_the_table_of_strategies(task):
+    names = ("exact", "auto", "kl", "random")
+    teacher = pico_teacher(num_layers=4)
+    bank = untrained_bank(teacher)
+    rows = {row["strategy"]: row for row in compare_strategies(teacher, bank, task, strategies=names, p_min=0.9)}
+    assert list(rows) == list(names)
+    for row in rows.values():
+        assert json.loads(json.dumps(row)) == row
+        assert row["num_replaced"] == len(row["layers"])
+        assert row["val"] >= row["p_min_value"] - 1e-9
+        assert row["test_ci95"][0] <= row["test"] <= row["test_ci95"][1]
+        assert row["at_share"]["0.5"]["num_replaced"] == 2
+        assert row["order"][: row["num_replaced"]] == row["layers"]
+    assert rows["exact"]["test_minus_exact"]["mean"] == 0
+    # So few layers are scored one by one.
+    assert rows["auto"]["layers"] == rows["exact"]["layers"]

@@ -1,0 +1,246 @@
+"""Strategies on simulated tasks whose truth is known, and on dictionaries worked out by hand."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from score_tables import Table, acc, ppl, table
+
+from dtr.errors import RecipeError
+from dtr.selection.auto import estimate_gains
+from dtr.selection.items import split_items
+from dtr.selection.journal import Journal
+from dtr.selection.meter import PassMeter
+from dtr.selection.simulation import PRESETS, SimulatedTask
+from dtr.selection.state import Budget
+from dtr.selection.strategies import STRATEGIES, GuardTask, select_layers
+from dtr.selection.trace import SearchTrace
+
+NUM_LAYERS = 30
+
+
+def run(task: Any, strategy: str, *, num_items: int = 500, layers: Sequence[int] = range(NUM_LAYERS), **options: Any):
+    options = {"p_min": 0.95, "p_min_kind": "relative", "facts": lambda name: dict.fromkeys(range(99), 0.5), **options}
+    if isinstance(task, SimulatedTask):
+        options.setdefault("items", split_items(num_items, in_blocks=strategy == "auto"))
+    return select_layers(task, layers=layers, strategy=strategy, **options)
+
+
+def additive_table(damages: Sequence[float]) -> Table:
+    """Every subset loses the sum of its layers' damages."""
+    subsets = [[i for i in range(len(damages)) if bits >> i & 1] for bits in range(2 ** len(damages))]
+    return Table({tuple(s): acc(0.8 - sum(damages[i] for i in s)) for s in subsets})
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_what_a_strategy_hands_on_is_what_it_measured(strategy: str):
+    task = SimulatedTask(PRESETS["arc_easy"], num_layers=12, num_items=200, seed=3)
+    trace: SearchTrace = run(task, strategy, num_items=200, layers=range(12))
+    assert (trace.strategy, trace.stop_reason is not None) == (strategy, True)
+    assert trace.m_opt.score.value >= trace.p_min_value - 1e-9
+    assert trace.m_opt.score == task(frozenset(trace.m_opt.layers), base=frozenset(), items=range(200))
+    assert len(set(trace.m_opt.layers)) == len(trace.m_opt.layers)
+    reached: tuple[int, ...] = ()
+    for step in trace.steps:
+        reached += step.added
+        assert (step.index, set(step.linear), step.layer) == (len(reached), set(reached), step.added[-1])
+        assert step.accepted == (step.index <= len(trace.m_opt.layers))
+    if strategy == "auto":
+        assert trace.reason
+
+
+@pytest.mark.parametrize("strategy", ["auto", "exact", "lazy", "restore", "one_shot"])
+def test_additive_damages_leave_no_doubt(strategy: str):
+    # 0.8 may fall to 0.6: damages 0.01, 0.02, 0.05 and 0.11 fit together, 0.2 and 0.3 do not.
+    score = additive_table([0.3, 0.02, 0.11, 0.05, 0.01, 0.2])
+    trace = run(score, strategy, layers=range(6), p_min=0.75)
+    assert set(trace.m_opt.layers) == {4, 1, 3, 2}
+    if strategy != "restore":
+        assert trace.m_opt.layers == (4, 1, 3, 2)
+
+
+def test_lazy_asks_for_less_and_finds_the_same():
+    damages = [0.013, 0.002, 0.011, 0.005, 0.001, 0.02, 0.03, 0.017]
+    exact, lazy = additive_table(damages), additive_table(damages)
+    expected, found = run(exact, "exact", layers=range(8)), run(lazy, "lazy", layers=range(8))
+    assert found.m_opt == expected.m_opt
+    assert len(lazy.calls) < 0.7 * len(exact.calls)
+
+
+def test_restore_keeps_only_the_layers_that_matter():
+    score = additive_table([0.001, 0.2, 0.002, 0.15, 0.001])
+    trace = run(score, "restore", layers=range(5), run_to_end=True)
+    assert trace.m_opt.layers == (0, 2, 4)
+    assert [(s.index, s.layer, s.accepted) for s in trace.steps] == [(3, 4, True), (4, 3, False), (5, 1, False)]
+    assert trace.stop_text == "With layer 3 linear as well, acc would be 0.646."
+
+
+def test_baselines_follow_their_numbers():
+    score = additive_table([0.001] * 5)
+    numbers = {"nmse": [3, 1, 4, 1.5, 9], "kl": [0.2, 0.1, 0.5, 0.4, 0.3], "impact": [5, 4, 3, 2, 1]}
+    facts = lambda name: dict(enumerate(numbers[name]))  # noqa: E731
+    order = lambda name: run(score, name, layers=range(5), facts=facts).m_opt.layers  # noqa: E731
+    assert order("lowest_mse") == (1, 3, 0, 2, 4)
+    assert order("kl") == (1, 0, 4, 3, 2)
+    assert order("impact") == (4, 3, 2, 1, 0)
+    # Positions 0, 4, 2, 1, 3 of five are spread at any number of layers.
+    assert order("uniform") == (0, 4, 2, 1, 3)
+    assert order("random") == order("random")
+    with pytest.raises(RecipeError, match="no impact known of layers"):
+        run(score, "impact", layers=range(5), facts=lambda name: {})
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_auto_is_as_good_as_exact_for_25_passes(preset: str):
+    found: dict[str, list[SimulatedTask]] = {"exact": [], "auto": []}
+    traces: dict[str, list[SearchTrace]] = {"exact": [], "auto": []}
+    for seed in range(3):
+        for strategy, tasks in found.items():
+            tasks.append(SimulatedTask(PRESETS[preset], num_items=500, seed=seed))
+            traces[strategy].append(run(tasks[-1], strategy))
+    passes = {strategy: [task.pass_equivalents for task in tasks] for strategy, tasks in found.items()}
+    assert max(passes["auto"]) <= 25
+    assert statistics.fmean(passes["exact"]) > 6 * statistics.fmean(passes["auto"])
+    layers = {s: statistics.fmean(len(t.m_opt.layers) for t in traces[s]) for s in traces}
+    assert layers["auto"] >= layers["exact"] - 1
+    truth = {
+        s: statistics.fmean(task.truth(frozenset(t.m_opt.layers)) for task, t in zip(found[s], traces[s]))
+        for s in traces
+    }
+    assert truth["auto"] >= truth["exact"] - 0.01
+
+
+def test_auto_says_when_there_was_nothing_to_choose():
+    task = SimulatedTask(PRESETS["easy"], num_items=500, seed=0)
+    trace = run(task, "auto")
+    assert len(trace.m_opt.layers) == NUM_LAYERS
+    assert (trace.stop_reason, task.pass_equivalents) == ("all_linear", pytest.approx(2.0))
+    assert "nothing to choose" in trace.reason
+
+
+def test_interrupted_races_resume_from_the_journal(tmp_path: Path):
+    expected = run(SimulatedTask(PRESETS["arc_easy"], num_items=300, seed=8), "auto", num_items=300)
+
+    class Interrupted:
+        def __init__(self, at: int) -> None:
+            self.task, self.at, self.calls = SimulatedTask(PRESETS["arc_easy"], num_items=300, seed=8), at, []
+
+        def __call__(self, linear, *, base, items=None):
+            if len(self.calls) == self.at:
+                raise KeyboardInterrupt
+            self.calls.append((linear, None if items is None else tuple(items)))
+            return self.task(linear, base=base, items=items)
+
+    for at in (0, 1, 20, 60):
+        path = tmp_path / f"{at}.jsonl"
+        options = {"num_items": 300, "items": split_items(300)}
+        first, second = Interrupted(at), Interrupted(10**6)
+        with Journal(path, identity={"seed": 0}) as journal, pytest.raises(KeyboardInterrupt):
+            select_layers(
+                first, layers=range(30), p_min=0.95, p_min_kind="relative", strategy="auto",
+                items=options["items"], journal=journal,
+            )  # fmt: skip
+        with Journal(path, identity={"seed": 0}, resume=True) as journal:
+            found = select_layers(
+                second, layers=range(30), p_min=0.95, p_min_kind="relative", strategy="auto",
+                items=options["items"], journal=journal,
+            )  # fmt: skip
+        assert found == expected
+        assert set(Counter(first.calls + second.calls).values()) == {1}
+
+
+def test_a_guard_refuses_the_swap_that_breaks_its_floor():
+    score = table(full=0.6, l0=0.6, l1=0.59, l2=0.58, l01=0.6, l02=0.58, l12=0.57, l012=0.6)
+    guard = Table({(): acc(1.0), (0,): acc(0.5), (1,): acc(0.95), (2,): acc(0.97), (1, 2): acc(0.92)})
+    events: list[dict[str, Any]] = []
+    guards = [GuardTask(name="recall", score=guard, p_min=0.9)]
+    for strategy in ("exact", "lazy", "auto"):
+        trace = run(score, strategy, layers=range(3), guards=guards, on_event=events.append)
+        assert trace.m_opt.layers == (1, 2)
+        assert trace.stop_reason == "guard"
+        assert trace.stop_text == "Layers 0 are left, and each would break a floor of recall."
+    assert {"event": "refused", "layers": [0], "guard": "recall", "num_linear": 1} in events
+    assert (trace.guards[0].floor, trace.guards[0].m_opt.value) == (0.9, 0.92)
+
+
+def test_a_guard_holds_back_leaps_too():
+    task = SimulatedTask(PRESETS["easy"], num_items=300, seed=1)
+
+    def recall(linear: frozenset[int], *, base: frozenset[int]):
+        return acc(1.0 - 0.5 * (7 in linear) - 0.01 * len(linear))
+
+    trace = run(task, "auto", num_items=300, guards=[GuardTask(name="recall", score=recall, p_min=0.8)])
+    assert 7 not in trace.m_opt.layers
+    assert 15 <= len(trace.m_opt.layers) <= 20
+
+
+def test_a_floor_that_the_teacher_misses_is_refused():
+    guard = GuardTask(name="recall", score=table(full=ppl(20)), p_min=19.0, p_min_kind="absolute")
+    score = table(full=0.6)
+    with pytest.raises(RecipeError, match=r"search\.guards \(recall\)\.p_min.*teacher itself misses"):
+        run(score, "exact", layers=range(2), guards=[guard])
+    assert len(score.calls) == 1
+
+
+@pytest.mark.parametrize("strategy", ["exact", "lazy", "restore", "auto", "uniform"])
+def test_a_budget_of_layers_ends_the_search(strategy: str):
+    budget = Budget(num_linear=11, num_linear_text="the cache fits")
+    trace = run(SimulatedTask(PRESETS["easy"], num_items=300, seed=2), strategy, num_items=300, budget=budget)
+    assert len(trace.m_opt.layers) == 11
+    assert (trace.stop_reason, trace.stop_text) == ("budget", "11 layers are linear, the cache fits.")
+
+
+def test_a_budget_of_seconds_keeps_what_is_in_hand(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr("dtr.selection.state.time.monotonic", lambda: next(clock))
+    trace = run(additive_table([0.01, 0.02, 0.03]), "exact", layers=range(3), p_min=0.5, budget=Budget(seconds=4))
+    assert trace.m_opt.layers == (0,)
+    assert (trace.stop_reason, trace.stop_text) == ("budget", "The budget of 4 seconds is spent.")
+
+
+def test_unknown_strategy():
+    with pytest.raises(RecipeError, match=r"search\.strategy: got 'exat'.*Did you mean 'exact'"):
+        run(table(full=0.6), "exat")
+
+
+def test_items_are_split_once_and_for_all():
+    split = split_items(500, confirmation_share=0.4, seed=3)
+    assert split == split_items(500, confirmation_share=0.4, seed=3) != split_items(500, confirmation_share=0.4, seed=4)
+    assert [len(block) for block in split.blocks] == [30, 30, 90, 150]
+    assert sorted(split.selection + split.confirmation) == list(range(500))
+    assert len(split_items(100).blocks) == 1
+
+
+def test_the_meter_counts_what_an_evaluator_runs():
+    meter = PassMeter(num_layers=4, num_items=2)
+    empty, one = frozenset(), frozenset({1})
+    meter.add(empty, base=empty, items=(0, 1))
+    assert meter.passes == 1
+    # The base is known: layers 1 to 3 run anew, for one item of two.
+    meter.add(one, base=empty, items=(0,))
+    assert meter.passes == pytest.approx(1 + 3 / 8)
+    meter.add(one, base=empty, items=(0,))
+    assert meter.passes == pytest.approx(1 + 3 / 8)
+    # A new base is known up to its first change: layers 1 and 2 of it, then layer 3 of the candidate.
+    meter.add(frozenset({1, 3}), base=one, items=(0, 1))
+    assert meter.passes == pytest.approx(1 + 3 / 8 + 3 / 4)
+
+
+def test_likelihood_finds_what_few_items_hide():
+    """Estimates from a tenth of the items rank layers better than their plain differences do."""
+    plain_error, error = 0.0, 0.0
+    for seed in range(6):
+        task = SimulatedTask(PRESETS["hard"], num_items=500, seed=seed)
+        items = split_items(500, seed=seed).blocks[0]
+        before = task(frozenset(), base=frozenset(), items=items)
+        after = {layer: task(frozenset({layer}), base=frozenset(), items=items) for layer in range(NUM_LAYERS)}
+        truth = {layer: task.truth(frozenset({layer})) - task.truth(frozenset()) for layer in after}
+        gains = estimate_gains(before, after)
+        plain_error += sum((after[layer].value - before.value - truth[layer]) ** 2 for layer in after)
+        error += sum((gains[layer] - truth[layer]) ** 2 for layer in after)
+    assert error < 0.6 * plain_error
