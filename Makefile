@@ -1,39 +1,71 @@
-# Two commands do everything: `make demo` and `make test`. Both make a virtual environment first.
+# Two commands do everything: `make demo` and `make test`. Each makes a virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TRANSFORMERS ?=
+TORCH ?=
+WHEEL_DIR ?= dist
+# Two workers on two cores; more threads than that only wait for each other.
+TEST_ENV := OMP_NUM_THREADS=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
-.PHONY: demo test slow check matrix clean
+.PHONY: install demo test slow check smoke matrix docs wheel clean
 
-demo: $(VENV)/.ready
+install: $(VENV)/.ready
+
+demo: install
 	$(BIN)/dtr demo --out demo-run --overwrite
 
-test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+test: install
+	$(PYTEST) -n 2 -m "not slow and not gpu"
 
 # Needs minutes, a browser or the real model.
-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "slow and not gpu"
+slow: install
+	$(PYTEST) -m "slow and not gpu"
 
 # What CI runs besides the tests.
-check: $(VENV)/.ready
+check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/codespell src tests docs benchmarks README.md CONTRIBUTING.md CHANGELOG.md dev
+	$(BIN)/codespell
 
-# The suite on the oldest supported transformers, in an environment of its own.
+# The main job on the real model, with two layers and few items: a minute or two after a download of 98 MB.
+smoke: install
+	$(BIN)/dtr demo --out smoke-run --overwrite --progress json \
+		--set distill.layers=[3,21] --set distill.num_tokens=2048 --set text.num_held_out_tokens=512 \
+		--set task.num_validation=12 --set task.num_test=12 2> smoke-run.log || { tail -n 5 smoke-run.log; exit 1; }
+	test -s smoke-run/report.json && test -s smoke-run/report.html && test -s smoke-run/hybrid/model.safetensors
+	$(BIN)/dtr report smoke-run
+
+# The suite on the oldest supported libraries, in environments of their own.
 matrix:
-	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=5.17.0
+	$(MAKE) test VENV=.venv-transformers-5.17 TRANSFORMERS=5.17.0
+	$(MAKE) test VENV=.venv-torch-2.11 TORCH=2.11.0
+
+# Pages that are made from the source and from committed results.
+docs: install
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_results.py
+
+# Build, then install each of the two into an environment of its own and run it.
+wheel: install
+	$(BIN)/python -m build --outdir $(WHEEL_DIR) .
+	for built in $(WHEEL_DIR)/*.whl $(WHEEL_DIR)/*.tar.gz; do \
+		rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel && \
+		.venv-wheel/bin/python -m pip install --quiet -c constraints.txt $$built && \
+		(cd / && "$(CURDIR)/.venv-wheel/bin/dtr" --help && "$(CURDIR)/.venv-wheel/bin/dtr" doctor) || exit 1; \
+	done
+	rm -rf .venv-wheel
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV) || { echo "No venv module: on Debian, apt install python3-venv"; exit 2; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	sed "$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/)" constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e ".[dev]"
-	touch $@
+	@echo "Installing into $(VENV); the first time this takes some minutes."
+	@$(PYTHON) -m venv $(VENV) || { echo "No venv module: on Debian, apt install python3-venv"; exit 2; }
+	@sed -e "$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/)" \
+		-e "$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)" constraints.txt > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[dev]"
+	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest demo-run build dist
+	rm -rf .venv .venv-* demo-run smoke-run smoke-run.log build dist
