@@ -82,7 +82,7 @@ def main(folder: Path) -> dict:
     # Wrapped again, as a teacher's fingerprint covers its weights.
     teacher = dtr.as_teacher(untrained.model, untrained.tokenizer, source="pico")
 
-    bank = dtr.distill(teacher, text, mixer="gated_deltanet", num_tokens=40_000, batch_size=8, learning_rate=5e-3)
+    bank = dtr.distill(teacher, text, mixer="gated_deltanet", num_tokens=24_000, batch_size=8, learning_rate=5e-3)
     before = sum(bank.nmse_before.values()) / len(bank.nmse_before)
     print(f"distilled {len(bank.layers)} layers: held-out error {before:.2f} -> {bank.mean_nmse:.2f}")
 

@@ -68,7 +68,7 @@ def check_search(
     p_min_kind: PMinKind = "relative",
     p_min_confidence: float | None = None,
     confirmation_share: float = 0.5,
-    strategy: str = "auto",
+    strategy: str = "exact",
     **_others: Any,
 ) -> None:
     """Refuse a search that cannot end well, before anything is distilled; `search` does the same, later.
@@ -93,7 +93,7 @@ def search(
     *,
     p_min: float = 0.95,
     p_min_kind: PMinKind = "relative",
-    strategy: str = "auto",
+    strategy: str = "exact",
     p_min_confidence: float | None = None,
     confirmation_share: float = 0.5,
     guards: Sequence[GuardFloor] = (),

@@ -115,8 +115,7 @@ def _measure(
     device = teacher.device
     attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
     mixers = {i: mixer_from_teacher(kind, teacher.geometry, i, a) for i, a in enumerate(attention)}
-    options = {"learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0}
-    students = Students(teacher, mixers, **options, fast=fast)
+    students = Students(teacher, mixers, learning_rate=1e-4, weight_decay=0.0, max_grad_norm=1.0, fast=fast)
     ids = torch.randint(0, teacher.model.config.vocab_size, (batch, tokens), device=device)
 
     @torch.no_grad()

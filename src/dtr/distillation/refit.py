@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dtr.arch import capture_attention
-from dtr.mixers.base import LinearMixer
+from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -50,22 +50,25 @@ class _Sums:
 @torch.no_grad()
 def refit_outputs(
     teacher: Teacher,
-    mixers: dict[int, LinearMixer],
+    mixers: dict[int, Mixer],
     train: Iterable[torch.Tensor],
     held_out: Iterable[torch.Tensor],
 ) -> dict[int, float | None]:
-    """Refit every `o_proj` without a bias; returns the ridge that was taken by layer, None where nothing helped.
+    """Refit the weight of every output projection; its bias stays as it is.
 
     Args:
         teacher: gives inputs and targets.
         mixers: changed in place.
         train: batches (B, T) of token ids to fit on; a few hundred tokens per feature are plenty.
         held_out: batches to choose the ridge on.
+
+    Returns:
+        the ridge that was taken, by layer; None where nothing helped.
     """
     chosen: dict[int, float | None] = {}
     fit, check = _stream(teacher, mixers, train), _stream(teacher, mixers, held_out)
     for index, mixer in mixers.items():
-        trained = mixer.o_proj.weight.double()
+        trained = mixer.output_projection.weight.double()
         unit = fit[index].features.diagonal().mean()
         identity = torch.eye(trained.shape[1], dtype=torch.float64, device=trained.device)
         best, chosen[index] = check[index].nmse(trained), None
@@ -75,12 +78,13 @@ def refit_outputs(
             weight = torch.linalg.solve(left, right).T
             if (error := check[index].nmse(weight)) < best:
                 best, chosen[index] = error, ridge
-                mixer.o_proj.weight.copy_(weight)
+                mixer.output_projection.weight.copy_(weight)
     return chosen
 
 
-def _stream(teacher: Teacher, mixers: dict[int, LinearMixer], batches: Iterable[torch.Tensor]) -> dict[int, _Sums]:
-    sums = {i: _Sums(m.o_proj.in_features, m.o_proj.out_features, teacher.device) for i, m in mixers.items()}
+def _stream(teacher: Teacher, mixers: dict[int, Mixer], batches: Iterable[torch.Tensor]) -> dict[int, _Sums]:
+    last = {index: mixer.output_projection for index, mixer in mixers.items()}
+    sums = {i: _Sums(m.in_features, m.out_features, teacher.device) for i, m in last.items()}
     seen: dict[int, torch.Tensor] = {}
     amp = torch.autocast(teacher.device.type, torch.bfloat16, enabled=teacher.dtype != torch.float32)
 
@@ -90,9 +94,9 @@ def _stream(teacher: Teacher, mixers: dict[int, LinearMixer], batches: Iterable[
     def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
         with amp:
             mixers[index](hidden, rotary)
-        sums[index].add(seen.pop(index), target)
+        sums[index].add(seen.pop(index), target if last[index].bias is None else target - last[index].bias)
 
-    handles = [mixer.o_proj.register_forward_pre_hook(keep(index)) for index, mixer in mixers.items()]
+    handles = [linear.register_forward_pre_hook(keep(index)) for index, linear in last.items()]
     try:
         with capture_attention(teacher.model, list(mixers), visit):
             for batch in batches:

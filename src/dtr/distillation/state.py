@@ -27,7 +27,9 @@ class TrainingState:
     def __init__(self, bank: MixerBank, students: Students, path: Path | None, world: World) -> None:
         self._bank, self._students, self._path, self._world = bank, students, path, world
         self._layers = list(bank.mixers)
-        self._named = {f"{i}.{name}": p for i, mixer in bank.mixers.items() for name, p in mixer.named_parameters()}
+        self._named: dict[str, torch.Tensor] = {
+            f"{i}.{name}": p for i, mixer in bank.mixers.items() for name, p in mixer.named_parameters()
+        }
 
     def how_to_go_on(self) -> str:
         return "go on with --resume." if self._path else "nothing was saved, as no checkpoint was asked for."
@@ -37,7 +39,7 @@ class TrainingState:
         if self._path is None:
             return
         self.share_weights()
-        tensors = {f"param.{name}": param for name, param in self._named.items()}
+        tensors: dict[str, torch.Tensor] = {f"param.{name}": param for name, param in self._named.items()}
         for name in self._named:
             tensors |= {f"{moment}.{name}": self._moment(name, moment) for moment in MOMENTS}
         facts = {

@@ -36,7 +36,7 @@ class RecurrentStateLayer(LinearAttentionLayer):
 
     def write(self, state: torch.Tensor, num_new_tokens: int, conv_inputs: torch.Tensor | None = None) -> None:
         """Replace the state, and the last inputs of a short convolution, after `num_new_tokens` more tokens."""
-        self.device, self.dtype = state.device, state.dtype
+        self.device, self.dtype = state.device, state.dtype  # type: ignore[assignment]
         self.update_recurrent_state(state)
         if conv_inputs is not None:
             if not self.is_conv_states_initialized[0]:
@@ -80,10 +80,10 @@ class HybridCache(DynamicCache):
 
     # The stock methods look for an attention layer and raise where there is none; ours all know their length.
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[layer_idx].get_seq_length()
+        return self.layers[layer_idx].get_seq_length()  # type: ignore[union-attr]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.layers[layer_idx].get_mask_sizes(query_length)
+        return self.layers[layer_idx].get_mask_sizes(query_length)  # type: ignore[union-attr]
 
     def num_bytes(self) -> int:
         """Bytes held by keys, values and states."""

@@ -14,8 +14,9 @@ class HybridConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        if self.mixers is None:
-            self.mixers = [None] * self.num_hidden_layers  # type: ignore[attr-defined]
+        config: Any = self
+        if config.mixers is None:
+            config.mixers = [None] * config.num_hidden_layers
         # Whoever makes a hybrid's config is about to look up its model class.
         register_models()
 

@@ -47,6 +47,11 @@ class Mixer(nn.Module):
         super().__init__()
         self.geometry, self.layer_idx = geometry, layer_idx
 
+    @property
+    def output_projection(self) -> nn.Linear:
+        """The last linear map, from all heads to the hidden dim."""
+        raise NotImplementedError
+
     def start_from(self, attention: Any) -> None:
         """Set all weights from those of the Hugging Face attention module that this mixer will stand in for."""
         raise NotImplementedError
@@ -104,6 +109,10 @@ class LinearMixer(Mixer):
         self.gate_proj = nn.Linear(g.hidden_dim, inner_dim)
         if g.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(g.head_dim, g.norm_eps), HeadNorm(g.head_dim, g.norm_eps)
+
+    @property
+    def output_projection(self) -> nn.Linear:
+        return self.o_proj
 
     @torch.no_grad()
     def start_from(self, attention: Any) -> None:

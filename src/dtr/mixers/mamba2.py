@@ -89,6 +89,10 @@ class Mamba2(Mixer):
         self.norm = GatedNorm(self.inner_dim, self.num_groups, g.norm_eps)
         self.out_proj = nn.Linear(self.inner_dim, g.hidden_dim)
 
+    @property
+    def output_projection(self) -> nn.Linear:
+        return self.out_proj
+
     @torch.no_grad()
     def start_from(self, attention: Any) -> None:
         """Copy the teacher's projections; convolution and gate start as near to doing nothing as SiLU lets them.

@@ -8,9 +8,9 @@ layers are harmless and differ by less than the noise of the items. With few lay
    are harmless alone and costly in company, which no greedy path from the teacher can see. In ascending order of
    layers a candidate costs half a pass over its items, as the hidden states below the change are shared.
    Should the model be at P_min with but a few of them restored, start from there.
-3. Race the more harmless layers left on a tenth of the items, add both costs, and commit the harmless half of them at once. Items
-   are added while it is open whether P_min is reached; where it is missed, back off to half as many layers, and where
-   a single layer passes, go on with two. Every commit has been scored on all items.
+3. Race the more harmless layers left on a tenth of the items, add both costs, and commit the harmless half of all that
+   are left at once. Items are added while it is open whether P_min is reached; where it is missed, back off to half
+   as many layers, and where a single layer passes, go on with two. Every commit has been scored on all items.
 4. Stop where no single layer passes any more, or the passes are spent.
 
 Sizes were chosen on `dtr.selection.simulation`, see `benchmarks/search_bench.py --simulate`.
