@@ -48,14 +48,13 @@ docs: install
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_results.py
 
-# Build, then install each of the two into an environment of its own and run it.
+# Build, then install the wheel and after it the source archive into a new environment, and run each.
 wheel: install
-	$(BIN)/python -m build --outdir $(WHEEL_DIR) .
-	for built in $(WHEEL_DIR)/*.whl $(WHEEL_DIR)/*.tar.gz; do \
-		rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel && \
-		.venv-wheel/bin/python -m pip install --quiet -c constraints.txt $$built && \
-		(cd / && "$(CURDIR)/.venv-wheel/bin/dtr" --help && "$(CURDIR)/.venv-wheel/bin/dtr" doctor) || exit 1; \
-	done
+	rm -rf .venv-wheel && $(BIN)/python -m build --outdir $(WHEEL_DIR) . && $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt $(WHEEL_DIR)/*.whl
+	cd / && "$(CURDIR)/.venv-wheel/bin/dtr" --help && "$(CURDIR)/.venv-wheel/bin/dtr" doctor
+	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt --force-reinstall --no-deps $(WHEEL_DIR)/*.tar.gz
+	cd / && "$(CURDIR)/.venv-wheel/bin/dtr" --help && "$(CURDIR)/.venv-wheel/bin/dtr" doctor
 	rm -rf .venv-wheel
 
 $(VENV)/.ready: pyproject.toml constraints.txt
