@@ -5,6 +5,7 @@ They run in a folder where `HuggingFaceTB/SmolLM2-135M-Instruct` is a pico model
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shlex
@@ -152,6 +153,14 @@ def test_the_example_runs(tmp_path):
     # Teacher and hybrid look back for the color.
     assert numbers["written"] == "cat is blue . owl is blue"
     assert numbers["hybrid_test"] < numbers["teacher_test"] / 0.9
+
+
+def test_a_json_log_is_json_lines(newcomer, dtr):
+    code, out, err = dtr("distill", "--model", HUB_NAME, "--out", "runs/json", *SMALL_FLAGS, "--progress", "json")
+    assert code == 0, err
+    events = [json.loads(line)["event"] for line in err.splitlines()]
+    assert {"backend", "distill", "nmse"} <= set(events)
+    assert "mean NMSE" in out
 
 
 def message_cases() -> list[tuple[str, str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, pico_model, pico_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +29,12 @@ FAMILIES = {
     "mistral": {"head_dim": 8},
     "qwen2": {"head_dim": 8},
 }
+HOMES = [
+    *((family, "granite", "linear_attention", "mamba2") for family in sorted(FAMILIES)),
+    ("llama", "granite", "mamba", "mamba2"),
+    ("qwen3", "qwen3_5", "linear_attention", "qwen35_gated_deltanet"),
+]
+CLASSES = {"granite": "GraniteMoeHybridForCausalLM", "qwen3_5": "Qwen3_5ForCausalLM"}
 
 
 def save_hybrid(folder, family="llama", layers=LAYERS, kind="mamba2", options=None, dtype=torch.float32, **changes):
@@ -57,12 +65,11 @@ assert AutoTokenizer.from_pretrained({folder!r})("ab")["input_ids"]
 """
 
 
-@pytest.mark.parametrize("spelling", ["linear_attention", "mamba"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("family", "to", "spelling", "kind"), HOMES)
 @torch.no_grad()
-def test_stock_transformers_without_dtr_gives_the_same(family, spelling, tmp_path):
-    hybrid = save_hybrid(tmp_path / "hybrid", family, **FAMILIES[family])
-    record = export_hybrid(tmp_path / "hybrid", tmp_path / "out", to="granite", layer_types=spelling)
+def test_stock_transformers_without_dtr_gives_the_same(family, to, spelling, kind, tmp_path):
+    hybrid = save_hybrid(tmp_path / "hybrid", family, kind=kind, **FAMILIES.get(family, {}))
+    record = export_hybrid(tmp_path / "hybrid", tmp_path / "out", to=to, layer_types=spelling)
     assert record["parity"]["max_abs_logit_diff"] < 5e-5
     assert record["parity"]["same_tokens"]
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PATH": "", "OMP_NUM_THREADS": "1"}
@@ -70,8 +77,8 @@ def test_stock_transformers_without_dtr_gives_the_same(family, spelling, tmp_pat
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     module, name, logits, text = json.loads(done.stdout.strip().splitlines()[-1])
-    assert module.startswith("transformers.models.granitemoehybrid")
-    assert name == "GraniteMoeHybridForCausalLM"
+    assert module.startswith("transformers.models.")
+    assert name == CLASSES[to]
     ids = torch.arange(3, 43)[None]
     torch.testing.assert_close(torch.tensor(logits), hybrid(ids).logits[0], rtol=0, atol=5e-5)
     ours = hybrid.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -123,6 +130,19 @@ def test_attention_is_exact_to_the_last_bit(family, tmp_path):
 def test_less_common_models_keep_parity(options, changes, tmp_path):
     save_hybrid(tmp_path / "hybrid", options=options, **changes)
     assert export_hybrid(tmp_path / "hybrid", tmp_path / "out")["parity"]["max_abs_logit_diff"] < 5e-5
+
+
+def test_norms_of_qwen35_keep_their_digits(tmp_path):
+    """A weight of 0.01 less 1 has no digits left in bfloat16."""
+    teacher = pico_model("qwen3")
+    for name, weight in teacher.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.005, 0.02)
+    teacher.bfloat16().save_pretrained(tmp_path / "model")
+    assert export_hybrid(tmp_path / "model", tmp_path / "out", to="qwen3_5")["parity"]["max_abs_logit_diff"] < 1e-5
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(t.dtype) for name, t in stored.items() if "norm" in name} == {"torch.float32"}
+    assert {str(t.dtype) for name, t in stored.items() if "norm" not in name} == {"torch.bfloat16"}
 
 
 def test_weights_stay_in_their_type(tmp_path):
@@ -184,7 +204,10 @@ class TestRefusals:
 
     def test_mixers_without_a_native_home(self, tmp_path):
         save_hybrid(tmp_path / "hybrid", kind="gated_deltanet", layers=(1, 3), head_dim=8)
-        match = r"gated_deltanet in layers 1, 3; expected mamba2 .*mamba2 in Llama, Mistral, Qwen2 models"
+        match = (
+            r"gated_deltanet in layers 1, 3; expected mamba2 .* Qwen2 models \(--to granite\); "
+            r"qwen35_gated_deltanet in Qwen3 models \(--to qwen3_5\)"
+        )
         self.refused(tmp_path / "hybrid", tmp_path / "out", match=match)
 
     def test_a_family_without_a_native_home(self, tmp_path):
@@ -226,8 +249,6 @@ class TestRefusals:
         self.refused(copy, tmp_path / "out", match="expected a model that loads|do not fit")
 
     def test_wrong_types_of_weights(self, copy, tmp_path):
-        from safetensors.torch import load_file, save_file
-
         tensors = load_file(copy / "model.safetensors")
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
         save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
@@ -276,3 +297,29 @@ def test_the_gate_refuses_other_tokens_and_nan():
     for parity in (other, compare(same, Answers(logits=same.logits * torch.nan, greedy=same.greedy))):
         with pytest.raises(ModelError, match="here"):
             insist(parity, "here")
+
+
+VLLM = """
+import json, os
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+from vllm import LLM, SamplingParams
+llm = LLM(model={folder!r}, dtype="float32", max_model_len=256, enforce_eager=True)
+wish = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+print(json.dumps(list(llm.generate([{{"prompt_token_ids": {prompt!r}}}], wish)[0].outputs[0].token_ids)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("DTR_VLLM_PYTHON" not in os.environ, reason="DTR_VLLM_PYTHON names no Python with vLLM")
+def test_vllm_gives_the_same_tokens(tmp_path):
+    """docs/export.md says how to make the environment."""
+    size = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    hybrid = save_hybrid(tmp_path / "hybrid", **size)
+    export_hybrid(tmp_path / "hybrid", tmp_path / "out")
+    prompt = list(range(3, 43))
+    code = VLLM.format(folder=str(tmp_path / "out"), prompt=prompt)
+    done = subprocess.run([os.environ["DTR_VLLM_PYTHON"], "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ids = torch.tensor([prompt])
+    ours = hybrid.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == ours[0, 40:].tolist()

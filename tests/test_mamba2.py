@@ -13,7 +13,8 @@ from dtr.distillation.trainer import distill
 from dtr.errors import RecipeError
 from dtr.hybrid.cache import RecurrentStateLayer
 from dtr.mixers import mixer_from_teacher
-from dtr.mixers.mamba2 import CONV_TOKENS, Mamba2
+from dtr.mixers.mamba2 import Mamba2
+from dtr.mixers.native import CONV_TOKENS
 from dtr.ops import state_space
 
 B, H, K, V = 2, 3, 16, 24

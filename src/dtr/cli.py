@@ -297,8 +297,12 @@ def _recipe(
 
 @contextmanager
 def _display(log: str) -> Iterator[Any]:
+    from transformers.utils import logging
+
     from dtr.display import open_display
 
+    # Bars of the library would run across our own, and between the lines of a JSON log.
+    logging.disable_progress_bar()
     try:
         with open_display(log) as show:
             yield show

@@ -13,33 +13,12 @@ from typing import Any
 import torch
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
-from dtr.arch import HeadGeometry, layer_kind, read_geometry
-from dtr.errors import ModelError
-from dtr.export.source import Source
+from dtr.arch import HeadGeometry, read_geometry
+from dtr.export.source import SHARED_FIELDS, Source, attention_problems, refuse
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 CHUNK_TOKENS = 64
 """Chunk of the stock scan: its sums of decays within a chunk round less than in the usual 256."""
-KEPT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "attention_dropout",
-)
-"""Fields that both configs have, with the same meaning."""
 
 
 def to_granite(source: Source) -> Any:
@@ -61,8 +40,8 @@ def to_granite(source: Source) -> Any:
 
 def _config(source: Source, geometry: HeadGeometry) -> GraniteMoeHybridConfig:
     ours = source.model.config
-    linear = [i for i, spec in enumerate(source.mixers) if spec]
-    _refuse_what_granite_lacks(source, linear)
+    linear = source.linear
+    _refuse_what_granite_lacks(source, geometry)
     inner_dim = geometry.num_heads * geometry.head_dim
     # Stock models take it from the config if it is there; servers may not, so it is left out where it can be.
     unusual_head: dict[str, Any] = {} if inner_dim == geometry.hidden_dim else {"head_dim": geometry.head_dim}
@@ -82,7 +61,7 @@ def _config(source: Source, geometry: HeadGeometry) -> GraniteMoeHybridConfig:
             "mamba_chunk_size": CHUNK_TOKENS,
         }
     return GraniteMoeHybridConfig(
-        **{name: getattr(ours, name) for name in KEPT_FIELDS},
+        **{name: getattr(ours, name) for name in SHARED_FIELDS},
         **unusual_head,
         **mamba,
         attention_bias=geometry.qkv_bias or geometry.o_bias,
@@ -99,16 +78,9 @@ def _config(source: Source, geometry: HeadGeometry) -> GraniteMoeHybridConfig:
     )
 
 
-def _refuse_what_granite_lacks(source: Source, linear: list[int]) -> None:
-    config, geometry = source.model.config, read_geometry(source.model.config)
-    problems = []
-    windows = [
-        i for i in range(config.num_hidden_layers) if i not in linear and layer_kind(config, i) != "full_attention"
-    ]
-    if windows and config.sliding_window < config.max_position_embeddings:
-        problems.append(f"a sliding window of {config.sliding_window} tokens in attention layers")
-    if len(linear) == config.num_hidden_layers:
-        problems.append("no attention layer, without which transformers' cache does not know its length")
+def _refuse_what_granite_lacks(source: Source, geometry: HeadGeometry) -> None:
+    config, linear = source.model.config, source.linear
+    problems = attention_problems(source)
     if getattr(config, "mlp_bias", False):
         problems.append("biases in the MLP")
     if linear and config.hidden_act != "silu":
@@ -120,13 +92,7 @@ def _refuse_what_granite_lacks(source: Source, linear: list[int]) -> None:
         )
     if len({source.model.model.layers[i].self_attn.num_groups for i in linear}) > 1:
         problems.append("linear layers with different num_groups")
-    if problems:
-        raise ModelError(
-            str(source.folder),
-            got="; ".join(problems),
-            expected="what a GraniteMoeHybrid can express",
-            hint="Use the folder as it is with trust_remote_code=True.",
-        )
+    refuse(source, problems, "a GraniteMoeHybrid")
 
 
 def _weights(source: Source, geometry: HeadGeometry, *, has_bias: bool) -> dict[str, torch.Tensor]:

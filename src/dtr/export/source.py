@@ -10,11 +10,31 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dtr.arch import FAMILIES, HYBRID_PREFIX, model_class
+from dtr.arch import FAMILIES, HYBRID_PREFIX, layer_kind, model_class
 from dtr.errors import DtrError, ModelError
 from dtr.hybrid.modeling import HYBRIDS
 
 WEIGHT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+)
+"""Fields of a config that mean the same in every family and target."""
 AGAIN = "Copy the folder again, or save the hybrid again."
 
 
@@ -37,6 +57,11 @@ class Source:
         """Per layer: None for attention, or the mixer's kind and options."""
         config = self.model.config
         return getattr(config, "mixers", None) or [None] * config.num_hidden_layers
+
+    @property
+    def linear(self) -> list[int]:
+        """Indices of the linear layers."""
+        return [i for i, spec in enumerate(self.mixers) if spec]
 
 
 def read_source(folder: str | Path) -> Source:
@@ -66,6 +91,29 @@ def read_source(folder: str | Path) -> Source:
             hint=AGAIN,
         )
     return Source(folder=folder, model=model.eval().requires_grad_(False), dtype=dtype)
+
+
+def attention_problems(source: Source) -> list[str]:
+    """What no stock hybrid has: attention layers that see less than all, or no attention layer; for `refuse`."""
+    config, problems = source.model.config, []
+    full = [i for i in range(config.num_hidden_layers) if i not in source.linear]
+    windowed = [i for i in full if layer_kind(config, i) != "full_attention"]
+    if windowed and config.sliding_window < config.max_position_embeddings:
+        problems.append(f"a sliding window of {config.sliding_window} tokens in attention layers")
+    if not full:
+        problems.append("no attention layer, without which transformers' cache does not know its length")
+    return problems
+
+
+def refuse(source: Source, problems: list[str], what: str) -> None:
+    """Raise ModelError that tells all problems, if there are any."""
+    if problems:
+        raise ModelError(
+            str(source.folder),
+            got="; ".join(problems),
+            expected=f"what {what} can express",
+            hint="Use the folder as it is with trust_remote_code=True.",
+        )
 
 
 def _load(folder: Path, cls: Any) -> tuple[Any, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from dtr.arch import FAMILIES
 from dtr.errors import ModelError
 from dtr.export.granite import to_granite
+from dtr.export.qwen35 import to_qwen35
 from dtr.export.source import Source
 from dtr.registry import Registry
 
@@ -55,6 +56,14 @@ TARGETS.register("granite")(
         mixer="mamba2",
         convert=to_granite,
         older_layer_types=True,
+    )
+)
+TARGETS.register("qwen3_5")(
+    Target(
+        architecture="Qwen3_5ForCausalLM",
+        families=("qwen3",),
+        mixer="qwen35_gated_deltanet",
+        convert=to_qwen35,
     )
 )
 

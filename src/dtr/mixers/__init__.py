@@ -10,12 +10,14 @@ from dtr.mixers.base import Mixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.mixers.gated_linear_attention import GatedLinearAttention
 from dtr.mixers.mamba2 import Mamba2
+from dtr.mixers.qwen35_gated_deltanet import Qwen35GatedDeltaNet
 from dtr.registry import Registry
 
 MIXERS: Registry[type[Mixer]] = Registry("mixer")
 MIXERS.register("gated_deltanet")(GatedDeltaNet)
 MIXERS.register("gated_linear_attention")(GatedLinearAttention)
 MIXERS.register("mamba2")(Mamba2)
+MIXERS.register("qwen35_gated_deltanet")(Qwen35GatedDeltaNet)
 
 
 def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[str, Any] | None = None) -> Mixer:

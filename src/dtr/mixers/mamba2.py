@@ -20,12 +20,10 @@ from torch.nn import functional as F
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
 from dtr.mixers.base import Mixer
+from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, fit_channel_scales, start_taps
+from dtr.ops.short_convolution import short_convolution
 from dtr.ops.state_space import chunked
 
-CONV_TOKENS = 4
-"""Tokens that the short convolution sees, the current one among them."""
-VALUE_SCALE, SCORE_SCALE = 0.25, 0.5
-"""Size of what SiLU gets at the start for x, and for B and C: where inputs are small, SiLU(u) is nearly u / 2."""
 GATE_BIAS = 1.0
 """The output gate at the start, before SiLU. Any constant will do, as the norm takes it out again."""
 
@@ -116,9 +114,7 @@ class Mamba2(Mixer):
             part = slice(first, first + len(weight))
             first = part.stop
             rows[part] = weight
-            # Inputs have about unit size in each channel, so that a head's rows say how large its outputs are.
-            per_head = weight.unflatten(0, (num_groups, -1)).square().sum(-1).mean(-1).sqrt().clamp(min=1e-6)
-            taps[part] = (size / per_head).repeat_interleave(g.head_dim)
+            taps[part] = start_taps(weight, g.head_dim, size)
             shift[part] = 0.0 if bias is None else taps[part] * self._mean_heads(bias, times, num_groups)
         nn.init.constant_(self.gate_bias, GATE_BIAS)
         self._start_recurrence()
@@ -137,19 +133,10 @@ class Mamba2(Mixer):
 
     @torch.no_grad()
     def calibrate(self, hidden_BTD: torch.Tensor, target_BTD: torch.Tensor) -> None:
-        """Set the norm's weight to the least-squares fit of the target, as the norm has taken the outputs' size away.
-
-        With n the normed heads and O the output projection, sum |O diag(w) n - target|^2 is least where
-        (O^T O * sum n n^T) w = diag(O^T sum target n^T), `*` by element.
-        """
+        """Set the norm's weight to the least-squares fit of the target."""
         nn.init.ones_(self.norm.weight)
-        heads = self._heads(hidden_BTD, None, None)[0].flatten(0, 1).double()
-        target = target_BTD.flatten(0, 1).double() - self.out_proj.bias.double()
-        out = self.out_proj.weight.double()
-        gram = (out.mT @ out) * (heads.mT @ heads)
-        wanted = ((target.mT @ heads) * out).sum(0)
-        gram.diagonal().add_(1e-3 * gram.diagonal().mean())
-        self.norm.weight.copy_(torch.linalg.solve(gram, wanted))
+        heads = self._heads(hidden_BTD, None, None)[0]
+        self.norm.weight.copy_(fit_channel_scales(heads, self.out_proj.weight, target_BTD - self.out_proj.bias))
 
     def forward(
         self,
@@ -176,7 +163,8 @@ class Mamba2(Mixer):
         gate, xbc, dt = self.in_proj(hidden_BTD).split([self.inner_dim, self.conv_dim, g.num_heads], dim=-1)
         if token_mask_BT1 is not None:
             xbc = xbc * token_mask_BT1.to(xbc.dtype)
-        xbc, conv_inputs = self._convolve(xbc, None if memory is None else memory.read_conv())
+        past = None if memory is None else memory.read_conv()
+        xbc, conv_inputs = short_convolution(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, past)
         widths = [self.inner_dim, self.group_dim, self.group_dim]
         x, b, c = (part.unflatten(-1, (-1, g.head_dim)) for part in xbc.split(widths, dim=-1))
         dt = F.softplus((dt + self.dt_bias).float())
@@ -192,22 +180,6 @@ class Mamba2(Mixer):
         )
         y = y + self.D.unsqueeze(-1) * x
         return self.norm(y.flatten(2), gate + self.gate_bias), state, conv_inputs
-
-    def _convolve(self, x_BTC: torch.Tensor, past: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """SiLU of each channel's causal convolution, and the inputs that the next tokens will need.
-
-        Written as a sum over shifted copies, which compilers fuse; depthwise convolution kernels are slow in 16 bits.
-        """
-        if past is None:
-            padded = F.pad(x_BTC, (0, 0, CONV_TOKENS - 1, 0))
-        else:
-            padded = torch.cat([past.to(x_BTC.dtype), x_BTC], dim=1)
-        taps, num_tokens = self.conv1d.weight[:, 0], x_BTC.shape[1]
-        out = padded[:, :num_tokens] * taps[:, 0]
-        for i in range(1, CONV_TOKENS):
-            out = out + padded[:, i : i + num_tokens] * taps[:, i]
-        assert self.conv1d.bias is not None
-        return F.silu(out + self.conv1d.bias), padded[:, num_tokens:]
 
     def _mean_heads(self, weight: torch.Tensor, times: int, num_groups: int) -> torch.Tensor:
         """The teacher's rows, repeated to all heads as grouped-query attention does, then averaged within groups."""

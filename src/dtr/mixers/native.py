@@ -1,0 +1,38 @@
+"""What the mixers of native architectures share: how they start from the teacher in spite of convolution and SiLU.
+
+Shapes: B batch, T tokens, D hidden dim, C channels of all heads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+CONV_TOKENS = 4
+"""Tokens that the short convolution sees, the current one among them."""
+VALUE_SCALE, SCORE_SCALE = 0.25, 0.5
+"""Size of what SiLU gets at the start for values, and for queries and keys: where it is small, SiLU(u) is nearly u / 2.
+A norm follows on each, so that the size itself has no effect."""
+
+
+def start_taps(weight_CD: torch.Tensor, head_dim: int, size: float) -> torch.Tensor:
+    """The convolution's last tap (C,) that gives heads of a projection about the given size.
+
+    Inputs have about unit size in each channel, so that a head's rows say how large its outputs are.
+    """
+    per_head = weight_CD.unflatten(0, (-1, head_dim)).square().sum(-1).mean(-1).sqrt().clamp(min=1e-6)
+    return (size / per_head).repeat_interleave(head_dim)
+
+
+def fit_channel_scales(heads_BTC: torch.Tensor, out_DC: torch.Tensor, target_BTD: torch.Tensor) -> torch.Tensor:
+    """Least-squares factors w (C,) of the heads' channels before the output projection.
+
+    A norm has taken away the size of each head's output. With n the heads and O the projection, the sum over tokens of
+    |O diag(w) n - target|^2 is least where (O^T O * sum n n^T) w = diag(O^T sum target n^T), `*` by element.
+    """
+    heads, target = heads_BTC.flatten(0, 1).double(), target_BTD.flatten(0, 1).double()
+    out = out_DC.double()
+    gram = (out.mT @ out) * (heads.mT @ heads)
+    wanted = ((target.mT @ heads) * out).sum(0)
+    # A little ridge, for channels that nothing depends on.
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean().clamp(min=1e-12))
+    return torch.linalg.solve(gram, wanted)
