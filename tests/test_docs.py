@@ -131,10 +131,10 @@ def test_files_that_pages_name_exist(page):
             assert found, f"{page.name} names {name}"
 
 
-def test_pages_name_no_workplace_and_no_registry():
+def test_pages_name_no_path_of_a_single_machine():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r"/work/|/tmp/venv|pypi\.org|huggingface\.co/|download\.pytorch", text), page.name
+        assert not re.search(r"/home/|/root/|/tmp/", text), page.name
 
 
 @pytest.mark.slow
