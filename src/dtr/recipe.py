@@ -41,7 +41,7 @@ class TextSection(Section):
 
 class MixerSection(Section):
     kind: str = "gated_deltanet"
-    """A linear mixer by name: gated_deltanet or gated_linear_attention."""
+    """A linear mixer by name: gated_deltanet, gated_linear_attention, and for export mamba2, qwen35_gated_deltanet."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of that mixer."""
 
