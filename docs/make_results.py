@@ -1,4 +1,4 @@
-"""Write the table of measured results in README.md from the reports in benchmarks/results.
+"""Write the table of measured results in README.md, and its picture, from the reports in benchmarks/results.
 
     python docs/make_results.py
 
@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+IMAGES = ROOT / "docs" / "images"
 START, END = "<!-- results: made by docs/make_results.py -->", "<!-- end of results -->"
 NONE_YET = "The first GPU results are being measured."
 HEAD = (
@@ -25,15 +26,36 @@ HEAD = (
 
 
 def results_table() -> str:
-    """The table, or a sentence while there is nothing to show."""
-    rows = [row for path in sorted(RESULTS.glob("*.json")) for row in _rows(path)]
-    return "\n".join([HEAD, *rows]) if rows else NONE_YET
+    """The table and pictures, or a sentence while there is nothing to show."""
+    rows = [_row(path, report) for path, report in _reports()]
+    pictures = [
+        f"\n![Test and validation score against the number of linear layers](docs/images/{path.stem}.png)"
+        for path, report in _reports()
+        if _has_test_curve(report)
+    ]
+    return "\n".join([HEAD, *rows, *pictures]) if rows else NONE_YET
 
 
-def _rows(path: Path) -> Iterator[str]:
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(report, dict) or not {"teacher", "m_opt", "distill", "hardware"} <= report.keys():
-        return
+def draw_curves() -> list[Path]:
+    """The curves of the runs that scored every step on test."""
+    from dtr.reporting import curve_figure
+
+    IMAGES.mkdir(exist_ok=True)
+    return [curve_figure(report, IMAGES / f"{path.stem}.png") for path, report in _reports() if _has_test_curve(report)]
+
+
+def _has_test_curve(report: dict[str, Any]) -> bool:
+    return any(step.get("test") for step in report["search"]["steps"])
+
+
+def _reports() -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted(RESULTS.glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(report, dict) and {"teacher", "m_opt", "distill", "hardware"} <= report.keys():
+            yield path, report
+
+
+def _row(path: Path, report: dict[str, Any]) -> str:
     cells = (
         f"[{report['task']['name']}](benchmarks/results/{path.name}), {report['teacher']['test']['metric']}",
         Path(report["teacher"]["source"]).name,
@@ -44,7 +66,7 @@ def _rows(path: Path) -> Iterator[str]:
         report["hardware"].get("gpu") or f"{report['hardware']['num_cores']} CPU cores",
         _duration(report["seconds"]),
     )
-    yield f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def _score(score: dict[str, Any]) -> str:
@@ -66,4 +88,4 @@ def with_table(readme: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(README)
+    print(README, *draw_curves())

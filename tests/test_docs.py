@@ -99,8 +99,11 @@ def test_a_result_becomes_a_row(tmp_path, monkeypatch):
     report = fake_report()
     (tmp_path / "some_task.json").write_text(json.dumps(report))
     (tmp_path / "study.json").write_text("[]")
-    head, row = script.results_table().splitlines()[0], script.results_table().splitlines()[2:]
+    head, _, *row, picture = [line for line in script.results_table().splitlines() if line]
     assert len(row) == 1
+    assert picture.endswith("(docs/images/some_task.png)")
+    monkeypatch.setattr(script, "IMAGES", tmp_path / "images")
+    assert [path.name for path in script.draw_curves()] == ["some_task.png"]
     assert row[0].count("|") == head.count("|")
     assert f"{report['m_opt']['num_replaced']} of {report['num_layers']}" in row[0]
     assert f"{report['m_opt']['test']['value']:.3f}" in row[0]

@@ -35,7 +35,12 @@ def own_version() -> str:
 
 
 def own_commit() -> str | None:
-    """Git commit of this package's checkout, with `+changes` if files differ from it; None for an installed wheel."""
+    """Git commit of this package's checkout, with `+changes` if files differ from it; None for an installed wheel.
+
+    A copy of the tree whose history is missing or stale carries the commit in the environment, as `DTR_COMMIT`.
+    """
+    if commit := os.environ.get("DTR_COMMIT"):
+        return commit
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
@@ -46,8 +51,7 @@ def own_commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(here)) else "")
     except (OSError, subprocess.CalledProcessError):
-        # A copy of the tree without its history may carry the commit in the environment.
-        return os.environ.get("DTR_COMMIT")
+        return None
 
 
 def hardware(device: Any = None) -> dict[str, Any]:
