@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
+from dtr.errors import RecipeError
 from dtr.ops.rotary import rotate
+from dtr.ops.short_convolution import dynamic_convolution, short_convolution, with_past
 
 
 class HeadNorm(nn.Module):
@@ -96,17 +98,34 @@ class LinearMixer(Mixer):
     gate is 2 sigmoid(Wx + b) and starts as the identity.
 
     Subclasses add the parameters of their gates and implement `recur`.
+
+    Args:
+        geometry: shape of the attention that is replaced.
+        layer_idx: its place in the model, where the cache keeps its state.
+        conv_tokens: tokens that a causal depthwise convolution on queries, keys and values sees, before rotary
+            positions; it starts as the identity and has no activation. 0 leaves it out.
+        local_tokens: the output also gets the values of so many last tokens, in weights per head that each token makes
+            from its own hidden state (a dynamic convolution, as JetBlock has one on its values, arXiv 2508.15884).
+            It starts at zero. 0 leaves it out.
     """
 
-    def __init__(self, geometry: HeadGeometry, layer_idx: int) -> None:
+    def __init__(self, geometry: HeadGeometry, layer_idx: int, *, conv_tokens: int = 0, local_tokens: int = 0) -> None:
         super().__init__(geometry, layer_idx)
         g = geometry
+        for name, value in (("conv_tokens", conv_tokens), ("local_tokens", local_tokens)):
+            if not isinstance(value, int) or value < 0:
+                raise RecipeError(f"mixer.options.{name}", got=repr(value), expected="a number of tokens, or 0")
+        self.conv_tokens, self.local_tokens = conv_tokens, local_tokens
         inner_dim = g.num_heads * g.head_dim
         self.q_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
         self.k_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
         self.v_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
         self.o_proj = nn.Linear(inner_dim, g.hidden_dim, bias=g.o_bias)
         self.gate_proj = nn.Linear(g.hidden_dim, inner_dim)
+        if conv_tokens:
+            self.conv_taps = nn.Parameter(torch.empty(3 * inner_dim, conv_tokens))
+        if local_tokens:
+            self.local_proj = nn.Linear(g.hidden_dim, g.num_heads * local_tokens)
         if g.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(g.head_dim, g.norm_eps), HeadNorm(g.head_dim, g.norm_eps)
 
@@ -132,6 +151,12 @@ class LinearMixer(Mixer):
             self.k_norm.weight.copy_(attention.k_norm.weight)
         nn.init.zeros_(self.gate_proj.weight)
         nn.init.zeros_(self.gate_proj.bias)
+        if self.conv_tokens:
+            nn.init.zeros_(self.conv_taps)
+            self.conv_taps[:, -1] = 1.0
+        if self.local_tokens:
+            nn.init.zeros_(self.local_proj.weight)
+            nn.init.zeros_(self.local_proj.bias)
         self.reset_gates()
 
     def reset_gates(self) -> None:
@@ -164,18 +189,49 @@ class LinearMixer(Mixer):
     ) -> tuple[torch.Tensor, None]:
         g, (batch, num_tokens) = self.geometry, hidden_states.shape[:2]
         heads = (batch, num_tokens, g.num_heads, g.head_dim)
-        q, k = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        mask = None if token_mask is None else token_mask[:, -num_tokens:, None]
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        local_BTHV, conv_inputs = None, None
+        if self.conv_tokens or self.local_tokens:
+            q, k, v, local_BTHV, conv_inputs = self._convolve(hidden_states, (q, k, v), mask, memory)
+        q, k, v = q.view(heads), k.view(heads), v.view(heads)
         if g.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        v = self.v_proj(hidden_states).view(heads)
-
-        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        mask = None if token_mask is None else token_mask[:, -num_tokens:, None]
         out, state = self.recur(hidden_states, q, k, v, mask, None if memory is None else memory.read())
         if memory is not None:
-            memory.write(state, num_tokens)
+            memory.write(state, num_tokens, conv_inputs)
+        if local_BTHV is not None:
+            out = out + local_BTHV
 
         gate = 2 * torch.sigmoid(self.gate_proj(hidden_states)).view(heads)
         return self.o_proj((out * gate).flatten(2)), None
+
+    def _convolve(
+        self,
+        hidden_BTD: torch.Tensor,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        token_mask_BT1: torch.Tensor | None,
+        memory: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Queries, keys and values after the convolution, the local output, and the inputs that later tokens need."""
+        g, num_tokens = self.geometry, hidden_BTD.shape[1]
+        # Without a convolution only the values of earlier tokens are needed.
+        inputs_BTC = torch.cat(qkv, dim=-1) if self.conv_tokens else qkv[2]
+        if token_mask_BT1 is not None:
+            inputs_BTC = inputs_BTC * token_mask_BT1.to(inputs_BTC.dtype)
+        num_past = max(self.conv_tokens, self.local_tokens) - 1
+        padded = with_past(inputs_BTC, None if memory is None else memory.read_conv(), num_past)
+        local_BTHV = None
+        if self.local_tokens:
+            taps = self.local_proj(hidden_BTD).unflatten(-1, (g.num_heads, self.local_tokens))
+            values = padded[:, num_past + 1 - self.local_tokens :, -g.num_heads * g.head_dim :]
+            local_BTHV = dynamic_convolution(values.unflatten(-1, (g.num_heads, g.head_dim)), taps)
+        q, k, v = qkv
+        if self.conv_tokens:
+            mixed, _ = short_convolution(inputs_BTC, self.conv_taps, None, padded[:, :num_past])
+            # Taps are float32, and kernels want their inputs in the type of the rest.
+            q, k, v = mixed.to(inputs_BTC.dtype).chunk(3, dim=-1)
+        return q, k, v, local_BTHV, padded[:, num_tokens:]

@@ -26,6 +26,8 @@ class GatedDeltaNet(LinearMixer):
         layer_idx: its place in the model, where the cache keeps its state.
         min_half_life_tokens: half-life of the fastest head's memory at the start.
         max_half_life_tokens: half-life of the slowest head's memory at the start; heads are spaced geometrically.
+        conv_tokens: as `LinearMixer`.
+        local_tokens: as `LinearMixer`.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class GatedDeltaNet(LinearMixer):
         *,
         min_half_life_tokens: float = 8.0,
         max_half_life_tokens: float = 1024.0,
+        conv_tokens: int = 0,
+        local_tokens: int = 0,
     ) -> None:
-        super().__init__(geometry, layer_idx)
+        super().__init__(geometry, layer_idx, conv_tokens=conv_tokens, local_tokens=local_tokens)
         self.half_lives = (min_half_life_tokens, max_half_life_tokens)
         self.decay_proj = nn.Linear(geometry.hidden_dim, geometry.num_heads)
         self.write_proj = nn.Linear(geometry.hidden_dim, geometry.num_heads)

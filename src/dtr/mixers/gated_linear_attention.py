@@ -29,6 +29,8 @@ class GatedLinearAttention(LinearMixer):
         gate_rank: rank of the decay gate's projection.
         min_half_life_tokens: half-life of the fastest head's memory at the start.
         max_half_life_tokens: half-life of the slowest head's memory at the start; heads are spaced geometrically.
+        conv_tokens: as `LinearMixer`.
+        local_tokens: as `LinearMixer`.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class GatedLinearAttention(LinearMixer):
         gate_rank: int = 16,
         min_half_life_tokens: float = 8.0,
         max_half_life_tokens: float = 1024.0,
+        conv_tokens: int = 0,
+        local_tokens: int = 0,
     ) -> None:
-        super().__init__(geometry, layer_idx)
+        super().__init__(geometry, layer_idx, conv_tokens=conv_tokens, local_tokens=local_tokens)
         self.half_lives = (min_half_life_tokens, max_half_life_tokens)
         inner_dim = geometry.num_heads * geometry.head_dim
         self.decay_down_proj = nn.Linear(geometry.hidden_dim, gate_rank, bias=False)

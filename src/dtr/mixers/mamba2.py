@@ -165,6 +165,7 @@ class Mamba2(Mixer):
             xbc = xbc * token_mask_BT1.to(xbc.dtype)
         past = None if memory is None else memory.read_conv()
         xbc, conv_inputs = short_convolution(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, past)
+        xbc = F.silu(xbc)
         widths = [self.inner_dim, self.group_dim, self.group_dim]
         x, b, c = (part.unflatten(-1, (-1, g.head_dim)) for part in xbc.split(widths, dim=-1))
         dt = F.softplus((dt + self.dt_bias).float())

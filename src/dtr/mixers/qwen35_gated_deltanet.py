@@ -136,7 +136,7 @@ class Qwen35GatedDeltaNet(Mixer):
             qkv = qkv * token_mask_BT1.to(qkv.dtype)
         past = None if memory is None else memory.read_conv()
         qkv, conv_inputs = short_convolution(qkv, self.conv1d.weight[:, 0], None, past)
-        q, k, v = (part.unflatten(-1, (-1, self.geometry.head_dim)) for part in qkv.chunk(3, dim=-1))
+        q, k, v = (part.unflatten(-1, (-1, self.geometry.head_dim)) for part in F.silu(qkv).chunk(3, dim=-1))
         write_BTH = torch.sigmoid(self.in_proj_b(hidden_BTD)).float()
         log_decay_BTH = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_BTD).float() + self.dt_bias)
         if token_mask_BT1 is not None:

@@ -1,0 +1,147 @@
+"""Convolutions of the linear mixers: they start as nothing, and agree whole, in pieces, padded, saved and loaded."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import pico_teacher, token_blocks
+from transformers import AutoModelForCausalLM
+
+from dtr.arch import decoder_layers
+from dtr.distillation.bank import load_bank
+from dtr.distillation.trainer import distill
+from dtr.errors import RecipeError
+from dtr.hybrid.cache import RecurrentStateLayer
+from dtr.hybrid.modeling import make_hybrid
+from dtr.mixers import make_mixer, mixer_from_teacher
+from dtr.ops.short_convolution import dynamic_convolution, short_convolution, with_past
+
+KINDS = ("gated_deltanet", "gated_linear_attention")
+OPTIONS = {
+    "convolution": {"conv_tokens": 4},
+    "local": {"local_tokens": 6},
+    "itself": {"local_tokens": 1},
+    "both": {"conv_tokens": 3, "local_tokens": 5},
+    "longer convolution": {"conv_tokens": 5, "local_tokens": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return pico_teacher("qwen3")
+
+
+def made(teacher, kind, options):
+    return mixer_from_teacher(kind, teacher.geometry, 1, decoder_layers(teacher.model)[1].self_attn, options)
+
+
+def random_mixer(teacher, kind, options):
+    """Every weight random, so that nothing can hide behind a start value."""
+    mixer = made(teacher, kind, options).eval().requires_grad_(False)
+    for name, weight in mixer.named_parameters():
+        torch.nn.init.normal_(weight, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return mixer
+
+
+def rotary(teacher, num_tokens):
+    return teacher.model.model.rotary_emb(torch.zeros(1), torch.arange(num_tokens)[None])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 9])
+def test_dynamic_convolution_is_the_sum_with_every_gradient(num_tokens):
+    size = {"dtype": torch.float64, "requires_grad": True}
+    values, past = torch.randn(2, num_tokens, 6, **size), torch.randn(2, 5, 6, **size)
+    taps = torch.randn(2, num_tokens, 3, 4, **size)
+
+    def by_hand(x, past, taps):
+        heads = torch.cat([past[:, 2:], x], dim=1).view(2, num_tokens + 3, 3, 2)
+        return sum(taps[..., i, None] * heads[:, i : i + num_tokens] for i in range(4))
+
+    def ours(x, past, taps):
+        return dynamic_convolution(with_past(x, past, 3).view(2, num_tokens + 3, 3, 2), taps)
+
+    torch.testing.assert_close(ours(values, past, taps), by_hand(values, past, taps))
+    draw = torch.randn(2, num_tokens, 3, 2, dtype=torch.float64)
+    got, want = (
+        torch.autograd.grad((f(values, past, taps) * draw).sum(), (values, past, taps)) for f in (ours, by_hand)
+    )
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_short_convolution_is_the_librarys():
+    conv = torch.nn.Conv1d(6, 6, 4, groups=6, padding=3)
+    x = torch.randn(2, 9, 6)
+    out, past = short_convolution(x, conv.weight[:, 0], conv.bias, None)
+    torch.testing.assert_close(out, conv(x.mT).mT[:, :9], rtol=1e-5, atol=1e-5)
+    assert torch.equal(past, x[:, -3:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@torch.no_grad()
+def test_they_start_as_nothing(kind, options, teacher):
+    hidden = torch.randn(2, 21, 32)
+    torch.manual_seed(0)
+    plain = made(teacher, kind, {})
+    torch.manual_seed(0)
+    ours = made(teacher, kind, options)
+    ours.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(ours(hidden, rotary(teacher, 21))[0], plain(hidden, rotary(teacher, 21))[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@torch.no_grad()
+def test_cached_pieces_and_padding_equal_the_whole(kind, options, teacher):
+    mixer, hidden = random_mixer(teacher, kind, options), torch.randn(2, 41, 32)
+    cos, sin = rotary(teacher, 41)
+    memory = SimpleNamespace(layers=[None, RecurrentStateLayer()])
+    expected, _ = mixer(hidden, (cos, sin))
+    parts = [
+        mixer(hidden[:, a:b], (cos[:, a:b], sin[:, a:b]), past_key_values=memory)[0]
+        for a, b in ((0, 1), (1, 2), (2, 4), (4, 20), (20, 21), (21, 41))
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+    mask = torch.ones(2, 48)
+    mask[:, :7] = 0
+    padded = torch.cat([torch.randn(2, 7, 32), hidden], dim=1)
+    cos, sin = (torch.cat([x[:, :1].expand(-1, 7, -1), x], dim=1) for x in (cos, sin))
+    memory = SimpleNamespace(layers=[None, RecurrentStateLayer()])
+    parts = [
+        mixer(padded[:, a:b], (cos[:, a:b], sin[:, a:b]), token_mask=mask[:, :b], past_key_values=memory)[0]
+        for a, b in ((0, 9), (9, 10), (10, 48))
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1)[:, 7:], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_learn_and_survive_saving(kind, tmp_path):
+    teacher, options = pico_teacher(), OPTIONS["both"]
+    bank = distill(
+        teacher, token_blocks(), mixer=kind, options=options, num_tokens=8 * 32 * 20, batch_size=8, learning_rate=5e-3
+    )
+    assert all(bank.nmse_after[i] < 0.95 * bank.nmse_before[i] for i in bank.layers)
+    for mixer in bank.mixers.values():
+        assert mixer.local_proj.weight.any()
+        assert (mixer.conv_taps[:, 0] != 0).any()
+    bank.save(tmp_path / "bank")
+    assert load_bank(tmp_path / "bank", teacher=teacher).fingerprint == bank.fingerprint
+
+    hybrid = make_hybrid(teacher.model, bank.in_dtype(torch.float32), {i: bank.spec() for i in bank.layers})
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    ids = torch.randint(1, 257, (2, 30))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, hybrid(ids).logits)
+    prompt = {"inputs": ids, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(loaded.generate(**prompt), loaded.generate(use_cache=False, **prompt))
+
+
+@pytest.mark.parametrize("options", [{"conv_tokens": -1}, {"local_tokens": 2.5}])
+def test_a_bad_number_of_tokens_is_told(options, teacher):
+    with pytest.raises(RecipeError, match=next(iter(options))):
+        make_mixer("gated_deltanet", teacher.geometry, 0, options)
