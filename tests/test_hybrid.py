@@ -15,7 +15,7 @@ from dtr.arch import FAMILIES, LayerRunner, decoder_layers
 from dtr.errors import ModelError
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.hybrid.modeling import make_hybrid
-from dtr.mixers import MIXERS, mixer_from_teacher
+from dtr.mixers import MIXERS, make_mixer, mixer_from_teacher
 from dtr.teacher import as_teacher
 
 LAYOUTS = {"first": (0,), "mixed": (0, 2), "last": (3,), "all": (0, 1, 2, 3)}
@@ -173,11 +173,13 @@ def test_sliding_window_teacher(ids):
     torch.testing.assert_close(torch.cat([out.logits, rest.logits], dim=1), full, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", sorted(MIXERS))
 @torch.no_grad()
-def test_cache_bytes_are_what_the_arithmetic_says(ids):
+def test_cache_bytes_are_what_the_arithmetic_says(kind, ids):
     teacher = pico_teacher()
-    cache = hybrid_of(teacher, (0, 2))(ids, use_cache=True).past_key_values
-    expected = decode_cache_bytes(teacher.geometry, 4, 2, context_tokens=21, bytes_per_element=4)
+    cache = hybrid_of(teacher, (0, 2), kind)(ids, use_cache=True).past_key_values
+    state_bytes = 2 * make_mixer(kind, teacher.geometry, 0).state_bytes(4)
+    expected = decode_cache_bytes(teacher.geometry, 2, context_tokens=21, bytes_per_element=4, state_bytes=state_bytes)
     assert cache.num_bytes() == 3 * expected
 
 

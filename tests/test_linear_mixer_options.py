@@ -1,4 +1,4 @@
-"""Convolutions of the linear mixers: they start as nothing, and agree whole, in pieces, padded, saved and loaded."""
+"""Convolutions and copied heads of the linear mixers: start, pieces, padding, saving."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ OPTIONS = {
     "itself": {"local_tokens": 1},
     "both": {"conv_tokens": 3, "local_tokens": 5},
     "longer convolution": {"conv_tokens": 5, "local_tokens": 2},
+    "copies": {"head_copies": 2},
+    "all": {"conv_tokens": 3, "local_tokens": 5, "head_copies": 3},
 }
 
 
@@ -80,7 +82,7 @@ def test_short_convolution_is_the_librarys():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", [OPTIONS[name] for name in OPTIONS if "head_copies" not in OPTIONS[name]])
 @torch.no_grad()
 def test_they_start_as_nothing(kind, options, teacher):
     hidden = torch.randn(2, 21, 32)
@@ -105,6 +107,8 @@ def test_cached_pieces_and_padding_equal_the_whole(kind, options, teacher):
         for a, b in ((0, 1), (1, 2), (2, 4), (4, 20), (20, 21), (21, 41))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
+    kept = [x for x in (memory.layers[1].read(), memory.layers[1].read_conv()) if x is not None]
+    assert sum(x.numel() * 4 for x in kept) == 2 * mixer.state_bytes(4)
 
     mask = torch.ones(2, 48)
     mask[:, :7] = 0
@@ -118,9 +122,19 @@ def test_cached_pieces_and_padding_equal_the_whole(kind, options, teacher):
     torch.testing.assert_close(torch.cat(parts, dim=1)[:, 7:], expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_copies_of_a_head_differ_in_half_life_alone(teacher):
+    hidden, same = torch.randn(2, 21, 32), {"min_half_life_tokens": 9.0, "max_half_life_tokens": 9.0}
+    plain, copied = (made(teacher, "gated_deltanet", same | more) for more in ({}, {"head_copies": 2}))
+    torch.testing.assert_close(copied(hidden, rotary(teacher, 21))[0], plain(hidden, rotary(teacher, 21))[0])
+    one, other = made(teacher, "gated_deltanet", {"head_copies": 2}).decay_proj.bias.chunk(2)
+    assert sorted(one.tolist()) == sorted(other.tolist())
+    assert (one != other).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_learn_and_survive_saving(kind, tmp_path):
-    teacher, options = pico_teacher(), OPTIONS["both"]
+    teacher, options = pico_teacher(), OPTIONS["all"]
     bank = distill(
         teacher, token_blocks(), mixer=kind, options=options, num_tokens=8 * 32 * 20, batch_size=8, learning_rate=5e-3
     )
@@ -141,7 +155,7 @@ def test_they_learn_and_survive_saving(kind, tmp_path):
     assert torch.equal(loaded.generate(**prompt), loaded.generate(use_cache=False, **prompt))
 
 
-@pytest.mark.parametrize("options", [{"conv_tokens": -1}, {"local_tokens": 2.5}])
-def test_a_bad_number_of_tokens_is_told(options, teacher):
+@pytest.mark.parametrize("options", [{"conv_tokens": -1}, {"local_tokens": 2.5}, {"head_copies": 0}])
+def test_a_bad_number_is_told(options, teacher):
     with pytest.raises(RecipeError, match=next(iter(options))):
         make_mixer("gated_deltanet", teacher.geometry, 0, options)

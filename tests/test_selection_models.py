@@ -143,7 +143,11 @@ def test_guards_and_certificates_on_a_model(teacher, bank, task, tmp_path):
 
 def test_a_cache_budget_becomes_a_number_of_layers(teacher, bank, task):
     size = lambda num: decode_cache_bytes(  # noqa: E731
-        teacher.geometry, NUM_LAYERS, num, context_tokens=4096, bytes_per_element=teacher.dtype.itemsize
+        teacher.geometry,
+        NUM_LAYERS - num,
+        context_tokens=4096,
+        bytes_per_element=teacher.dtype.itemsize,
+        state_bytes=num * bank.mixers[0].state_bytes(teacher.dtype.itemsize),
     )
     budget = {"cache_context_tokens": 4096, "p_min": 0.01}
     result = search(teacher, bank, task, strategy="uniform", max_cache_bytes=size(3) + 1, **budget)

@@ -89,8 +89,8 @@ def make_record(
             "fingerprint": fingerprint(task),
         },
         "search": _search(result),
-        "m_opt": _model(teacher, result.trace.m_opt, result.m_opt_test, result.teacher_test),
-        "m_best": _model(teacher, result.trace.m_best, result.m_best_test, result.teacher_test),
+        "m_opt": _model(teacher, bank, result.trace.m_opt, result.m_opt_test, result.teacher_test),
+        "m_best": _model(teacher, bank, result.trace.m_best, result.m_best_test, result.teacher_test),
         "sample": sample,
         "differences": differences,
     }
@@ -135,7 +135,7 @@ def _search(result: SearchResult) -> dict[str, Any]:
     }
 
 
-def _model(teacher: Teacher, chosen: Chosen, test: Score, teacher_test: Score) -> dict[str, Any]:
+def _model(teacher: Teacher, bank: MixerBank, chosen: Chosen, test: Score, teacher_test: Score) -> dict[str, Any]:
     paired = paired_difference(test, teacher_test)
     count = {"context_tokens": CACHE_CONTEXT_TOKENS, "bytes_per_element": teacher.dtype.itemsize}
     return {
@@ -147,7 +147,12 @@ def _model(teacher: Teacher, chosen: Chosen, test: Score, teacher_test: Score) -
         "paired": paired.to_dict(),
         "cache": {
             "context_tokens": CACHE_CONTEXT_TOKENS,
-            "teacher_bytes": decode_cache_bytes(teacher.geometry, teacher.num_layers, 0, **count),
-            "hybrid_bytes": decode_cache_bytes(teacher.geometry, teacher.num_layers, len(chosen.layers), **count),
+            "teacher_bytes": decode_cache_bytes(teacher.geometry, teacher.num_layers, **count),
+            "hybrid_bytes": decode_cache_bytes(
+                teacher.geometry,
+                teacher.num_layers - len(chosen.layers),
+                state_bytes=sum(bank.mixers[i].state_bytes(teacher.dtype.itemsize) for i in chosen.layers),
+                **count,
+            ),
         },
     }

@@ -227,13 +227,14 @@ def _budget(
 ) -> Budget:
     num_wanted, text = max_linear_layers, ""
     if max_cache_bytes is not None:
+        state_bytes = max(mixer.state_bytes(teacher.dtype.itemsize) for mixer in bank.mixers.values())
         sizes = {
             num: decode_cache_bytes(
                 teacher.geometry,
-                teacher.num_layers,
-                num,
+                teacher.num_layers - num,
                 context_tokens=context_tokens,
                 bytes_per_element=teacher.dtype.itemsize,
+                state_bytes=num * state_bytes,
             )
             for num in range(len(bank.layers) + 1)
         }

@@ -97,9 +97,13 @@ class HybridCache(DynamicCache):
 
 
 def decode_cache_bytes(
-    geometry: HeadGeometry, num_layers: int, num_linear: int, *, context_tokens: int, bytes_per_element: int
+    geometry: HeadGeometry,
+    num_attention: int,
+    *,
+    context_tokens: int,
+    bytes_per_element: int,
+    state_bytes: int = 0,
 ) -> int:
-    """Bytes per sequence of keys, values and float32 states after `context_tokens` tokens, without windows."""
+    """Bytes per sequence after `context_tokens` tokens: keys and values, and `state_bytes` of all linear layers."""
     keys_and_values = 2 * geometry.num_kv_heads * geometry.head_dim * context_tokens * bytes_per_element
-    state = geometry.num_heads * geometry.head_dim * geometry.head_dim * 4
-    return (num_layers - num_linear) * keys_and_values + num_linear * state
+    return num_attention * keys_and_values + state_bytes

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D hidden dim, H heads, K head dim.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,6 +54,10 @@ class Mixer(nn.Module):
     def output_projection(self) -> nn.Linear:
         """The last linear map, from all heads to the hidden dim."""
         raise NotImplementedError
+
+    def state_bytes(self, bytes_per_element: int) -> int:
+        """Bytes that a cache keeps for one sequence: float32 states, and other tensors of the given element size."""
+        return 4 * self.geometry.num_heads * self.geometry.head_dim**2
 
     def start_from(self, attention: Any) -> None:
         """Set all weights from those of the Hugging Face attention module that this mixer will stand in for."""
@@ -107,16 +112,27 @@ class LinearMixer(Mixer):
         local_tokens: the output also gets the values of so many last tokens, in weights per head that each token makes
             from its own hidden state (a dynamic convolution, as JetBlock has one on its values, arXiv 2508.15884).
             It starts at zero. 0 leaves it out.
+        head_copies: states that stand in for each query head; they start as copies with different half-lives, their
+            outputs averaged.
     """
 
-    def __init__(self, geometry: HeadGeometry, layer_idx: int, *, conv_tokens: int = 0, local_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        geometry: HeadGeometry,
+        layer_idx: int,
+        *,
+        conv_tokens: int = 0,
+        local_tokens: int = 0,
+        head_copies: int = 1,
+    ) -> None:
         super().__init__(geometry, layer_idx)
         g = geometry
-        for name, value in (("conv_tokens", conv_tokens), ("local_tokens", local_tokens)):
-            if not isinstance(value, int) or value < 0:
-                raise RecipeError(f"mixer.options.{name}", got=repr(value), expected="a number of tokens, or 0")
-        self.conv_tokens, self.local_tokens = conv_tokens, local_tokens
-        inner_dim = g.num_heads * g.head_dim
+        _check_number("conv_tokens", conv_tokens, 0)
+        _check_number("local_tokens", local_tokens, 0)
+        _check_number("head_copies", head_copies, 1)
+        self.conv_tokens, self.local_tokens, self.head_copies = conv_tokens, local_tokens, head_copies
+        self.num_heads = g.num_heads * head_copies
+        inner_dim = self.num_heads * g.head_dim
         self.q_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
         self.k_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
         self.v_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
@@ -125,13 +141,18 @@ class LinearMixer(Mixer):
         if conv_tokens:
             self.conv_taps = nn.Parameter(torch.empty(3 * inner_dim, conv_tokens))
         if local_tokens:
-            self.local_proj = nn.Linear(g.hidden_dim, g.num_heads * local_tokens)
+            self.local_proj = nn.Linear(g.hidden_dim, self.num_heads * local_tokens)
         if g.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(g.head_dim, g.norm_eps), HeadNorm(g.head_dim, g.norm_eps)
 
     @property
     def output_projection(self) -> nn.Linear:
         return self.o_proj
+
+    def state_bytes(self, bytes_per_element: int) -> int:
+        num_past = max(self.conv_tokens, self.local_tokens, 1) - 1
+        past = (3 if self.conv_tokens else 1) * num_past * self.num_heads * self.geometry.head_dim
+        return 4 * self.num_heads * self.geometry.head_dim**2 + past * bytes_per_element
 
     @torch.no_grad()
     def start_from(self, attention: Any) -> None:
@@ -141,11 +162,15 @@ class LinearMixer(Mixer):
             attention: the Hugging Face attention module that this mixer will stand in for.
         """
         repeats = self.geometry.num_heads // self.geometry.num_kv_heads
-        for name, times in (("q_proj", 1), ("k_proj", repeats), ("v_proj", repeats), ("o_proj", 1)):
+        for name, times in (("q_proj", 1), ("k_proj", repeats), ("v_proj", repeats)):
             ours, theirs = getattr(self, name), getattr(attention, name)
             for part in ("weight", "bias"):
                 if getattr(ours, part) is not None:
-                    getattr(ours, part).copy_(self._repeat_heads(getattr(theirs, part), times))
+                    one = self._repeat_heads(getattr(theirs, part), times)
+                    getattr(ours, part).copy_(torch.cat([one] * self.head_copies))
+        self.o_proj.weight.copy_(torch.cat([attention.o_proj.weight / self.head_copies] * self.head_copies, dim=1))
+        if self.o_proj.bias is not None:
+            self.o_proj.bias.copy_(attention.o_proj.bias)
         if self.geometry.qk_norm:
             self.q_norm.weight.copy_(attention.q_norm.weight)
             self.k_norm.weight.copy_(attention.k_norm.weight)
@@ -158,6 +183,14 @@ class LinearMixer(Mixer):
             nn.init.zeros_(self.local_proj.weight)
             nn.init.zeros_(self.local_proj.bias)
         self.reset_gates()
+
+    def spaced_half_lives(self, fast: float, slow: float) -> torch.Tensor:
+        """Half-lives in tokens (num_heads,), spaced geometrically over the teacher's heads.
+
+        Copies of a head start far apart: two that started the same would learn the same.
+        """
+        one = torch.logspace(math.log2(fast), math.log2(slow), self.geometry.num_heads, base=2.0)
+        return torch.cat([one.roll(i * len(one) // self.head_copies) for i in range(self.head_copies)])
 
     def reset_gates(self) -> None:
         """Set the start values of the subclass's own parameters."""
@@ -188,7 +221,7 @@ class LinearMixer(Mixer):
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         g, (batch, num_tokens) = self.geometry, hidden_states.shape[:2]
-        heads = (batch, num_tokens, g.num_heads, g.head_dim)
+        heads = (batch, num_tokens, self.num_heads, g.head_dim)
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         mask = None if token_mask is None else token_mask[:, -num_tokens:, None]
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -226,12 +259,17 @@ class LinearMixer(Mixer):
         padded = with_past(inputs_BTC, None if memory is None else memory.read_conv(), num_past)
         local_BTHV = None
         if self.local_tokens:
-            taps = self.local_proj(hidden_BTD).unflatten(-1, (g.num_heads, self.local_tokens))
-            values = padded[:, num_past + 1 - self.local_tokens :, -g.num_heads * g.head_dim :]
-            local_BTHV = dynamic_convolution(values.unflatten(-1, (g.num_heads, g.head_dim)), taps)
+            taps = self.local_proj(hidden_BTD).unflatten(-1, (self.num_heads, self.local_tokens))
+            values = padded[:, num_past + 1 - self.local_tokens :, -self.num_heads * g.head_dim :]
+            local_BTHV = dynamic_convolution(values.unflatten(-1, (self.num_heads, g.head_dim)), taps)
         q, k, v = qkv
         if self.conv_tokens:
             mixed, _ = short_convolution(inputs_BTC, self.conv_taps, None, padded[:, :num_past])
             # Taps are float32, and kernels want their inputs in the type of the rest.
             q, k, v = mixed.to(inputs_BTC.dtype).chunk(3, dim=-1)
         return q, k, v, local_BTHV, padded[:, num_tokens:]
+
+
+def _check_number(name: str, value: Any, lowest: int) -> None:
+    if not isinstance(value, int) or value < lowest:
+        raise RecipeError(f"mixer.options.{name}", got=repr(value), expected=f"a whole number from {lowest} up")

@@ -26,8 +26,7 @@ class GatedDeltaNet(LinearMixer):
         layer_idx: its place in the model, where the cache keeps its state.
         min_half_life_tokens: half-life of the fastest head's memory at the start.
         max_half_life_tokens: half-life of the slowest head's memory at the start; heads are spaced geometrically.
-        conv_tokens: as `LinearMixer`.
-        local_tokens: as `LinearMixer`.
+        shape: options of `LinearMixer`.
     """
 
     def __init__(
@@ -37,19 +36,16 @@ class GatedDeltaNet(LinearMixer):
         *,
         min_half_life_tokens: float = 8.0,
         max_half_life_tokens: float = 1024.0,
-        conv_tokens: int = 0,
-        local_tokens: int = 0,
+        **shape: int,
     ) -> None:
-        super().__init__(geometry, layer_idx, conv_tokens=conv_tokens, local_tokens=local_tokens)
+        super().__init__(geometry, layer_idx, **shape)
         self.half_lives = (min_half_life_tokens, max_half_life_tokens)
-        self.decay_proj = nn.Linear(geometry.hidden_dim, geometry.num_heads)
-        self.write_proj = nn.Linear(geometry.hidden_dim, geometry.num_heads)
+        self.decay_proj = nn.Linear(geometry.hidden_dim, self.num_heads)
+        self.write_proj = nn.Linear(geometry.hidden_dim, self.num_heads)
 
     @torch.no_grad()
     def reset_gates(self) -> None:
-        fast, slow = (math.log2(x) for x in self.half_lives)
-        half_lives = torch.logspace(fast, slow, self.geometry.num_heads, base=2.0)
-        rate = math.log(2) / half_lives
+        rate = math.log(2) / self.spaced_half_lives(*self.half_lives)
         nn.init.zeros_(self.decay_proj.weight)
         nn.init.zeros_(self.write_proj.weight)
         nn.init.zeros_(self.write_proj.bias)

@@ -29,8 +29,7 @@ class GatedLinearAttention(LinearMixer):
         gate_rank: rank of the decay gate's projection.
         min_half_life_tokens: half-life of the fastest head's memory at the start.
         max_half_life_tokens: half-life of the slowest head's memory at the start; heads are spaced geometrically.
-        conv_tokens: as `LinearMixer`.
-        local_tokens: as `LinearMixer`.
+        shape: options of `LinearMixer`.
     """
 
     def __init__(
@@ -41,21 +40,19 @@ class GatedLinearAttention(LinearMixer):
         gate_rank: int = 16,
         min_half_life_tokens: float = 8.0,
         max_half_life_tokens: float = 1024.0,
-        conv_tokens: int = 0,
-        local_tokens: int = 0,
+        **shape: int,
     ) -> None:
-        super().__init__(geometry, layer_idx, conv_tokens=conv_tokens, local_tokens=local_tokens)
+        super().__init__(geometry, layer_idx, **shape)
         self.half_lives = (min_half_life_tokens, max_half_life_tokens)
-        inner_dim = geometry.num_heads * geometry.head_dim
+        inner_dim = self.num_heads * geometry.head_dim
         self.decay_down_proj = nn.Linear(geometry.hidden_dim, gate_rank, bias=False)
         self.decay_up_proj = nn.Linear(gate_rank, inner_dim)
-        self.write_proj = nn.Linear(geometry.hidden_dim, geometry.num_heads)
+        self.write_proj = nn.Linear(geometry.hidden_dim, self.num_heads)
 
     @torch.no_grad()
     def reset_gates(self) -> None:
         g = self.geometry
-        fast, slow = (math.log2(x) for x in self.half_lives)
-        log_decay = math.log(2) / torch.logspace(fast, slow, g.num_heads, base=2.0)
+        log_decay = math.log(2) / self.spaced_half_lives(*self.half_lives)
         nn.init.normal_(self.decay_down_proj.weight, std=g.hidden_dim**-0.5)
         nn.init.zeros_(self.decay_up_proj.weight)
         # logsigmoid(bias) / TEMPERATURE = -log_decay, solved for the bias.

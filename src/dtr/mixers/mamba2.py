@@ -91,6 +91,9 @@ class Mamba2(Mixer):
     def output_projection(self) -> nn.Linear:
         return self.out_proj
 
+    def state_bytes(self, bytes_per_element: int) -> int:
+        return super().state_bytes(bytes_per_element) + (CONV_TOKENS - 1) * self.conv1d.in_channels * bytes_per_element
+
     @torch.no_grad()
     def start_from(self, attention: Any) -> None:
         """Copy the teacher's projections; convolution and gate start as near to doing nothing as SiLU lets them.

@@ -64,6 +64,9 @@ class Qwen35GatedDeltaNet(Mixer):
         self.norm = HeadNorm(g.head_dim, g.norm_eps)
         self.out_proj = nn.Linear(inner_dim, g.hidden_dim, bias=False)
 
+    def state_bytes(self, bytes_per_element: int) -> int:
+        return super().state_bytes(bytes_per_element) + (CONV_TOKENS - 1) * self.conv1d.in_channels * bytes_per_element
+
     @torch.no_grad()
     def start_from(self, attention: Any) -> None:
         """Copy the teacher's projections; biases have no place. The output gate is shut until `calibrate` opens it.
