@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
 from dtr.ops.rotary import rotate
-from dtr.ops.short_convolution import dynamic_convolution, short_convolution, with_past
+from dtr.ops.short_convolution import short_convolution
 
 
 class HeadNorm(nn.Module):
@@ -109,9 +109,6 @@ class LinearMixer(Mixer):
         layer_idx: its place in the model, where the cache keeps its state.
         conv_tokens: tokens that a causal depthwise convolution on queries, keys and values sees, before rotary
             positions; it starts as the identity and has no activation. 0 leaves it out.
-        local_tokens: the output also gets the values of so many last tokens, in weights per head that each token makes
-            from its own hidden state (a dynamic convolution, as JetBlock has one on its values, arXiv 2508.15884).
-            It starts at zero. 0 leaves it out.
         head_copies: states that stand in for each query head; they start as copies with different half-lives, their
             outputs averaged.
     """
@@ -122,15 +119,13 @@ class LinearMixer(Mixer):
         layer_idx: int,
         *,
         conv_tokens: int = 0,
-        local_tokens: int = 0,
         head_copies: int = 1,
     ) -> None:
         super().__init__(geometry, layer_idx)
         g = geometry
         _check_number("conv_tokens", conv_tokens, 0)
-        _check_number("local_tokens", local_tokens, 0)
         _check_number("head_copies", head_copies, 1)
-        self.conv_tokens, self.local_tokens, self.head_copies = conv_tokens, local_tokens, head_copies
+        self.conv_tokens, self.head_copies = conv_tokens, head_copies
         self.num_heads = g.num_heads * head_copies
         inner_dim = self.num_heads * g.head_dim
         self.q_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
@@ -140,8 +135,6 @@ class LinearMixer(Mixer):
         self.gate_proj = nn.Linear(g.hidden_dim, inner_dim)
         if conv_tokens:
             self.conv_taps = nn.Parameter(torch.empty(3 * inner_dim, conv_tokens))
-        if local_tokens:
-            self.local_proj = nn.Linear(g.hidden_dim, self.num_heads * local_tokens)
         if g.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(g.head_dim, g.norm_eps), HeadNorm(g.head_dim, g.norm_eps)
 
@@ -150,9 +143,9 @@ class LinearMixer(Mixer):
         return self.o_proj
 
     def state_bytes(self, bytes_per_element: int) -> int:
-        num_past = max(self.conv_tokens, self.local_tokens, 1) - 1
-        past = (3 if self.conv_tokens else 1) * num_past * self.num_heads * self.geometry.head_dim
-        return 4 * self.num_heads * self.geometry.head_dim**2 + past * bytes_per_element
+        inner_dim = self.num_heads * self.geometry.head_dim
+        past = 3 * inner_dim * (self.conv_tokens - 1) if self.conv_tokens else 0
+        return 4 * inner_dim * self.geometry.head_dim + past * bytes_per_element
 
     @torch.no_grad()
     def start_from(self, attention: Any) -> None:
@@ -179,9 +172,6 @@ class LinearMixer(Mixer):
         if self.conv_tokens:
             nn.init.zeros_(self.conv_taps)
             self.conv_taps[:, -1] = 1.0
-        if self.local_tokens:
-            nn.init.zeros_(self.local_proj.weight)
-            nn.init.zeros_(self.local_proj.bias)
         self.reset_gates()
 
     def spaced_half_lives(self, fast: float, slow: float) -> torch.Tensor:
@@ -225,9 +215,10 @@ class LinearMixer(Mixer):
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         mask = None if token_mask is None else token_mask[:, -num_tokens:, None]
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        local_BTHV, conv_inputs = None, None
-        if self.conv_tokens or self.local_tokens:
-            q, k, v, local_BTHV, conv_inputs = self._convolve(hidden_states, (q, k, v), mask, memory)
+        conv_inputs = None
+        if self.conv_tokens:
+            past = None if memory is None else memory.read_conv()
+            q, k, v, conv_inputs = self._convolve(torch.cat([q, k, v], dim=-1), mask, past)
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         if g.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -236,38 +227,20 @@ class LinearMixer(Mixer):
         out, state = self.recur(hidden_states, q, k, v, mask, None if memory is None else memory.read())
         if memory is not None:
             memory.write(state, num_tokens, conv_inputs)
-        if local_BTHV is not None:
-            out = out + local_BTHV
 
         gate = 2 * torch.sigmoid(self.gate_proj(hidden_states)).view(heads)
         return self.o_proj((out * gate).flatten(2)), None
 
     def _convolve(
-        self,
-        hidden_BTD: torch.Tensor,
-        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        token_mask_BT1: torch.Tensor | None,
-        memory: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Queries, keys and values after the convolution, the local output, and the inputs that later tokens need."""
-        g, num_tokens = self.geometry, hidden_BTD.shape[1]
-        # Without a convolution only the values of earlier tokens are needed.
-        inputs_BTC = torch.cat(qkv, dim=-1) if self.conv_tokens else qkv[2]
+        self, qkv_BTC: torch.Tensor, token_mask_BT1: torch.Tensor | None, past: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Convolved queries, keys and values, and the inputs that later tokens need."""
         if token_mask_BT1 is not None:
-            inputs_BTC = inputs_BTC * token_mask_BT1.to(inputs_BTC.dtype)
-        num_past = max(self.conv_tokens, self.local_tokens) - 1
-        padded = with_past(inputs_BTC, None if memory is None else memory.read_conv(), num_past)
-        local_BTHV = None
-        if self.local_tokens:
-            taps = self.local_proj(hidden_BTD).unflatten(-1, (self.num_heads, self.local_tokens))
-            values = padded[:, num_past + 1 - self.local_tokens :, -self.num_heads * g.head_dim :]
-            local_BTHV = dynamic_convolution(values.unflatten(-1, (self.num_heads, g.head_dim)), taps)
-        q, k, v = qkv
-        if self.conv_tokens:
-            mixed, _ = short_convolution(inputs_BTC, self.conv_taps, None, padded[:, :num_past])
-            # Taps are float32, and kernels want their inputs in the type of the rest.
-            q, k, v = mixed.to(inputs_BTC.dtype).chunk(3, dim=-1)
-        return q, k, v, local_BTHV, padded[:, num_tokens:]
+            qkv_BTC = qkv_BTC * token_mask_BT1.to(qkv_BTC.dtype)
+        mixed, conv_inputs = short_convolution(qkv_BTC, self.conv_taps, None, past)
+        # Taps are float32, and kernels want their inputs in the type of the rest.
+        q, k, v = mixed.to(qkv_BTC.dtype).chunk(3, dim=-1)
+        return q, k, v, conv_inputs
 
 
 def _check_number(name: str, value: Any, lowest: int) -> None:
