@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -22,6 +23,20 @@ def test_figures_hang_together():
     assert 0 < result["ratio_to_teacher_forward"] < 1
     assert 0 < result["flop_utilisation"] < 1
     json.dumps(result)
+
+
+def test_time_by_stage_adds_up_to_the_step():
+    (result,) = bench_distill(pico_teacher(), sizes=[(2, 24)], num_steps=2)
+    stages = result["stage_seconds"]
+    assert stages.keys() == {"teacher_forward", "students_forward_backward", "clip_and_optimizer"}
+    assert sum(stages.values()) == pytest.approx(2 * 24 / result["distill_tokens_per_second"])
+    assert stages["teacher_forward"] > 0
+    assert stages["clip_and_optimizer"] > 0
+
+
+def test_the_plain_loop_is_timed_beside_ours():
+    (result,) = bench_distill(pico_teacher(), sizes=[(2, 24)], num_steps=1, baseline=True)
+    assert result["baseline_tokens_per_second"] > 0
 
 
 def test_a_wrong_backend_is_not_timed(monkeypatch):
@@ -46,9 +61,24 @@ def test_sizes():
 
 def test_the_verb_prints_a_table_and_one_json_line(place):
     command = [sys.executable, "-m", "dtr", "bench", "distill", str(place / "model"), "--sizes", "2x24", "--steps", "1"]
-    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--device", "cpu", "--baseline"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 x 24" in done.stdout
     record = json.loads(done.stdout.strip().splitlines()[-1])
     assert record["backend"]["name"] == "torch"
     assert len(record["sizes"]) == 1
+
+
+def test_two_processes_are_timed_against_one_in_one_run(place):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = ["bench", "distill", str(place / "model"), "--sizes", "2x24", "--steps", "1", "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, "-m", "dtr", *arguments], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    # One rank alone prints, and its last line is the record.
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    record = json.loads(line)
+    (size,) = record["sizes"]
+    assert record["num_processes"] == size["together"]["num_processes"] == 2
+    rates = size["together"]["distill_tokens_per_second"], size["distill_tokens_per_second"]
+    assert size["together"]["speedup"] == pytest.approx(rates[0] / rates[1])

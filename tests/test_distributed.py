@@ -21,9 +21,12 @@ WORKER = """
 import sys
 import torch
 from tiny import pico_teacher, token_blocks
+from dtr.distillation import exchange
 from dtr.distillation.trainer import distill
 from dtr.distributed import join_world, leave_world
 
+# Two buffers of two layers each.
+exchange.BUCKET_BYTES = 60_000
 torch.set_num_threads(1)
 folder, parallel, stop_after = sys.argv[1], sys.argv[2], int(sys.argv[3])
 world, _ = join_world(torch.device("cpu"))
@@ -45,7 +48,8 @@ def launch(folder: Path, parallel: str, num_processes: int, stop_after: int = 0)
     script = folder / "worker.py"
     script.write_text(WORKER.replace("{settings}", repr(SETTINGS)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, str(script), str(folder), parallel, str(stop_after)], capture_output=True, text=True, env=env
     )

@@ -202,18 +202,27 @@ def bench_distill(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     steps: Annotated[int, typer.Option("--steps", help="Timed steps per size.", min=1)] = 10,
     slow: Annotated[bool, typer.Option("--slow", help="Neither compile nor replay the step.")] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Time the plain float32 loop as well.")] = False,
     debug: DebugOpt = False,
 ) -> None:
-    """Time distillation against the teacher's bare forward pass."""
+    """Time distillation against the teacher's bare forward pass; under torchrun also all processes against one."""
     from dtr.bench.distillation import parse_sizes
     from dtr.display import speed_table
     from dtr.pipeline import bench_distillation
 
     record = bench_distillation(
-        model, parse_sizes(sizes), mixer=mixer, backend=backend, device=device, num_steps=steps, slow=slow
+        model,
+        parse_sizes(sizes),
+        mixer=mixer,
+        backend=backend,
+        device=device,
+        num_steps=steps,
+        slow=slow,
+        baseline=baseline,
     )
-    _print(speed_table(record))
-    print(json.dumps(record))
+    if record:
+        _print(speed_table(record))
+        print(json.dumps(record))
 
 
 @bench.command("search")

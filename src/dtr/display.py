@@ -120,20 +120,34 @@ def speed_table(record: dict[str, Any]) -> Table:
     machine = record["hardware"]
     table = Table(title=f"{record['teacher']}, {record['mixer']} by {record['backend']['name']}, {record['dtype']}")
     table.caption = machine.get("gpu") or f"{machine['cpu']}, {machine['num_threads']} threads"
-    for name in ("step", "teacher forward", "distillation", "ratio", "utilisation", "cold start", "peak memory"):
+    names = ["step", "teacher forward", "distillation", "ratio", "utilisation", "cold start", "peak memory"]
+    if record["num_processes"] > 1:
+        names += [f"{record['num_processes']} processes", "speed-up"]
+    if "baseline_tokens_per_second" in record["sizes"][0]:
+        names += ["plain fp32 loop", "gain"]
+    for name in names:
         table.add_column(name, justify="right")
     for size in record["sizes"]:
-        peak = size["peak_bytes_beyond_model_students_and_optimizer"]
-        table.add_row(
-            f"{size['batch']} x {size['seq_len_tokens']}",
-            f"{size['teacher_forward_tokens_per_second']:,.0f} tok/s",
-            f"{size['distill_tokens_per_second']:,.0f} tok/s",
-            f"{size['ratio_to_teacher_forward']:.3f}",
-            f"{size['flop_utilisation']:.1%}",
-            f"{size['cold_start_seconds']:.1f} s",
-            "not measured" if peak is None else f"{peak / 1e9:.2f} GB",
-        )
+        table.add_row(*_speed_row(size))
     return table
+
+
+def _speed_row(size: dict[str, Any]) -> list[str]:
+    ours, peak = size["distill_tokens_per_second"], size["peak_bytes_beyond_model_students_and_optimizer"]
+    row = [
+        f"{size['batch']} x {size['seq_len_tokens']}",
+        f"{size['teacher_forward_tokens_per_second']:,.0f} tok/s",
+        f"{ours:,.0f} tok/s",
+        f"{size['ratio_to_teacher_forward']:.3f}",
+        f"{size['flop_utilisation']:.1%}",
+        f"{size['cold_start_seconds']:.1f} s",
+        "not measured" if peak is None else f"{peak / 1e9:.2f} GB",
+    ]
+    if together := size.get("together"):
+        row += [f"{together['distill_tokens_per_second']:,.0f} tok/s", f"{together['speedup']:.2f}x"]
+    if plain := size.get("baseline_tokens_per_second"):
+        row += [f"{plain:,.0f} tok/s", f"{ours / plain:.2f}x"]
+    return row
 
 
 def strategy_table(record: dict[str, Any]) -> Table:

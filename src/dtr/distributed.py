@@ -47,6 +47,11 @@ class World:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
             tensor.copy_(part.view_as(tensor))
 
+    def start_adding_up(self, tensor: torch.Tensor) -> Any:
+        """Begin to replace the tensor by its sum over all ranks; call `wait()` on what this returns."""
+        assert self.size > 1, "there is nobody to add up with"
+        return dist.all_reduce(tensor, async_op=True)
+
     def send_from(self, owner: int, tensor: torch.Tensor) -> None:
         """Replace the tensor on all ranks by what `owner` has."""
         if self.size > 1:
@@ -78,7 +83,10 @@ def join_world(device: torch.device) -> tuple[World, torch.device]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # With its device given, NCCL connects now and not inside the first step.
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        )
     return current_world(), device
 
 

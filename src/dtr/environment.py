@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -52,6 +53,33 @@ def own_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(here)) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def command_line() -> str:
+    """How this process was started, for a record that others repeat; torchrun's own part included."""
+    command = shlex.join(["dtr", *sys.argv[1:]])
+    num_processes = os.environ.get("WORLD_SIZE")
+    start = f"python -m torch.distributed.run --nproc-per-node {num_processes} -m "
+    return start + command if num_processes else command
+
+
+def compile_caches() -> dict[str, Any]:
+    """Where Inductor and Triton keep compiled code between runs, and whether anything is there yet.
+
+    A cold start that finds them filled is shorter; set both variables to empty folders to measure a first one.
+    """
+    import getpass
+    import tempfile
+
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+    triton = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
+    return {
+        name: {"variable": variable, "folder": folder, "was_empty": not any(Path(folder).glob("*"))}
+        for name, variable, folder in (
+            ("inductor", "TORCHINDUCTOR_CACHE_DIR", inductor),
+            ("triton", "TRITON_CACHE_DIR", triton),
+        )
+    }
 
 
 def hardware(device: Any = None) -> dict[str, Any]:

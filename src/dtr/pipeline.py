@@ -16,7 +16,7 @@ from dtr.corpus import TokenBlocks, load_text
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
 from dtr.distributed import World, current_world, join_world
-from dtr.environment import hardware, library_versions, own_commit
+from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
 from dtr.errors import DeviceError, RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.examples import differing_items, write_sample
@@ -314,21 +314,39 @@ def bench_distillation(
     device: str,
     num_steps: int,
     slow: bool,
+    baseline: bool = False,
 ) -> dict[str, Any]:
-    """`dtr bench distill`: the figures of every size, with what they were measured on."""
-    place = pick_device(device)
+    """`dtr bench distill`: the figures of every size, with what they were measured on.
+
+    Under torchrun every rank takes part; nothing is returned on any but the first.
+    """
+    caches = compile_caches()
+    world, place = join_world(pick_device(device))
     choice = use_backend(backend, place.type)
     teacher = load_teacher(source, device=str(place))
-    results = bench_distill(
-        teacher, sizes=sizes, mixer=mixer, num_steps=num_steps, fast=False if slow or place.type != "cuda" else None
+    results = list(
+        bench_distill(
+            teacher,
+            sizes=sizes,
+            mixer=mixer,
+            num_steps=num_steps,
+            fast=False if slow or place.type != "cuda" else None,
+            baseline=baseline,
+            world=world,
+        )
     )
+    if not world.is_first:
+        return {}
     return {
         "hardware": hardware(teacher.device),
         "versions": library_versions(),
         "commit": own_commit(),
+        "command": command_line(),
         "teacher": teacher.source,
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "mixer": mixer,
         "backend": {"name": choice.name, "reason": choice.reason},
-        "sizes": list(results),
+        "num_processes": world.size,
+        "compile_caches": caches,
+        "sizes": results,
     }

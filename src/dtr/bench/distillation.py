@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from dtr.arch import decoder_layers
-from dtr.distillation.replay import WARMUP_STEPS
-from dtr.distillation.students import Students
+from dtr.bench.baseline import baseline_tokens_per_second
+from dtr.bench.trial import Trial, median_seconds
+from dtr.distributed import World
 from dtr.errors import DeviceError, RecipeError
-from dtr.mixers import mixer_from_teacher
 from dtr.ops import gated_delta
 from dtr.ops.dispatch import gated_delta_rule
 from dtr.teacher import Teacher
@@ -29,31 +26,52 @@ def bench_distill(
     mixer: str = "gated_deltanet",
     num_steps: int = 10,
     fast: bool | None = None,
+    baseline: bool = False,
+    world: World | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Time whole training steps of all layers and the teacher's body (no LM head), medians in one process.
 
-    The text is random tokens, on which speed does not depend.
+    The text is random tokens, on which speed does not depend. Of several ranks the first measures alone, then all
+    together at the same batch for each; all must call this with the same arguments.
 
     Args:
         teacher: from `load_teacher`.
-        sizes: (sequences, tokens each) of a step.
+        sizes: (sequences, tokens each) of a step of one process.
         mixer: kind of mixer.
         num_steps: timed steps per size.
         fast: compile the students and replay the step as a CUDA graph; by default on a GPU.
+        baseline: time the straightforward float32 loop as well (`bench/baseline.py`).
+        world: the ranks that take part.
 
     Yields:
-        one dict per size: tokens per second of both, their ratio, cold start in seconds (until the step is compiled
-        and recorded), achieved FLOP/s over those of a large matrix product, and peak memory beyond model, students and
-        optimizer.
+        one dict per size, on the first rank with what it measured alone: tokens per second of both, their ratio, cold
+        start in seconds (until the step is compiled and recorded), seconds by stage, achieved FLOP/s over those of a
+        large matrix product, peak memory beyond model, students and optimizer with all layers and with half of them;
+        with several ranks the speed of all together, on every rank.
 
     Raises:
         DeviceError: the backend's results are wrong on this machine.
     """
+    world = world or World()
     check_backend(teacher.device, teacher.dtype)
     fast = teacher.device.type == "cuda" if fast is None else fast
-    ceiling = matmul_flops_per_second(teacher.device, teacher.dtype)
+    ceiling = matmul_flops_per_second(teacher.device, teacher.dtype) if world.is_first else 0.0
     for batch, tokens in sizes:
-        yield _measure(teacher, mixer, batch, tokens, num_steps, fast, ceiling)
+        size: dict[str, Any] = {"batch": batch, "seq_len_tokens": tokens}
+        if world.is_first:
+            size |= _alone(teacher, mixer, batch, tokens, num_steps, fast, ceiling)
+        if world.is_first and baseline:
+            size["baseline_tokens_per_second"] = baseline_tokens_per_second(
+                teacher, mixer, _random_ids(teacher, batch, tokens), num_steps=num_steps
+            )
+        world.wait()
+        if world.size > 1:
+            size["together"] = _together(teacher, mixer, batch, tokens, num_steps, fast, world)
+            if world.is_first:
+                size["together"]["speedup"] = (
+                    size["together"]["distill_tokens_per_second"] / size["distill_tokens_per_second"]
+                )
+        yield size
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
@@ -106,65 +124,64 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """What a large matrix product reaches here: the ceiling that utilisation is measured against."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _median_seconds(device, lambda: a @ b, 10)
+    return 2 * size**3 / median_seconds(device, lambda: a @ b, 10)
 
 
-def _measure(
+def _alone(
     teacher: Teacher, kind: str, batch: int, tokens: int, num_steps: int, fast: bool, ceiling: float
 ) -> dict[str, Any]:
-    device = teacher.device
-    attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
-    mixers = {i: mixer_from_teacher(kind, teacher.geometry, i, a) for i, a in enumerate(attention)}
-    students = Students(teacher, mixers, learning_rate=1e-4, weight_decay=0.0, max_grad_norm=1.0, fast=fast)
-    ids = torch.randint(0, teacher.model.config.vocab_size, (batch, tokens), device=device)
+    ids = _random_ids(teacher, batch, tokens).to(teacher.device)
+    trial = Trial(teacher, kind, ids, num_layers=teacher.num_layers, fast=fast, world=World())
 
     @torch.no_grad()
     def forward() -> None:
         teacher.model.model(input_ids=ids, use_cache=False)
 
-    began = time.perf_counter()
-    for _ in range(WARMUP_STEPS + 1 if fast else 1):
-        students.train_step(ids, 1e-4)
-    _synchronize(device)
-    cold_start = time.perf_counter() - began
-    held = _start_peak(device)
-    step = _median_seconds(device, lambda: students.train_step(ids, 1e-4), num_steps)
-    peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
-    bare = _median_seconds(device, forward, num_steps)
+    step = median_seconds(teacher.device, trial.step, num_steps)
+    bare = median_seconds(teacher.device, forward, num_steps)
     # Two operations per weight and token forward, four more backward; attention itself is left out.
     body = sum(p.numel() for p in teacher.model.model.layers.parameters())
-    students_size = sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
-    return {
-        "batch": batch,
-        "seq_len_tokens": tokens,
+    result = {
         "teacher_forward_tokens_per_second": batch * tokens / bare,
         "distill_tokens_per_second": batch * tokens / step,
         "ratio_to_teacher_forward": bare / step,
-        "flop_utilisation": (2 * body + 6 * students_size) * batch * tokens / step / ceiling,
-        "cold_start_seconds": cold_start,
-        "peak_bytes_beyond_model_students_and_optimizer": peak,
+        "flop_utilisation": (2 * body + 6 * trial.num_parameters) * batch * tokens / step / ceiling,
+        "cold_start_seconds": trial.cold_start_seconds,
+        "recorded": trial.students.refusal is None,
+        "stage_seconds": trial.stage_seconds(step, num_steps),
+        "peak_bytes_beyond_model_students_and_optimizer": trial.peak_bytes,
+        "of_which_gradient_bytes": trial.gradient_bytes,
+    }
+    if trial.peak_bytes is not None:
+        num_layers = max(1, teacher.num_layers // 2)
+        del trial
+        half = Trial(teacher, kind, ids, num_layers=num_layers, fast=fast, world=World())
+        result["half_of_the_layers"] = {
+            "num_layers": num_layers,
+            "peak_bytes_beyond_model_students_and_optimizer": half.peak_bytes,
+            "of_which_gradient_bytes": half.gradient_bytes,
+        }
+    return result
+
+
+def _together(
+    teacher: Teacher, kind: str, batch: int, tokens: int, num_steps: int, fast: bool, world: World
+) -> dict[str, Any]:
+    """All ranks on one batch that grows with their number; the slowest rank counts."""
+    ids = _random_ids(teacher, batch * world.size, tokens)
+    trial = Trial(teacher, kind, ids.to(teacher.device), num_layers=teacher.num_layers, fast=fast, world=world)
+    world.wait()
+    step = max(world.collect(median_seconds(teacher.device, trial.step, num_steps)))
+    refusals = world.collect(trial.students.refusal)
+    return {
+        "num_processes": world.size,
+        "distill_tokens_per_second": batch * world.size * tokens / step,
+        "recorded": not any(refusals),
+        "refusal": next((why for why in refusals if why), None),
     }
 
 
-def _median_seconds(device: torch.device, work: Callable[[], Any], num_runs: int) -> float:
-    work()
-    times = []
-    for _ in range(num_runs):
-        _synchronize(device)
-        began = time.perf_counter()
-        work()
-        _synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _start_peak(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+def _random_ids(teacher: Teacher, batch: int, tokens: int) -> torch.Tensor:
+    """(B, T) token ids on the CPU, the same on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, teacher.model.config.vocab_size, (batch, tokens), generator=generator)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 WARMUP_STEPS = 3
 """Steps that run as they are first: they compile, tune, and make the optimizer's state."""
@@ -23,13 +24,14 @@ class Replay:
         self._num_calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._refused = False
+        self.refusal: str | None = None
+        """Why the step could not be recorded; it then runs kernel by kernel, which is slower and gives the same."""
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         self._num_calls += 1
         if self._num_calls <= WARMUP_STEPS:
             return self._warm_up(input_ids)
-        if self._graph is None and not self._refused:
+        if self._graph is None and self.refusal is None:
             self._record(input_ids)
         if self._graph is None:
             return self._step(input_ids)
@@ -52,12 +54,14 @@ class Replay:
         self._input_ids = input_ids.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # The watchdog of NCCL polls events from a thread of its own, which must not spoil the recording.
+            mode = "thread_local" if dist.is_initialized() else "global"
+            with torch.cuda.graph(graph, capture_error_mode=mode):
                 self._losses = self._step(self._input_ids)
         except RuntimeError as error:
             # Recording runs nothing, so no update is lost; the step only stays slower.
-            self._refused = True
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            warnings.warn(f"the training step is not replayed as a CUDA graph: {first}", stacklevel=2)
+            # With several ranks the others may replay theirs: both send the same in the same order.
+            self.refusal = next(iter(str(error).splitlines()), type(error).__name__)
+            warnings.warn(f"the training step is not replayed as a CUDA graph: {self.refusal}", stacklevel=2)
             return
         self._graph = graph

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dtr.arch import capture_attention
+from dtr.distillation.exchange import GradientExchange
 from dtr.distillation.replay import Replay
 from dtr.distributed import World
 from dtr.mixers.base import Mixer
@@ -71,6 +72,8 @@ class Students:
         self._sums = torch.compile(squared_sums, dynamic=False) if fast else squared_sums
         self._replay = Replay(self._step) if fast else None
         self._groups = [[p for p in mixers[i].parameters() if p.requires_grad] for i in self.own]
+        splits = self._splits_batch and self._world.size > 1
+        self._exchange = GradientExchange(self._world, self._groups) if splits else None
         self.optimizer = torch.optim.AdamW(
             [p for group in self._groups for p in group] or [torch.zeros(1)],
             # A recorded step reads the rate from device memory.
@@ -93,24 +96,47 @@ class Students:
         input_ids = input_ids.to(self._teacher.device, torch.long)
         return self._step(input_ids) if self._replay is None else self._replay(input_ids)
 
+    @property
+    def refusal(self) -> str | None:
+        """Why the step is not replayed as a CUDA graph; None where it is, or will be."""
+        return "not asked for" if self._replay is None else self._replay.refusal
+
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        sums = {index: torch.zeros(2, device=self._teacher.device) for index in self.own}
+        sums = self.accumulate(input_ids)
+        self.update(sums)
+        if self._exchange is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        errors, powers = sums.unbind(1)
+        return errors / powers
+
+    def accumulate(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Gradients of the squared errors of all `own` layers over (B, T) tokens, added up over ranks.
+
+        Returns (num_own, 2): each layer's sum of squared errors and of squares of its target.
+        """
+        sums = torch.zeros(len(self.own), 2, device=self._teacher.device)
+        position_of = {index: position for position, index in enumerate(self.own)}
+        if self._exchange is not None:
+            self._exchange.begin()
 
         def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
             with torch.enable_grad(), self._amp:
                 error, power = self._sums(self.mixers[index], hidden, rotary, target)
             error.backward()
-            sums[index] = torch.stack([error.detach(), power])
+            sums[position_of[index]] = torch.stack([error.detach(), power])
+            if self._exchange is not None:
+                self._exchange.layer_done(position_of[index])
 
         self._teacher_pass(input_ids, visit)
-        errors_and_powers = torch.stack([sums[index] for index in self.own]) if self.own else torch.zeros(0, 2)
-        if self._splits_batch and self._world.size > 1:
-            self._world.add_up([*self._gradients(), errors_and_powers])
-        errors, powers = errors_and_powers.unbind(1)
-        self._normalise_and_clip(powers)
+        if self._exchange is not None:
+            self._exchange.finish()
+            self._world.add_up([sums])
+        return sums
+
+    def update(self, sums: torch.Tensor) -> None:
+        """One step of the optimizer from the gradients that are there; `sums` as `accumulate` gives them."""
+        self._normalise_and_clip(sums[:, 1])
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return errors / powers
 
     @torch.no_grad()
     def held_out_nmse(self, blocks: torch.Tensor, batch_size: int) -> dict[int, float]:
@@ -138,13 +164,6 @@ class Students:
         if len(input_ids) and self.own:
             with capture_attention(self._teacher.model, self.own, visit):
                 self._teacher.model.model(input_ids=input_ids, use_cache=False)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        for group in self._groups:
-            for param in group:
-                if param.grad is None:
-                    param.grad = torch.zeros_like(param)
-        return [param.grad for group in self._groups for param in group if param.grad is not None]
 
     @torch.no_grad()
     def _normalise_and_clip(self, powers: torch.Tensor) -> None:
