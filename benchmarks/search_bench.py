@@ -4,7 +4,8 @@
     python benchmarks/search_bench.py --simulate 500
 
 Both write into one file: a run with tasks replaces those tasks and keeps the simulation, and the other way round. The
-order in which layers fall is drawn beside it. The last line on stdout is the record as JSON.
+file is written after every strategy. The order in which layers fall is drawn beside it. The last line on stdout is the
+record as JSON.
 """
 
 from __future__ import annotations
@@ -36,14 +37,7 @@ def main() -> None:
         record["certificate_simulation"] = found
     if args.task:
         record |= provenance
-        record.setdefault("tasks", {})
-        for named in args.task:
-            name, _, source = named.partition("=")
-            found = measure(args, source or name)
-            record["hardware"] = found.pop("hardware")
-            record["tasks"][name] = found
-            # Kept after every task, as a search of all strategies is long.
-            write(args.out, record)
+        measure(args, record)
         draw_orders(record, args.out.with_name(args.out.stem + "_order.png"))
     write(args.out, record)
     print(json.dumps(record))
@@ -57,7 +51,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--strategies", default=STRATEGIES, help="names, by commas")
     parser.add_argument("--p-min", type=float, default=0.95)
     parser.add_argument("--confidence", type=float, help="p_min_confidence, for `auto_certified` beside the others")
+    parser.add_argument("--time-limit", type=float, help="seconds for each task, test scores included")
     parser.add_argument("--set", action="append", default=[], help="further recipe settings, section.key=value")
+    parser.add_argument(
+        "--task-set", action="append", default=[], metavar="NAME:KEY=VALUE", help="the same, for one of the tasks"
+    )
     parser.add_argument("--simulate", type=int, default=0, metavar="RUNS", help="simulate the certificate")
     parser.add_argument("--simulated-items", type=int, default=800)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -67,19 +65,63 @@ def read_arguments() -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace, source: str) -> dict[str, Any]:
-    """All strategies on one task; with a confidence also `auto` under it."""
-    from dtr.pipeline import bench_strategies
+def measure(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """All strategies on every task; with a confidence first `auto` under it."""
+    from dtr.errors import DtrError
+    from dtr.pipeline import prepare_teacher
     from dtr.recipe import read_recipe
 
-    base = {"teacher": {"source": args.model}, "task": {"source": source}, "search": {"p_min": args.p_min}}
-    names = args.strategies.split(",")
-    found = bench_strategies(read_recipe(None, args.set, base), args.bank, names, on_event=report_steps)
-    if args.confidence:
-        certified = {**base, "search": {"p_min": args.p_min, "p_min_confidence": args.confidence}}
-        rows = bench_strategies(read_recipe(None, args.set, certified), args.bank, ["auto"], on_event=report_steps)
-        found["strategies"]["auto_certified"] = rows["strategies"]["auto"]
-    return found
+    record.setdefault("tasks", {})
+    teacher = None
+    for named in args.task:
+        name, _, source = named.partition("=")
+        settings = [*args.set, *(one.partition(":")[2] for one in args.task_set if one.startswith(f"{name}:"))]
+        deadline = time.monotonic() + args.time_limit if args.time_limit else None
+        rows: dict[str, Any] = {}
+        for certified in (True, False) if args.confidence else (False,):
+            limits = {"p_min": args.p_min} | ({"p_min_confidence": args.confidence} if certified else {})
+            base = {"teacher": {"source": args.model}, "task": {"source": source or name}, "search": limits}
+            recipe = read_recipe(None, settings, base)
+            teacher = teacher or prepare_teacher(recipe, report_steps)
+            strategies = ["auto"] if certified else args.strategies.split(",")
+            label = "auto_certified" if certified else ""
+            try:
+                measure_task(args, record, recipe, teacher, rows, name, strategies, label, deadline)
+            except DtrError as error:
+                # Such as too few items for the confidence; the other strategies and tasks are worth having.
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+
+
+def measure_task(
+    args: argparse.Namespace,
+    record: dict[str, Any],
+    recipe: Any,
+    teacher: Any,
+    rows: dict[str, Any],
+    name: str,
+    strategies: list[str],
+    label: str,
+    deadline: float | None,
+) -> None:
+    """Add the rows of these strategies to `rows`; the file is written after every one of them."""
+    from dtr.pipeline import bench_strategies
+
+    def keep(found: dict[str, Any]) -> None:
+        rows.update({label or key: row for key, row in found["strategies"].items()})
+        record["hardware"] = found["hardware"]
+        record["tasks"][name] = {**found, "strategies": rows}
+        write(args.out, record)
+        print(f"{name}: {label or list(rows)[-1]} is done", file=sys.stderr, flush=True)
+
+    bench_strategies(
+        recipe,
+        args.bank,
+        strategies,
+        teacher=teacher,
+        time_limit_seconds=max(1.0, deadline - time.monotonic()) if deadline else None,
+        on_event=report_steps,
+        on_row=keep,
+    )
 
 
 def report_steps(event: dict[str, Any]) -> None:

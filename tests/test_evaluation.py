@@ -14,7 +14,7 @@ from dtr.arch import LayerRunner, decoder_layers, with_mixer
 from dtr.errors import DataError
 from dtr.evaluation.evaluator import Evaluator, evaluate
 from dtr.evaluation.generation import cut, generate_texts
-from dtr.evaluation.likelihood import LikelihoodScorer, TokenPair
+from dtr.evaluation.likelihood import LikelihoodScorer, TokenPair, group_by_length
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import mixer_from_teacher
 from dtr.tasks import load_task
@@ -225,3 +225,18 @@ def test_items_that_do_not_fit_are_told(teacher, tmp_path):
     write_rows(tmp_path, {"validation": rows[1:], "test": rows[:1]})
     with pytest.raises(DataError, match="512 positions"):
         evaluate(teacher, load_task(str(tmp_path)))
+
+
+def test_batches_by_length_waste_less_and_lose_nothing():
+    lengths = [*range(5, 45), *[120] * 3, *[12] * 200]
+    members = range(2, len(lengths))
+    batches = group_by_length(lengths, members, 2000, overhead_tokens=100)
+    assert sorted(index for batch in batches for index in batch) == list(members)
+    padded = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+    assert max(padded) <= 2000
+    real = sum(lengths[index] for index in members)
+    assert sum(padded) + 100 * len(batches) < 1.5 * real + 500
+    # Where starting a batch costs more than any padding, there are as few as fit.
+    assert len(group_by_length(lengths, members, 10**6, overhead_tokens=10**6)) == 1
+    assert group_by_length([300], [0], 200) == [[0]]
+    assert group_by_length([], [], 200) == []

@@ -23,6 +23,7 @@ ROOMS = (
     ["tasks"],
     ["evaluation"],
     ["selection"],
+    ["binding"],
     ["replace"],
     ["bench"],
     ["reporting"],

@@ -12,6 +12,7 @@ import torch
 
 from dtr.bench.distillation import bench_distill
 from dtr.bench.strategies import compare_strategies
+from dtr.binding import GuardFloor, check_search
 from dtr.corpus import TokenBlocks, load_text
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
@@ -24,7 +25,7 @@ from dtr.files import write_json
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
 from dtr.record import make_record
-from dtr.replace import GuardFloor, SearchResult, check_search, search
+from dtr.replace import SearchResult, search
 from dtr.reporting import render_model_card, write_report
 from dtr.runfolder import RunFolder
 from dtr.tasks import load_task
@@ -269,28 +270,33 @@ def evaluate_model(recipe: Recipe, split: str) -> dict[str, Any]:
 
 
 def bench_strategies(
-    recipe: Recipe, bank: str | Path, strategies: list[str], *, on_event: Listener | None = None
+    recipe: Recipe,
+    bank: str | Path,
+    strategies: list[str],
+    *,
+    teacher: Teacher | None = None,
+    time_limit_seconds: float | None = None,
+    on_event: Listener | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """`dtr bench search`: each strategy on the recipe's task, with what it was measured on."""
+    """`dtr bench search`: each strategy on the recipe's task, with what it was measured on.
+
+    Args:
+        recipe: teacher, task and limits.
+        bank: folder of the bank.
+        strategies: names.
+        teacher: one that is loaded already, to compare on several tasks.
+        time_limit_seconds: as in `compare_strategies`.
+        on_event: called with the events of every search.
+        on_row: called with the record so far after every strategy.
+    """
     emit = on_event or (lambda event: None)
     task = prepare_task(recipe)
     for strategy in strategies:
         check_search(task, **{**recipe.search.model_dump(), "strategy": strategy})
     guards = prepare_guards(recipe)
-    teacher = prepare_teacher(recipe, emit)
-    rows = compare_strategies(
-        teacher,
-        load_bank(bank, teacher=teacher),
-        task,
-        strategies=strategies,
-        on_event=emit,
-        **recipe.search.model_dump(exclude={"guards", "strategy", "run_to_end", "test_curve"}),
-        guards=guards,
-        seed=recipe.seed,
-        batch_tokens=recipe.runtime.eval_batch_tokens,
-        cache_bytes=recipe.runtime.cache_bytes,
-    )
-    return {
+    teacher = teacher or prepare_teacher(recipe, emit)
+    record: dict[str, Any] = {
         "hardware": hardware(teacher.device),
         "versions": library_versions(),
         "commit": own_commit(),
@@ -301,8 +307,25 @@ def bench_strategies(
         "num_validation": len(task.splits["validation"]),
         "num_test": len(task.splits["test"]),
         "p_min": recipe.search.p_min,
-        "strategies": {row["strategy"]: row for row in rows},
+        "strategies": {},
     }
+    for row in compare_strategies(
+        teacher,
+        load_bank(bank, teacher=teacher),
+        task,
+        strategies=strategies,
+        time_limit_seconds=time_limit_seconds,
+        on_event=emit,
+        **recipe.search.model_dump(exclude={"guards", "strategy", "run_to_end", "test_curve"}),
+        guards=guards,
+        seed=recipe.seed,
+        batch_tokens=recipe.runtime.eval_batch_tokens,
+        cache_bytes=recipe.runtime.cache_bytes,
+    ):
+        record["strategies"][row["strategy"]] = row
+        if on_row is not None:
+            on_row(record)
+    return record
 
 
 def bench_distillation(

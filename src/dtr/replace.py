@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtr.binding import GuardFloor, find_layers, make_evaluator
 from dtr.distillation.bank import MixerBank
-from dtr.errors import BankError, RecipeError
-from dtr.evaluation.evaluator import Evaluator
 from dtr.evaluation.score import Score
-from dtr.hybrid.cache import decode_cache_bytes
 from dtr.hybrid.modeling import make_hybrid
-from dtr.selection.certificate import check_num_items
-from dtr.selection.criteria import PMinKind, check_p_min
-from dtr.selection.items import ItemSplit, split_items
-from dtr.selection.journal import Journal
-from dtr.selection.state import Budget
-from dtr.selection.strategies import STRATEGIES, GuardTask, select_layers
+from dtr.selection.criteria import PMinKind
 from dtr.selection.trace import SearchTrace
-from dtr.tasks.base import Task, fingerprint
+from dtr.tasks.base import Task
 from dtr.teacher import Teacher
-
-RACING = ("auto",)
-"""Strategies that score portions of the items; for the others each portion would only be one more batch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardFloor:
-    """A task that must keep a share of the teacher's score, or a value of its metric, whatever the search gains."""
-
-    task: Task
-    p_min: float
-    p_min_kind: PMinKind = "relative"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,31 +39,6 @@ class SearchResult:
     seconds: float
     """Time of the search alone, without the test scores."""
     test_seconds: float
-
-
-def check_search(
-    task: Task,
-    *,
-    p_min: float = 0.95,
-    p_min_kind: PMinKind = "relative",
-    p_min_confidence: float | None = None,
-    confirmation_share: float = 0.5,
-    strategy: str = "exact",
-    **_others: Any,
-) -> None:
-    """Refuse a search that cannot end well, before anything is distilled; `search` does the same, later.
-
-    Raises:
-        RecipeError: an unknown strategy, or a P_min that no teacher reaches.
-        DataError: too few validation items for the confidence asked for.
-    """
-    STRATEGIES[strategy]
-    check_p_min(p_min, p_min_kind)
-    if p_min_confidence is not None:
-        split = split_items(len(task.splits["validation"]), confirmation_share=confirmation_share)
-        check_num_items(
-            len(split.confirmation), confidence=p_min_confidence, p_min=p_min, p_min_kind=p_min_kind, teacher=None
-        )
 
 
 def search(
@@ -136,69 +91,42 @@ def search(
         DataError: too few validation items for the confidence asked for.
         BankError: the bank was made from another teacher.
     """
-    if bank.teacher_fingerprint != teacher.fingerprint:
-        raise BankError(
-            "bank",
-            got=f"one of teacher {bank.teacher_fingerprint}",
-            expected=f"one of {teacher.source} ({teacher.fingerprint})",
-            hint="Give the teacher that the bank was made from, or distil again.",
-        )
-    limits: dict[str, Any] = {"p_min": p_min, "p_min_kind": p_min_kind, "p_min_confidence": p_min_confidence}
-    check_search(task, **limits, confirmation_share=confirmation_share, strategy=strategy)
-    budget = _budget(teacher, bank, max_linear_layers, max_cache_bytes, cache_context_tokens, max_seconds)
-    mixers = bank.in_dtype(teacher.dtype)
-    specs = {layer: bank.spec() for layer in bank.layers}
-    items = split_items(
-        len(task.splits["validation"]),
-        confirmation_share=confirmation_share if p_min_confidence is not None else 0.0,
-        in_blocks=strategy in RACING,
+    found = find_layers(
+        teacher,
+        bank,
+        task,
+        p_min=p_min,
+        p_min_kind=p_min_kind,
+        strategy=strategy,
+        p_min_confidence=p_min_confidence,
+        confirmation_share=confirmation_share,
+        guards=guards,
+        max_linear_layers=max_linear_layers,
+        max_cache_bytes=max_cache_bytes,
+        cache_context_tokens=cache_context_tokens,
+        max_seconds=max_seconds,
+        run_to_end=run_to_end,
         seed=seed,
+        batch_tokens=batch_tokens,
+        cache_bytes=cache_bytes,
+        journal=journal,
+        on_event=on_event,
     )
-
-    def evaluator(of: Task, split: str, cache_bytes: int = 0, blocks: Any = None) -> Evaluator:
-        return Evaluator(
-            teacher.model,
-            teacher.tokenizer,
-            of,
-            split,
-            mixers=mixers,
-            specs=specs,
-            batch_tokens=batch_tokens,
-            cache_bytes=cache_bytes,
-            blocks=blocks,
-        )
-
+    trace = found.trace
     started = time.monotonic()
-    validation = evaluator(task, "validation", cache_bytes, items.groups)
-    guarding = [evaluator(guard.task, "validation") for guard in guards]
-    with _open_journal(journal, teacher, bank, task, guards, seed) as book:
-        trace = select_layers(
-            validation,
-            layers=bank.layers,
-            num_model_layers=teacher.num_layers,
-            **limits,
-            strategy=strategy,
-            # Without portions and confirmation, all items need no names: the journal stays as short as it can be.
-            items=items if len(items.groups) > 1 else None,
-            guards=[
-                GuardTask(name=guard.task.name, score=score, p_min=guard.p_min, p_min_kind=guard.p_min_kind)
-                for guard, score in zip(guards, guarding)
-            ],
-            budget=budget,
-            facts=_facts(bank, validation, items),
-            run_to_end=run_to_end,
-            seed=seed,
-            journal=book,
-            on_event=on_event,
-        )
-    seconds = time.monotonic() - started
+    test = make_evaluator(teacher, bank, task, "test", batch_tokens=batch_tokens, cache_bytes=0)
+    scores: dict[frozenset[int], Score] = {}
 
-    started = time.monotonic()
-    test = evaluator(task, "test")
-    curve = tuple(test(frozenset(step.linear)) for step in trace.steps) if test_curve else ()
+    def on_test(layers: Sequence[int]) -> Score:
+        linear = frozenset(layers)
+        if linear not in scores:
+            scores[linear] = test(linear)
+        return scores[linear]
+
+    mixers, spec = bank.in_dtype(teacher.dtype), bank.spec()
 
     def hybrid(layers: tuple[int, ...]) -> Any:
-        model = make_hybrid(teacher.model, {i: mixers[i] for i in layers}, {i: specs[i] for i in layers})
+        model = make_hybrid(teacher.model, {i: mixers[i] for i in layers}, dict.fromkeys(layers, spec))
         model.tokenizer = teacher.tokenizer
         return model
 
@@ -206,76 +134,12 @@ def search(
         m_opt=hybrid(trace.m_opt.layers),
         m_best=hybrid(trace.m_best.layers),
         trace=trace,
-        teacher_test=test(frozenset()),
-        m_opt_test=test(frozenset(trace.m_opt.layers)),
-        m_best_test=test(frozenset(trace.m_best.layers)),
-        test_curve=curve,
-        pass_equivalents=validation.pass_equivalents,
-        guard_pass_equivalents=sum(score.pass_equivalents for score in guarding),
-        seconds=seconds,
+        teacher_test=on_test(()),
+        m_opt_test=on_test(trace.m_opt.layers),
+        m_best_test=on_test(trace.m_best.layers),
+        test_curve=tuple(on_test(step.linear) for step in trace.steps) if test_curve else (),
+        pass_equivalents=found.pass_equivalents,
+        guard_pass_equivalents=found.guard_pass_equivalents,
+        seconds=found.seconds,
         test_seconds=time.monotonic() - started,
     )
-
-
-def _budget(
-    teacher: Teacher,
-    bank: MixerBank,
-    max_linear_layers: int | None,
-    max_cache_bytes: int | None,
-    context_tokens: int,
-    max_seconds: float | None,
-) -> Budget:
-    num_wanted, text = max_linear_layers, ""
-    if max_cache_bytes is not None:
-        state_bytes = max(mixer.state_bytes(teacher.dtype.itemsize) for mixer in bank.mixers.values())
-        sizes = {
-            num: decode_cache_bytes(
-                teacher.geometry,
-                teacher.num_layers - num,
-                context_tokens=context_tokens,
-                bytes_per_element=teacher.dtype.itemsize,
-                state_bytes=num * state_bytes,
-            )
-            for num in range(len(bank.layers) + 1)
-        }
-        fitting = [num for num, size in sizes.items() if size <= max_cache_bytes]
-        if not fitting:
-            raise RecipeError(
-                "search.max_cache_bytes",
-                got=f"{max_cache_bytes:,} bytes at {context_tokens:,} tokens",
-                expected=f"at least {min(sizes.values()):,}, with all {len(bank.layers)} layers of the bank linear",
-                hint="Raise the budget, or lower search.cache_context_tokens.",
-            )
-        if num_wanted is None or fitting[0] < num_wanted:
-            num_wanted = max(1, fitting[0])
-            text = f"the cache takes {sizes[fitting[0]]:,} bytes at {context_tokens:,} tokens, within the budget"
-    return Budget(num_linear=num_wanted, num_linear_text=text, seconds=max_seconds)
-
-
-def _facts(bank: MixerBank, validation: Evaluator, items: ItemSplit) -> Callable[[str], Mapping[int, float]]:
-    def facts(name: str) -> Mapping[int, float]:
-        if name == "nmse":
-            return bank.nmse_after
-        if name == "kl":
-            found = {layer: validation.divergence(layer, items.selection) for layer in bank.layers}
-            return {layer: value for layer, value in found.items() if value is not None}
-        return {}
-
-    return facts
-
-
-def _open_journal(
-    path: str | Path | None, teacher: Teacher, bank: MixerBank, task: Task, guards: Sequence[GuardFloor], seed: int
-) -> Any:
-    if path is None:
-        return nullcontext()
-    # P_min and the strategy are not part of it: the same scores serve any.
-    identity = {
-        "teacher": teacher.fingerprint,
-        "dtype": str(teacher.dtype),
-        "bank": bank.fingerprint,
-        "task": fingerprint(task),
-        "guards": {guard.task.name: fingerprint(guard.task) for guard in guards},
-        "seed": seed,
-    }
-    return Journal(path, identity=identity, resume=True)

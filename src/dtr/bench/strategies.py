@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtr.binding import Selection, find_layers, make_evaluator
 from dtr.distillation.bank import MixerBank
-from dtr.evaluation.evaluator import Evaluator
 from dtr.evaluation.paired import mean_confidence_interval, paired_difference
 from dtr.evaluation.score import Score
-from dtr.replace import SearchResult, search
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher
 
@@ -27,6 +27,7 @@ def compare_strategies(
     *,
     strategies: Sequence[str] = DEFAULT_STRATEGIES,
     shares: Sequence[float] = SHARES,
+    time_limit_seconds: float | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     **settings: Any,
 ) -> Iterator[dict[str, Any]]:
@@ -37,48 +38,86 @@ def compare_strategies(
         strategies: names.
         shares: also score the first so many layers of each path on test (`at_share`), the path drawn to its end.
             That is done after the timed search and adds nothing to its account.
+        time_limit_seconds: for all of them together, test scores included: a search is cut off at what is left, and
+            no further one begins. Test scores that two strategies share are computed once.
         on_event: called with the events of every search.
         settings: further arguments of `search`, the same for all.
 
     Yields:
         one dict per strategy, with the keys of `benchmarks/results/search.json`.
     """
-    test = Evaluator(
-        teacher.model,
-        teacher.tokenizer,
-        task,
-        "test",
-        mixers=bank.in_dtype(teacher.dtype),
-        specs={layer: bank.spec() for layer in bank.layers},
-        batch_tokens=settings.get("batch_tokens", 16_384),
-        cache_bytes=0,
-    )
+    test = TestScores(teacher, bank, task, settings.get("batch_tokens", 16_384))
+    deadline = time.monotonic() + time_limit_seconds if time_limit_seconds else None
     reference: Score | None = None
     for strategy in strategies:
+        common = {**settings, "strategy": strategy, "on_event": on_event}
         with tempfile.TemporaryDirectory() as folder:
-            journal = Path(folder) / "journal.jsonl"
-            common = {**settings, "strategy": strategy, "journal": journal, "on_event": on_event}
-            result = search(teacher, bank, task, **common)
+            common["journal"] = Path(folder) / "journal.jsonl"
+            if _is_over(deadline, common):
+                break
+            result = find_layers(teacher, bank, task, **common)
             order = list(result.trace.m_opt.layers)
-            if shares:
+            if len(order) < max((_num_layers(share, teacher) for share in shares), default=0):
                 # What was scored above is in the journal; only the rest of the path is new.
-                whole = search(teacher, bank, task, **{**common, "run_to_end": True})
+                _is_over(deadline, common)
+                whole = find_layers(teacher, bank, task, **{**common, "run_to_end": True})
                 order = [layer for step in whole.trace.steps for layer in step.added]
-        row = _row(strategy, result, order)
-        row["at_share"] = {
-            f"{share:g}": _on_test(test, order[: round(share * teacher.num_layers)], result.teacher_test)
-            for share in shares
-            if round(share * teacher.num_layers) <= len(order)
+        score = test(result.trace.m_opt.layers)
+        reference = score if strategy == "exact" else reference
+        yield {
+            **_row(strategy, result, order, score, test(())),
+            "at_share": {
+                f"{share:g}": test.row(order[: _num_layers(share, teacher)])
+                for share in shares
+                if _num_layers(share, teacher) <= len(order)
+            },
+            "test_minus_exact": paired_difference(score, reference).to_dict() if reference else None,
         }
-        if strategy == "exact":
-            reference = result.m_opt_test
-        row["test_minus_exact"] = paired_difference(result.m_opt_test, reference).to_dict() if reference else None
-        yield row
 
 
-def _row(strategy: str, result: SearchResult, order: list[int]) -> dict[str, Any]:
-    trace, test = result.trace, result.m_opt_test
-    paired = paired_difference(test, result.teacher_test)
+class TestScores:
+    """Scores on test, each hybrid once whoever asks."""
+
+    __test__ = False
+
+    def __init__(self, teacher: Teacher, bank: MixerBank, task: Task, batch_tokens: int) -> None:
+        self._score = make_evaluator(teacher, bank, task, "test", batch_tokens=batch_tokens, cache_bytes=0)
+        self._known: dict[frozenset[int], Score] = {}
+
+    def __call__(self, layers: Sequence[int]) -> Score:
+        linear = frozenset(layers)
+        if linear not in self._known:
+            self._known[linear] = self._score(linear)
+        return self._known[linear]
+
+    def row(self, layers: Sequence[int]) -> dict[str, Any]:
+        """One hybrid beside the teacher."""
+        score = self(layers)
+        low, high = mean_confidence_interval(score)
+        return {
+            "num_replaced": len(layers),
+            "test": score.value,
+            "test_ci95": [low, high],
+            "paired": paired_difference(score, self(())).to_dict(),
+        }
+
+
+def _is_over(deadline: float | None, settings: dict[str, Any]) -> bool:
+    """Whether the time is spent; otherwise what is left of it becomes the limit of the next search."""
+    if deadline is None:
+        return False
+    left = deadline - time.monotonic()
+    settings["max_seconds"] = max(1e-3, min(left, settings.get("max_seconds") or left))
+    return left <= 0
+
+
+def _num_layers(share: float, teacher: Teacher) -> int:
+    return round(share * teacher.num_layers)
+
+
+def _row(strategy: str, result: Selection, order: list[int], test: Score, teacher_test: Score) -> dict[str, Any]:
+    trace = result.trace
+    paired = paired_difference(test, teacher_test)
     low, high = mean_confidence_interval(test)
     return {
         "strategy": strategy,
@@ -90,7 +129,7 @@ def _row(strategy: str, result: SearchResult, order: list[int]) -> dict[str, Any
         "p_min_value": trace.p_min_value,
         "test": test.value,
         "test_ci95": [low, high],
-        "teacher_test": result.teacher_test.value,
+        "teacher_test": teacher_test.value,
         "test_drop": paired.relative_drop,
         "paired": paired.to_dict(),
         "pass_equivalents": round(result.pass_equivalents, 2),
@@ -99,15 +138,4 @@ def _row(strategy: str, result: SearchResult, order: list[int]) -> dict[str, Any
         "stop_reason": trace.stop_text,
         "reason": trace.reason,
         "certificate": trace.certificate.to_dict() if trace.certificate else None,
-    }
-
-
-def _on_test(test: Evaluator, layers: list[int], teacher: Score) -> dict[str, Any]:
-    score = test(frozenset(layers))
-    low, high = mean_confidence_interval(score)
-    return {
-        "num_replaced": len(layers),
-        "test": score.value,
-        "test_ci95": [low, high],
-        "paired": paired_difference(score, teacher).to_dict(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ class Evaluator:
         self._batch_tokens = batch_tokens
         self._num_generating_passes = 0.0
         self._grades: dict[frozenset[int], dict[int, Grade]] = {}
+        # The choices of a question share its context.
+        self._encode = lru_cache(maxsize=1)(
+            lambda context: encode_context(tokenizer, context, chat_template=task.chat_template)
+        )
         pairs: list[TokenPair] = []
         self._pairs_of: list[list[int]] = []
         """By item, where its likelihood requests are among all pairs."""
@@ -145,7 +150,7 @@ class Evaluator:
         )
 
     def _pair(self, request: LikelihoodRequest) -> TokenPair:
-        context = encode_context(self._tokenizer, request.context, chat_template=self._task.chat_template)
+        context = self._encode(request.context)
         target = self._tokenizer(request.target, add_special_tokens=False)["input_ids"]
         if not target:
             raise DataError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from dtr.tasks.base import Likelihood
 
 LOGIT_ROWS = {"cpu": 1024, "cuda": 8192}
 """Scored positions per slice of the LM head: logits in float32 for a large vocabulary are the biggest tensor here."""
+BATCH_OVERHEAD_TOKENS = {"cpu": 256, "cuda": 8192}
+"""Padded tokens that take as long as starting the kernels of one more batch: what a split by length must save. On an
+H100 a layer takes about 50 ns a token, and starting one about 0.4 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,9 @@ class _Batch:
     """Flat positions (into B * T) whose next token is scored."""
     targets: torch.Tensor
     owners: torch.Tensor
-    """Which member each scored position belongs to."""
+    """Which member each scored position belongs to; on the CPU."""
+    ends: torch.Tensor
+    """Flat position of each member's last token."""
     num_tokens: int
     """Real tokens, without padding."""
     boundaries: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -83,11 +89,14 @@ class LikelihoodScorer:
         self._num_layers = len(runner.layers)
         self._device = device
         self._base: frozenset[int] = frozenset()
+        overhead = BATCH_OVERHEAD_TOKENS.get(device.type, 256)
         with torch.no_grad():
             self._batches = [
                 self._prepare(pairs, members, pad_token_id)
                 for group in (groups if groups is not None else [range(len(pairs))])
-                for members in _group(pairs, group, batch_tokens)
+                for members in group_by_length(
+                    [len(pair) for pair in pairs], group, batch_tokens, overhead_tokens=overhead
+                )
             ]
         per_boundary = sum(b.prepared.hidden_BTD.numel() * b.prepared.hidden_BTD.element_size() for b in self._batches)
         num_kept = max(1, min(self._num_layers, cache_bytes // max(per_boundary, 1)))
@@ -105,10 +114,38 @@ class LikelihoodScorer:
         self, linear: frozenset[int], *, base: frozenset[int], only: Sequence[int] | None = None
     ) -> list[Likelihood]:
         """Likelihoods with the layers in `linear` replaced, of all pairs in order, or of `only` these groups' pairs."""
-        results: dict[int, Likelihood] = {}
-        for batch in self._batches_of(only):
-            results |= zip(batch.members, self._read(batch, self._last_hidden(batch, linear, base)))
+        batches = self._batches_of(only)
+        # All batches are started before the first result is waited for.
+        read = [self._read(batch, self._last_hidden(batch, linear, base)) for batch in batches]
+        if not read:
+            return []
+        log_probs, misses = torch.cat([x for x, _ in read]).double().cpu(), torch.cat([x for _, x in read]).long().cpu()
+        members = [index for batch in batches for index in batch.members]
+        ends = torch.tensor([0, *(len(batch.members) for batch in batches)]).cumsum(0)
+        owner = torch.cat([batch.owners + first for batch, first in zip(batches, ends.tolist())])
+        # Sums in float64 on the CPU: the same order on every device, and no rounding that depends on the batch.
+        sums = torch.zeros(len(members), dtype=torch.float64).index_add_(0, owner, log_probs).tolist()
+        num_missed = torch.zeros(len(members), dtype=torch.long).index_add_(0, owner, misses).tolist()
+        counts = owner.bincount(minlength=len(members)).tolist()
+        results = {
+            index: Likelihood(log_prob=sums[at], is_greedy=num_missed[at] == 0, num_tokens=counts[at])
+            for at, index in enumerate(members)
+        }
         return [results[index] for index in (range(len(results)) if only is None else only)]
+
+    @torch.no_grad()
+    def features(self, layer: int, *, is_linear: bool, only: Sequence[int] | None = None) -> torch.Tensor:
+        """What `layer` hands on at the last token of each pair (num_pairs, D), in the teacher, itself linear or not.
+
+        Pairs in order, or as in `only`, these groups' pairs.
+        """
+        found: dict[int, torch.Tensor] = {}
+        self._rebase(frozenset())
+        for batch in self._batches_of(only):
+            linear = frozenset({layer} if is_linear else ())
+            hidden = self._run(batch, self._hidden_before(batch, layer), range(layer, layer + 1), linear)
+            found |= zip(batch.members, hidden.flatten(0, 1)[batch.ends].float())
+        return torch.stack([found[index] for index in (range(len(found)) if only is None else only)])
 
     @torch.no_grad()
     def divergence(self, linear: frozenset[int], *, only: Collection[int] | None = None) -> float:
@@ -183,38 +220,56 @@ class LikelihoodScorer:
             prepared=self._runner.prepare(ids.to(device)),
             rows=torch.tensor(rows, device=device),
             targets=torch.tensor(targets, device=device),
-            owners=torch.tensor(owners, device=device),
+            owners=torch.tensor(owners),
+            ends=torch.tensor([at * longest + len(pairs[i]) - 1 for at, i in enumerate(members)], device=device),
             num_tokens=sum(len(pairs[i]) for i in members),
         )
 
-    def _read(self, batch: _Batch, hidden_BTD: torch.Tensor) -> list[Likelihood]:
+    def _read(self, batch: _Batch, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each scored position's token, and whether another token is likelier."""
         scored = hidden_BTD.flatten(0, 1)[batch.rows]
-        log_probs, hits = [], []
+        log_probs, misses = [], []
         step = LOGIT_ROWS.get(self._device.type, 1024)
         for part, targets in zip(scored.split(step), batch.targets.split(step)):
             logits = self._runner.logits(part).float()
-            chosen = logits.gather(1, targets[:, None]).squeeze(1)
-            log_probs.append(chosen - logits.logsumexp(dim=1))
-            hits.append(logits.argmax(dim=1) == targets)
-        # Sums in float64 on the CPU: the same order on every device, and no rounding that depends on the batch.
-        log_prob, hit, owner = torch.cat(log_probs).double().cpu(), torch.cat(hits).cpu(), batch.owners.cpu()
-        num = len(batch.members)
-        sums = torch.zeros(num, dtype=torch.float64).index_add_(0, owner, log_prob)
-        counts = torch.zeros(num, dtype=torch.long).index_add_(0, owner, torch.ones_like(owner))
-        misses = torch.zeros(num, dtype=torch.long).index_add_(0, owner, (~hit).long())
-        return [
-            Likelihood(log_prob=s, is_greedy=m == 0, num_tokens=c)
-            for s, m, c in zip(sums.tolist(), misses.tolist(), counts.tolist())
-        ]
+            log_probs.append(logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1))
+            misses.append(logits.argmax(dim=1) != targets)
+        return torch.cat(log_probs), torch.cat(misses)
 
 
-def _group(pairs: Sequence[TokenPair], members: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Members of similar length, longest first, at most `batch_tokens` padded tokens together."""
-    order = sorted(members, key=lambda i: (-len(pairs[i]), i))
-    groups: list[list[int]] = []
-    for index in order:
-        if groups and len(pairs[groups[-1][0]]) * (len(groups[-1]) + 1) <= batch_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+def group_by_length(
+    lengths: Sequence[int], members: Sequence[int], batch_tokens: int, *, overhead_tokens: int = 0
+) -> list[list[int]]:
+    """Batches of similar length, longest first, with the least work: padded tokens, and an overhead for each batch.
+
+    The best cut of the lengths into ranges, by dynamic programming over the lengths that occur; a range that exceeds
+    `batch_tokens` is dealt out in even batches.
+    """
+    order = sorted(members, key=lambda i: (-lengths[i], i))
+    starts = [at for at in range(len(order)) if at == 0 or lengths[order[at]] != lengths[order[at - 1]]]
+    starts.append(len(order))
+
+    def num_batches(first: int, last: int) -> int:
+        return math.ceil((last - first) / max(1, batch_tokens // lengths[order[first]]))
+
+    best: list[tuple[float, int]] = [(0.0, 0)] * len(starts)
+    for end in range(1, len(starts)):
+        best[end] = min(
+            (
+                best[begin][0]
+                + lengths[order[starts[begin]]] * (starts[end] - starts[begin])
+                + overhead_tokens * num_batches(starts[begin], starts[end]),
+                begin,
+            )
+            for begin in range(end)
+        )
+    cuts = [len(starts) - 1]
+    while cuts[0] > 0:
+        cuts.insert(0, best[cuts[0]][1])
+    batches = []
+    for begin, end in pairwise(cuts):
+        first, last = starts[begin], starts[end]
+        num = num_batches(first, last)
+        edges = [first + (last - first) * at // num for at in range(num + 1)]
+        batches += [order[low:high] for low, high in pairwise(edges)]
+    return batches
