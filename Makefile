@@ -9,7 +9,7 @@ WHEEL_DIR ?= dist
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
-.PHONY: install demo test slow check smoke matrix docs wheel clean
+.PHONY: install demo test slow test-lm-eval check smoke matrix docs wheel clean
 
 install: $(VENV)/.ready
 
@@ -22,6 +22,12 @@ test: install
 # Needs minutes, a browser or the real model.
 slow: install
 	$(PYTEST) -m "slow and not gpu"
+
+# lm-evaluation-harness brings about forty packages, more than CI should install each time. DTR_TASK_DATA may name a
+# folder with arc_easy, piqa and hellaswag as JSON Lines, to compare on real data as well.
+test-lm-eval: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[dev,lm-eval]"
+	$(PYTEST) tests/test_tasks_harness.py
 
 # What CI runs besides the tests.
 check: install

@@ -176,6 +176,8 @@ def test_messages_are_the_real_ones(command, message, newcomer, dtr):
         pytest.skip("there is a GPU")
     write_rows(Path("one_choice_short"), question="{}?", choices=["a", "b", "c"], answer=3)
     write_rows(Path("no_answer"), question="{}?", choices=["a", "b", "c"])
+    write_rows(Path("test_only"), question="{}?", choices=["a", "b", "c"], answer=0)
+    Path("test_only/validation.jsonl").unlink()
     Path("two_words.txt").write_text("two words", encoding="utf-8")
     recipe = {
         "teacher": {"source": HUB_NAME, "dtype": "float32"},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "triton", "fla-core", "gguf", "lm-eval")
-EXTRAS = {"gguf": "gguf", "fla": "fla", "lm-eval": "lm_eval"}
+EXTRAS = {"gguf": "gguf", "fla": "fla", "lm-eval": "lm_eval", "rouge": "rouge_score", "tensorboard": "tensorboard"}
 """Extra of this package to the module it brings."""
 
 

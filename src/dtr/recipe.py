@@ -73,13 +73,19 @@ class DistillSection(Section):
 
 class TaskSection(Section):
     source: str = "recall"
-    """`recall` (built in), or a folder with validation.jsonl and test.jsonl, or `perplexity` with `path`."""
+    """`recall` (built in), a folder with validation.jsonl and test.jsonl (also .parquet, .csv, .arrow), a folder from
+    `save_to_disk`, `datasets:NAME` of the hub, `lm_eval:NAME` of lm-evaluation-harness, or `perplexity` with `path`."""
     kind: Literal["auto", "multiple_choice", "classification", "generation", "perplexity", "recall"] = "auto"
     """What an item asks for; auto decides by the fields of the first row."""
     path: str | None = None
-    """Data of a task whose source is a kind: a folder or a file."""
+    """Data of a task whose source is a kind: a folder or a file; for lm_eval a folder with YAML files of your own."""
+    subset: str | None = None
+    """Configuration of a hub data set, as ARC-Easy of `datasets:allenai/ai2_arc`."""
+    fields: dict[str, str | list[str]] = Field(default_factory=dict)
+    """The task's fields by those of the data set: a field (`choices.text`), a template (`{premise} so`) or a list."""
     metric: str = "auto"
-    """auto, acc, acc_norm, exact_match or perplexity; must fit the kind."""
+    """auto, acc, acc_norm, exact_match, f1, rouge_l, pass_at_1, perplexity, or a function as `mypackage.scores:f`; must
+    fit the kind."""
     prompt: str | None = None
     """Template of the context, with the row's fields in braces, as 'Question: {question}\\nAnswer:'."""
     target: str | None = None
@@ -94,6 +100,8 @@ class TaskSection(Section):
     """Use this many validation items (a seeded draw); all when left out."""
     num_test: int | None = Field(default=None, ge=1)
     """Use this many test items (a seeded draw); all when left out."""
+    cut_validation: float | None = Field(default=None, gt=0, lt=1)
+    """Permission to draw this share of the only split for validation, where the validation or test split is missing."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the task kind."""
 

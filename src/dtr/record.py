@@ -87,6 +87,7 @@ def make_record(
             "num_validation": len(task.splits["validation"]),
             "num_test": len(task.splits["test"]),
             "fingerprint": fingerprint(task),
+            "notes": list(task.notes),
         },
         "search": _search(result),
         "m_opt": _model(teacher, bank, result.trace.m_opt, result.m_opt_test, result.teacher_test),

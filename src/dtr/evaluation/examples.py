@@ -40,7 +40,7 @@ def differing_items(teacher: Teacher, hybrid: Any, task: Task) -> list[dict[str,
         found.append(
             {
                 "prompt": item.requests[0].context[-MAX_TEXT_CHARS:],
-                "answer": str(item.row.get("answer", item.row.get("label_text", "")))[:MAX_TEXT_CHARS],
+                "answer": _right_answer(item)[:MAX_TEXT_CHARS],
                 "teacher": _describe(item, theirs, right["teacher"]),
                 "hybrid": _describe(item, ours, right["hybrid"]),
             }
@@ -48,6 +48,14 @@ def differing_items(teacher: Teacher, hybrid: Any, task: Task) -> list[dict[str,
         if len(found) == MAX_DIFFERENCES:
             break
     return found
+
+
+def _right_answer(item: Item) -> str:
+    """The right answer as a text, empty where an item has none."""
+    answer = item.row.get("answer", "")
+    if isinstance(answer, int) and "choices" in item.row:
+        answer = item.row["choices"][answer]
+    return str(answer) or " / ".join(map(str, item.row.get("answers", ())))
 
 
 def _describe(item: Item, responses: list[Response], value: float) -> str:

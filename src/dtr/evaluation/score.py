@@ -68,8 +68,11 @@ def mean_score(metric: str, grades: Sequence[Grade]) -> Score:
     )
 
 
-def perplexity_score(grades: Sequence[Grade]) -> Score:
-    """exp of the token-weighted mean negative log-likelihood; standard error by the delta method over items."""
+def perplexity_score(grades: Sequence[Grade], *, metric: str = "perplexity") -> Score:
+    """exp of the mean negative log-likelihood, weighted by tokens (or words or bytes, as each grade says).
+
+    Standard error by the delta method over items.
+    """
     assert grades, "a score needs at least one item"
     total = sum(g.weight for g in grades)
     nll = sum(g.value * g.weight for g in grades) / total
@@ -78,7 +81,7 @@ def perplexity_score(grades: Sequence[Grade]) -> Score:
     spread = sum((g.weight * (g.value - nll)) ** 2 for g in grades) * n / max(n - 1, 1)
     value = math.exp(nll)
     return Score(
-        metric="perplexity",
+        metric=metric,
         value=value,
         stderr=value * math.sqrt(spread) / total,
         num_items=n,

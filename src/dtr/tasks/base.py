@@ -83,6 +83,10 @@ class Task(Protocol):
     def splits(self) -> Mapping[str, Sequence[Item]]:
         """`validation` (search looks at it) and `test` (scored once at the end): disjoint, never empty."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that belong beside every score, as that validation was cut from the test split."""
+
     def grade(self, item: Item, responses: Sequence[Response]) -> Grade: ...
 
     def summarize(self, grades: Sequence[Grade]) -> Score: ...

@@ -1,8 +1,8 @@
 """Classification: which of the task's labels is the likeliest after the text?
 
 Rows `{text, label, label_text}`. The labels are those of the train split (where the folder has one) and of the
-validation rows, so that nothing is learned from the test split. Metrics `acc` (auto) and `acc_norm`, as in multiple
-choice.
+validation rows, so that nothing is learned from the test split. Metrics `acc` (auto), `acc_norm` and functions, as in
+multiple choice.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dtr.errors import DataError
 from dtr.recipe import Section
 from dtr.tasks.base import Item
 from dtr.tasks.jsonl import Row
-from dtr.tasks.multiple_choice import ChoiceTask, choice_request
+from dtr.tasks.multiple_choice import ChoiceTask, choice_request, make_choice_task
 from dtr.tasks.prompts import default_target, fill
-from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options
-from dtr.tasks.splits import draw_splits, is_train_there, read_splits, rows_of
+from dtr.tasks.spec import TASKS, TaskSpec, read_options
+from dtr.tasks.splits import read_splits, rows_of
 
 DEFAULT_PROMPT = "{text}\nCategory:"
 
@@ -34,17 +34,12 @@ def load_classification(spec: TaskSpec) -> ChoiceTask:
         RecipeError: settings that do not fit.
     """
     read_options(ClassificationOptions, spec)
-    rows = read_splits(spec)
-    train = rows_of(spec, "train", "task.train") if is_train_there(spec) else []
-    labels = _collect_labels([*train, *rows["validation"]])
-    items = {split: [_make_item(row, spec, labels) for row in rows[split]] for split in rows}
-    return ChoiceTask(
-        name=spec.name,
-        kind=spec.kind,
-        metric=choose_metric(spec, ("acc", "acc_norm"), "acc"),
-        chat_template=spec.chat_template,
-        splits=draw_splits(spec, items),
-    )
+    found = read_splits(spec)
+    assert spec.rows is not None, "labels come with rows"
+    train = rows_of(spec, "train", "task.train") if "train" in spec.rows.names() else []
+    labels = _collect_labels([*train, *found.rows["validation"]])
+    items = {split: [_make_item(row, spec, labels) for row in found.rows[split]] for split in found.rows}
+    return make_choice_task(spec, items, "acc", found.notes)
 
 
 def _collect_labels(rows: Iterable[Row]) -> list[str]:

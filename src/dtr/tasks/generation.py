@@ -1,14 +1,15 @@
 """Generation: does the model write the right answer, greedily?
 
-Rows `{prompt, answer}`, or `{context, question, answers}` with several accepted answers. Metric `exact_match`: 1 if
-the written text equals an accepted answer after `normalize`.
+Rows `{prompt, answer}`, or `{context, question, answers}` with several accepted answers. Metrics: `exact_match` (auto:
+1 if the written text equals an accepted answer after `normalize`), `f1`, `rouge_l`, any function by import path, and
+`pass_at_1` for rows `{prompt, tests}`: 1 if prompt, written text and tests run as one Python program.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import Field
 
@@ -17,8 +18,18 @@ from dtr.evaluation.score import Grade, Score, mean_score
 from dtr.recipe import Section
 from dtr.tasks.base import Generation, GenerationRequest, Item, Likelihood, Request, Response
 from dtr.tasks.jsonl import Row
+from dtr.tasks.metrics import (
+    TextMetric,
+    choose_text_metric,
+    exact_match,
+    find_metric,
+    is_import_path,
+    measure,
+    normalize,
+)
 from dtr.tasks.prompts import default_target, fill, likelihood_request, question_prompt
-from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options
+from dtr.tasks.sandbox import passes
+from dtr.tasks.spec import TASKS, TaskSpec, read_options
 from dtr.tasks.splits import draw_splits, read_splits
 
 ANSWER_FIELDS = ("final", "answers", "answer")
@@ -33,8 +44,14 @@ class GenerationOptions(Section):
     """The text ends before the first of these."""
     extract: str | None = None
     """Regular expression; its last match (its first group, if it has one) is compared instead of the whole text."""
+    max_context_chars: int | None = Field(default=None, ge=2)
+    """Longer `context` fields lose their middle, as for meetings that do not fit the model; whole when left out."""
     answer_field: str | None = None
     """Field with the accepted answer or a list of them; when left out the first of final, answers, answer."""
+    allow_code_execution: bool = False
+    """Run what models write, in a process with limits, which `pass_at_1` needs; see docs/recipes.md for the risk."""
+    code_seconds: int = Field(default=5, ge=1)
+    """Longest time that a written program may run."""
     score_answer: bool = True
     """Also ask for the likelihood of the reference answer, so that search can break ties; one more forward pass."""
 
@@ -48,31 +65,34 @@ class GenerationTask:
     metric: str = "exact_match"
     chat_template: bool
     splits: Mapping[str, Sequence[Item]]
+    notes: tuple[str, ...] = ()
     extract: re.Pattern[str] | None = None
+    function: TextMetric = exact_match
+    """What `metric` names; for `pass_at_1` not used."""
+    code_seconds: int = 5
 
     def grade(self, item: Item, responses: Sequence[Response]) -> Grade:
-        """1 where the written text matches an accepted answer, else 0; text without a match of `extract` is wrong."""
+        """The metric of the written text; text without a match of `extract` counts as none.
+
+        Raises:
+            DataError: the metric is no finite number on this item.
+        """
         assert len(responses) == len(item.requests), "one response per request"
         written, *rest = responses
         assert isinstance(written, Generation)
         found = written.text if self.extract is None else extract_last(self.extract, written.text)
-        accepted = {normalize(answer) for answer in item.row["answers"]}
         log_likelihood = sum(answer.log_prob for answer in rest if isinstance(answer, Likelihood))
-        is_right = found is not None and normalize(found) in accepted
-        return Grade(value=float(is_right), log_likelihood=log_likelihood)
+        if found is None:
+            value = 0.0
+        elif self.metric == "pass_at_1":
+            program = f"{item.row['program']}{found}\n{item.row['tests']}"
+            value = float(passes(program, seconds=self.code_seconds))
+        else:
+            value = measure(self.function, self.metric, found, item.row["answers"], item=item.id)
+        return Grade(value=value, log_likelihood=log_likelihood)
 
     def summarize(self, grades: Sequence[Grade]) -> Score:
         return mean_score(self.metric, grades)
-
-
-def normalize(text: str) -> str:
-    """Text as it is compared: case and white space evened, commas between thousands and final punctuation removed.
-
-    >>> normalize(" The  answer: 1,250. ")
-    'the answer: 1250'
-    """
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", " ".join(text.split()).casefold())
-    return text.rstrip(".,;:!? ")
 
 
 def extract_last(pattern: re.Pattern[str], text: str) -> str | None:
@@ -92,43 +112,80 @@ def load_generation(spec: TaskSpec) -> GenerationTask:
         RecipeError: settings that do not fit.
     """
     options = read_options(GenerationOptions, spec)
-    metric = choose_metric(spec, ("exact_match",), "exact_match")
+    metric = choose_text_metric(spec.metric, kind=spec.kind, auto="exact_match")
+    _check_execution(metric, options)
     try:
         pattern = re.compile(options.extract) if options.extract is not None else None
     except re.error as error:
         raise RecipeError(
             "task.options.extract", got=f"{options.extract!r} ({error})", expected="a regular expression"
         ) from None
-    rows = read_splits(spec)
-    items = {split: [_make_item(row, spec, options, pattern) for row in rows[split]] for split in rows}
+    found = read_splits(spec)
+    items = {
+        split: [_make_item(row, spec, options, pattern, metric) for row in found.rows[split]] for split in found.rows
+    }
+    function = find_metric(metric) if metric != "pass_at_1" else exact_match
+    if is_import_path(metric):
+        # A function that cannot grade a right answer is told before any work is done.
+        first = items["validation"][0]
+        measure(function, metric, first.row["answers"][0], first.row["answers"], item=first.id)
     return GenerationTask(
         name=spec.name,
         metric=metric,
         chat_template=spec.chat_template,
         splits=draw_splits(spec, items),
+        notes=found.notes,
         extract=pattern,
+        function=function,
+        code_seconds=options.code_seconds,
     )
 
 
-def _make_item(row: Row, spec: TaskSpec, options: GenerationOptions, pattern: re.Pattern[str] | None) -> Item:
+def _check_execution(metric: str, options: GenerationOptions) -> None:
+    if metric == "pass_at_1" and not options.allow_code_execution:
+        raise RecipeError(
+            "task.metric",
+            got="pass_at_1, which runs code that models write",
+            expected="permission to run it",
+            hint="In a container or on a machine you can lose, set task.options.allow_code_execution: true.",
+        )
+
+
+def _make_item(
+    row: Row, spec: TaskSpec, options: GenerationOptions, pattern: re.Pattern[str] | None, metric: str
+) -> Item:
+    if options.max_context_chars is not None and isinstance(row.data.get("context"), str):
+        row = replace(row, data={**row.data, "context": _cut_middle(row.data["context"], options.max_context_chars)})
     if spec.prompt is not None:
         context = fill(spec.prompt, row, "task.prompt")
     else:
         context = row.text("prompt") if "prompt" in row.data else question_prompt(row)
     # A space at the end of a prompt would be a token the model has rarely seen there.
     context = context if spec.chat_template else context.rstrip()
-    answers = _read_answers(row, options.answer_field)
+    runs_code = metric == "pass_at_1"
+    answers = [] if runs_code and "answer" not in row.data else _read_answers(row, options.answer_field)
     requests: list[Request] = [
         GenerationRequest(context=context, max_new_tokens=options.max_new_tokens, stop=tuple(options.stop))
     ]
-    if options.score_answer:
+    if options.score_answer and answers:
         # The reference text, which may hold the way to the answer that is compared.
         reference = {"answer": row.data.get("answer", answers[0])}
         template = spec.target or default_target("answer", chat_template=spec.chat_template)
         target = fill(template, row, "task.target", reference)
         requests.append(likelihood_request(context, target, chat_template=spec.chat_template))
+    if runs_code:
+        # A completion goes on where the prompt's code stops, so both belong to the program.
+        return Item(
+            id=row.id, requests=tuple(requests), row={"program": row.text("prompt"), "tests": row.text("tests")}
+        )
     accepted = [answer if pattern is None else extract_last(pattern, answer) or answer for answer in answers]
     return Item(id=row.id, requests=tuple(requests), row={"answers": accepted})
+
+
+def _cut_middle(text: str, num_chars: int) -> str:
+    """The first and last halves of `num_chars`: what matters stands more often near the ends than in between."""
+    half = num_chars // 2
+    return text if len(text) <= num_chars else f"{text[:half]}\n...\n{text[-half:]}"
 
 
 def _read_answers(row: Row, field: str | None) -> list[str]:

@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtr.corpus.reading import is_plain_text, suggest_path
+from dtr.corpus.reading import suggest_path
 from dtr.errors import DataError, RecipeError
 
 # Each of these registers its kind.
 from dtr.tasks import classification, generation, multiple_choice, perplexity, recall  # noqa: F401
 from dtr.tasks.base import Task
-from dtr.tasks.jsonl import SplitExpression, read_jsonl
+from dtr.tasks.fields import FieldMap, check_fields, map_row
+from dtr.tasks.harness import load_harness
+from dtr.tasks.harness_rows import HARNESS_PREFIX, open_harness
+from dtr.tasks.jsonl import SplitExpression
+from dtr.tasks.sources import HUB_PREFIX, FileRows, RowSource, is_saved_dataset, open_hub, open_saved
 from dtr.tasks.spec import TASKS, TaskSpec
-from dtr.tasks.splits import find_split, short_name
 
-BUILT_IN = "recall"
+BUILT_IN = ("recall",)
+"""Kinds that make their own items."""
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "multiple_choice": (("question", "choices", "answer"), ("context", "choices", "answer")),
     "classification": (("text", "label", "label_text"),),
@@ -39,14 +43,18 @@ def load_task(
     test: str = "test",
     num_validation: int | None = None,
     num_test: int | None = None,
+    cut_validation: float | None = None,
+    subset: str | None = None,
+    fields: FieldMap | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Task:
     """Make a task.
 
     Args:
-        source: `recall` (built in), a folder with validation.jsonl and test.jsonl, a single file, or the name of a
-            kind with the data at `path`.
+        source: `recall` (built in), a folder with validation.jsonl and test.jsonl, a single file (also .parquet, .csv,
+            .arrow), a folder from `save_to_disk`, `datasets:NAME` of the hub, `lm_eval:NAME` of lm-evaluation-harness
+            (its own YAML files at `path`), or the name of a kind with the data at `path`.
         kind: multiple_choice, classification, generation, perplexity, recall, or `auto`: by the fields of the first
             validation row.
         metric: `auto` is acc_norm for multiple choice with more than two choices and acc with two, acc for
@@ -55,6 +63,9 @@ def load_task(
         chat_template: wrap the prompt as a user turn.
         validation, test: a split, or rows of one as `test[0:250]`; a single file's split is called `rows`.
         num_validation, num_test: use that many items, drawn by the seed; for recall, make that many.
+        cut_validation: permission to draw this share of the only split for validation where one of the two is missing.
+        subset: configuration of a hub data set.
+        fields: the task's fields by the data set's, as `{"question": "goal", "choices": ["sol1", "sol2"]}`.
         options: further settings of the kind, see its `...Options` class.
 
     Raises:
@@ -64,12 +75,13 @@ def load_task(
     for name, size in (("num_validation", num_validation), ("num_test", num_test)):
         if size is not None and size < 1:
             raise RecipeError(f"task.{name}", got=str(size), expected="at least 1", hint="Leave it out to use all.")
-    data = _find_data(source, path)
-    kind = _find_kind(source, kind, data, validation)
+    check_fields(fields or {})
+    rows = _find_rows(source, path, subset)
+    kind = "lm_eval" if source.startswith(HARNESS_PREFIX) else _find_kind(source, kind, rows, validation, fields or {})
     spec = TaskSpec(
-        name=source if data is None else short_name(data),
+        name=source if rows is None else rows.name,
         kind=kind,
-        data=data,
+        rows=rows,
         metric=metric,
         prompt=prompt,
         target=target,
@@ -78,15 +90,37 @@ def load_task(
         test=test,
         num_validation=num_validation,
         num_test=num_test,
+        cut_validation=cut_validation,
+        fields=dict(fields or {}),
         options=dict(options or {}),
         seed=seed,
     )
-    return TASKS[kind](spec)
+    return load_harness(spec) if kind == "lm_eval" else TASKS[kind](spec)
+
+
+def _find_rows(source: str, path: str | None, subset: str | None) -> RowSource | None:
+    """Where the rows are, None for the built-in tasks."""
+    if source.startswith(HARNESS_PREFIX):
+        return open_harness(source.removeprefix(HARNESS_PREFIX), path)
+    is_hub = source.startswith(HUB_PREFIX)
+    if subset is not None and not is_hub:
+        raise RecipeError(
+            "task.subset",
+            got=f"'{subset}' for {source}",
+            expected=f"a source of the hub, as {HUB_PREFIX}allenai/ai2_arc",
+            hint="Leave task.subset out.",
+        )
+    if is_hub and path is None:
+        return open_hub(source.removeprefix(HUB_PREFIX), subset)
+    data = _find_data(source, path)
+    if data is None:
+        return None
+    return open_saved(data) if data.is_dir() and is_saved_dataset(data) else FileRows(data)
 
 
 def _find_data(source: str, path: str | None) -> Path | None:
-    """Folder or file with the rows, None for the built-in task."""
-    if source in TASKS and source != BUILT_IN:
+    """Folder or file with the rows, None for the built-in tasks."""
+    if source in TASKS and source not in BUILT_IN:
         if path is None:
             raise RecipeError(
                 "task.path", got="nothing", expected=f"a folder or file for the {source} task", hint="Add task.path."
@@ -97,9 +131,9 @@ def _find_data(source: str, path: str | None) -> Path | None:
             "task.path",
             got=f"'{path}' next to the source '{source}'",
             expected="one place for the data",
-            hint=f"Leave one of them out, or name a kind as source: {', '.join(k for k in TASKS if k != BUILT_IN)}.",
+            hint=f"Leave one of them out, or name a kind as source: {', '.join(sorted(set(TASKS) - set(BUILT_IN)))}.",
         )
-    elif source == BUILT_IN:
+    elif source in BUILT_IN:
         return None
     else:
         data, where = Path(source).expanduser(), "task.source"
@@ -113,33 +147,37 @@ def _find_data(source: str, path: str | None) -> Path | None:
     return data
 
 
-def _find_kind(source: str, kind: str, data: Path | None, validation: str) -> str:
+def _find_kind(source: str, kind: str, rows: RowSource | None, validation: str, fields: FieldMap) -> str:
     if source in TASKS:
         if kind not in ("auto", source):
             raise RecipeError("task.kind", got=f"'{kind}'", expected=f"auto or {source}, the kind that is the source")
         return source
-    assert data is not None, "only a kind can do without data"
-    if kind == BUILT_IN:
+    assert rows is not None, "only a kind can do without data"
+    if kind in BUILT_IN:
         raise RecipeError(
-            "task.kind", got=f"'{kind}' for {data}", expected="a kind that reads data", hint="Set task.source: recall."
+            "task.kind",
+            got=f"'{kind}' for {source}",
+            expected="a kind that reads data",
+            hint=f"Set task.source: {kind}.",
         )
-    return detect_kind(data, validation) if kind == "auto" else kind
+    return detect_kind(rows, validation, fields) if kind == "auto" else kind
 
 
-def detect_kind(data: Path, validation: str) -> str:
+def detect_kind(source: RowSource, validation: str, fields: FieldMap) -> str:
     """The kind whose fields the first validation row has.
 
     Raises:
         DataError: no kind or several fit; lists the fields that are known.
     """
-    file = find_split(data, SplitExpression.parse(validation, "task.validation").name, "task.validation")
-    if is_plain_text(file):
-        return "perplexity"
-    row = read_jsonl(file)[0]
-    fields = set(row.data)
-    fitting = [kind for kind, sets in FIELDS.items() if any(fields.issuperset(names) for names in sets)]
+    there, split = source.names(), SplitExpression.parse(validation, "task.validation").name
+    if split not in there:
+        # Validation may yet be cut from another split, which then shows the fields; else `read_splits` says what lacks.
+        split = next((name for name in ("test", "rows", "train") if name in there), split)
+    row = source.rows(split, "task.validation")[0]
+    fields_there = map_row(row, fields).data.keys()
+    fitting = [kind for kind, sets in FIELDS.items() if any(fields_there >= set(names) for names in sets)]
     answer_fields = {"label", "label_text", "choices", "answer", "answers", "prompt"}
-    if "perplexity" in fitting and fields & answer_fields:
+    if "perplexity" in fitting and fields_there & answer_fields:
         # Text with a label or an answer next to it is hardly meant for its perplexity.
         fitting.remove("perplexity")
     if len(fitting) == 1:
@@ -147,8 +185,8 @@ def detect_kind(data: Path, validation: str) -> str:
     known = "; ".join(f"{kind}: {' or '.join('{' + ', '.join(s) + '}' for s in FIELDS[kind])}" for kind in FIELDS)
     raise DataError(
         row.where,
-        got=f"a row with the fields {', '.join(map(str, row.data)) or 'none'}"
+        got=f"a row with the fields {', '.join(map(str, fields_there)) or 'none'}"
         + (f", which fits {' and '.join(fitting)}" if fitting else ""),
         expected=f"the fields of one kind ({known})",
-        hint="Rename the fields, or set task.kind.",
+        hint="Rename the fields, map them with task.fields, or set task.kind.",
     )

@@ -2,7 +2,8 @@
 
 Rows `{context, question, choices, answer}` with the answer's index from 0. Metrics as in lm-evaluation-harness:
 `acc` takes the choice with the highest log-probability, `acc_norm` the one with the highest log-probability per
-character of the choice. `auto` is acc_norm where a row has more than two choices, else acc.
+character of the choice. `auto` is acc_norm where a row has more than two choices, else acc. A function by import path
+is called with the choice that ranks first as `auto` would rank them, and with a list of the right one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dtr.evaluation.score import Grade, Score, mean_score
 from dtr.recipe import Section
 from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response
 from dtr.tasks.jsonl import Row
+from dtr.tasks.metrics import TextMetric, find_metric, is_import_path, measure
 from dtr.tasks.prompts import default_target, fill, likelihood_request, question_prompt
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options
 from dtr.tasks.splits import draw_splits, read_splits
@@ -37,6 +39,11 @@ class ChoiceTask:
     metric: str
     chat_template: bool
     splits: Mapping[str, Sequence[Item]]
+    notes: tuple[str, ...] = ()
+    is_normed: bool
+    """Whether choices rank by log-probability per character."""
+    function: TextMetric | None = None
+    """Grades the first-ranked choice instead of plain agreement."""
 
     def grade(self, item: Item, responses: Sequence[Response]) -> Grade:
         """1 where the right choice ranks first (the earliest of equals counts as first), else 0."""
@@ -45,10 +52,14 @@ class ChoiceTask:
         for request, response in zip(item.requests, responses):
             assert isinstance(request, LikelihoodRequest)
             assert isinstance(response, Likelihood)
-            num_characters = len(request.target.strip()) if self.metric == "acc_norm" else 1
+            num_characters = len(request.target.strip()) if self.is_normed else 1
             scores.append(response.log_prob / num_characters)
-        answer = item.row["answer"]
-        return Grade(value=float(scores.index(max(scores)) == answer), log_likelihood=scores[answer])
+        answer, first = item.row["answer"], scores.index(max(scores))
+        value = float(first == answer)
+        if self.function is not None:
+            choices = item.row["choices"]
+            value = measure(self.function, self.metric, choices[first], [choices[answer]], item=item.id)
+        return Grade(value=value, log_likelihood=scores[answer])
 
     def summarize(self, grades: Sequence[Grade]) -> Score:
         return mean_score(self.metric, grades)
@@ -63,15 +74,37 @@ def load_multiple_choice(spec: TaskSpec) -> ChoiceTask:
         RecipeError: settings that do not fit.
     """
     options = read_options(MultipleChoiceOptions, spec)
-    rows = read_splits(spec)
-    items = {split: [_make_item(row, spec, options) for row in rows[split]] for split in rows}
+    found = read_splits(spec)
+    items = {split: [_make_item(row, spec, options) for row in found.rows[split]] for split in found.rows}
     num_choices = max(len(item.requests) for split in items for item in items[split])
+    return make_choice_task(spec, items, "acc_norm" if num_choices > 2 else "acc", found.notes)
+
+
+def make_choice_task(
+    spec: TaskSpec, items: Mapping[str, Sequence[Item]], auto: str, notes: tuple[str, ...]
+) -> ChoiceTask:
+    """A task over these items; `auto` is the metric, or the ranking below a function, where the recipe names none.
+
+    Raises:
+        RecipeError: a metric that is not known or cannot be imported.
+        DataError: fewer items than asked for, or a function that cannot grade a right answer.
+    """
+    is_function = is_import_path(spec.metric)
+    metric = spec.metric if is_function else choose_metric(spec, ("acc", "acc_norm"), auto)
+    function = find_metric(metric) if is_function else None
+    if function is not None:
+        first = items["validation"][0]
+        right = first.row["choices"][first.row["answer"]]
+        measure(function, metric, right, [right], item=first.id)
     return ChoiceTask(
         name=spec.name,
         kind=spec.kind,
-        metric=choose_metric(spec, ("acc", "acc_norm"), "acc_norm" if num_choices > 2 else "acc"),
+        metric=metric,
         chat_template=spec.chat_template,
         splits=draw_splits(spec, items),
+        notes=notes,
+        is_normed=(auto if is_function else metric) == "acc_norm",
+        function=function,
     )
 
 

@@ -36,6 +36,7 @@ class PerplexityTask:
     metric: str = "perplexity"
     chat_template: bool = False
     splits: Mapping[str, Sequence[Item]]
+    notes: tuple[str, ...] = ()
 
     def grade(self, item: Item, responses: Sequence[Response]) -> Grade:
         """Mean negative log-likelihood per token in nats, weighted by the number of tokens."""
@@ -59,9 +60,9 @@ def load_perplexity(spec: TaskSpec) -> PerplexityTask:
     options = read_options(PerplexityOptions, spec)
     refuse_settings(spec, "prompt", "target", "chat_template")
     metric = choose_metric(spec, ("perplexity",), "perplexity")
-    rows = read_splits(spec)
-    items = {split: [item for row in rows[split] for item in _windows(row, options)] for split in rows}
-    return PerplexityTask(name=spec.name, metric=metric, splits=draw_splits(spec, items))
+    found = read_splits(spec)
+    items = {split: [item for row in found.rows[split] for item in _windows(row, options)] for split in found.rows}
+    return PerplexityTask(name=spec.name, metric=metric, splits=draw_splits(spec, items), notes=found.notes)
 
 
 def _windows(row: Row, options: PerplexityOptions) -> list[Item]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import string
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +26,8 @@ def fill(template: str, row: Row, where: str, extra: Mapping[str, Any] | None = 
     fields = {**row.data, **(extra or {})}
     try:
         for _, name, _, _ in string.Formatter().parse(template):
-            if name is not None and name not in fields:
+            # `choices[text]` asks for the field choices.
+            if name is not None and re.split(r"[.\[]", name)[0] not in fields:
                 near = difflib.get_close_matches(name, fields, n=1)
                 raise RecipeError(
                     where,
@@ -36,7 +38,7 @@ def fill(template: str, row: Row, where: str, extra: Mapping[str, Any] | None = 
         return template.format_map(fields)
     except RecipeError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise RecipeError(
             where,
             got=f"{template!r} ({error})",

@@ -87,6 +87,7 @@ class RecallTask:
     metric: str = "exact_match"
     chat_template: bool = False
     splits: Mapping[str, Sequence[Item]]
+    notes: tuple[str, ...] = ()
 
     def grade(self, item: Item, responses: Sequence[Response]) -> Grade:
         """1 where greedy decoding writes exactly the answer, else 0."""
@@ -107,7 +108,7 @@ def load_recall(spec: TaskSpec) -> RecallTask:
         DataError: the same split is asked for twice.
     """
     options = read_options(RecallOptions, spec)
-    refuse_settings(spec, "prompt", "target", "chat_template")
+    refuse_settings(spec, "prompt", "target", "chat_template", "cut_validation", "fields")
     metric = choose_metric(spec, ("exact_match",), "exact_match")
     for where, split in (("task.validation", spec.validation), ("task.test", spec.test)):
         if split not in SPLITS:

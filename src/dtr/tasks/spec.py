@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -13,6 +12,7 @@ from dtr.errors import RecipeError, did_you_mean
 from dtr.recipe import Section
 from dtr.registry import Registry
 from dtr.tasks.base import Task
+from dtr.tasks.sources import RowSource
 
 OptionsT = TypeVar("OptionsT", bound=Section)
 
@@ -24,8 +24,8 @@ class TaskSpec:
     name: str
     """Short name for reports."""
     kind: str
-    data: Path | None = None
-    """Folder or file with the rows; None for built-in tasks."""
+    rows: RowSource | None = None
+    """Where the rows come from; None for built-in tasks."""
     metric: str = "auto"
     prompt: str | None = None
     target: str | None = None
@@ -34,6 +34,8 @@ class TaskSpec:
     test: str = "test"
     num_validation: int | None = None
     num_test: int | None = None
+    cut_validation: float | None = None
+    fields: Mapping[str, str | list[str]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -90,7 +92,7 @@ def refuse_settings(spec: TaskSpec, *names: str) -> None:
     """
     for name in names:
         value = getattr(spec, name)
-        if value not in (None, False):
+        if value not in (None, False) and value != {}:
             raise RecipeError(
                 f"task.{name}",
                 got=repr(value),

@@ -6,109 +6,83 @@ import json
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TypeVar
 
-from dtr.corpus.reading import is_plain_text, read_documents
 from dtr.errors import DataError
 from dtr.tasks.base import Item
-from dtr.tasks.jsonl import Row, SplitExpression, read_jsonl
+from dtr.tasks.fields import map_row
+from dtr.tasks.jsonl import Row, SplitExpression
 from dtr.tasks.spec import TaskSpec
 
 T = TypeVar("T")
 
 
-def read_splits(spec: TaskSpec) -> dict[str, list[Row]]:
-    """Rows of `validation` and `test`, before any draw.
+@dataclass(frozen=True, kw_only=True)
+class SplitRows:
+    """Rows of both splits before any draw, and what a reader must know of them."""
+
+    rows: Mapping[str, list[Row]]
+    notes: tuple[str, ...] = ()
+
+
+def read_splits(spec: TaskSpec) -> SplitRows:
+    """Rows of `validation` and `test`.
+
+    Where one of the two is not there and `cut_validation` permits it, the other one is cut in two.
 
     Raises:
         DataError: a missing or malformed file, or rows that stand in both splits.
         RecipeError: a malformed split expression.
     """
-    rows = {split: rows_of(spec, getattr(spec, split), f"task.{split}") for split in ("validation", "test")}
+    assert spec.rows is not None, "built-in tasks have no rows"
+    there, wanted = spec.rows.names(), {"validation": spec.validation, "test": spec.test}
+    missing = [s for s, text in wanted.items() if SplitExpression.parse(text, f"task.{s}").name not in there]
+    cut_from = [text for split, text in wanted.items() if split not in missing] if len(missing) == 1 else []
+    if wanted == {"validation": "validation", "test": "test"} == {s: s for s in missing} and len(there) == 1:
+        cut_from = there
+    if spec.cut_validation is not None and cut_from:
+        return _cut(spec, cut_from[0], spec.cut_validation)
+    rows = {split: rows_of(spec, text, f"task.{split}") for split, text in wanted.items()}
     _check_disjoint(rows["validation"], rows["test"])
-    return rows
+    return SplitRows(rows=rows)
 
 
 def rows_of(spec: TaskSpec, text: str, where: str) -> list[Row]:
-    """Rows that one split expression means.
+    """Rows that one split expression means, with the fields that `task.fields` adds.
 
     Raises:
         DataError: a missing or malformed file or range.
-        RecipeError: a malformed expression.
+        RecipeError: a malformed expression, or a mapping that does not fit.
     """
+    assert spec.rows is not None, "built-in tasks have no rows"
     expression = SplitExpression.parse(text, where)
-    assert spec.data is not None, "built-in tasks have no files"
-    path = find_split(spec.data, expression.name, where)
-    return _add_contexts(expression.select(read_rows(path), where))
+    rows = expression.select(spec.rows.rows(expression.name, where), where)
+    return [map_row(row, spec.fields) for row in rows] if spec.fields else rows
 
 
-def _add_contexts(rows: list[Row]) -> list[Row]:
-    """Rows with a `context_id` instead of a context get it from docs_SPLIT.jsonl next to their file.
-
-    Raises:
-        DataError: no such file, or no such context in it.
-    """
-    if not any("context_id" in row.data and "context" not in row.data for row in rows):
-        return rows
-    documents = rows[0].file.with_name(f"docs_{rows[0].file.name}")
-    contexts = {row.require("context_id"): row.text("context") for row in read_jsonl(documents)}
-    out = []
-    for row in rows:
-        name = row.data.get("context_id")
-        if name is not None and "context" not in row.data:
-            if name not in contexts:
-                raise row.wrong("context_id", name, f"a context_id of {documents}")
-            row = replace(row, data={"context": contexts[name], **row.data})
-        out.append(row)
-    return out
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSON Lines file, or the documents of a plain text file as rows with the field `text`."""
-    if not is_plain_text(path):
-        return read_jsonl(path)
-    rows = [Row(file=path, line=n, data={"text": doc}) for n, doc in enumerate(read_documents(path), start=1)]
-    if not rows:
-        raise DataError(str(path), got="an empty file", expected="text")
-    return rows
-
-
-def find_split(data: Path, name: str, where: str) -> Path:
-    """The file of a split: NAME.jsonl (or plain text) in the folder, or the single file itself.
-
-    Raises:
-        DataError: no such split; names those that are there.
-    """
-    if data.is_file():
-        if name in ("rows", short_name(data)):
-            return data
+def _cut(spec: TaskSpec, text: str, share: float) -> SplitRows:
+    """One split as two, by a seeded draw."""
+    rows = rows_of(spec, text, "task.validation")
+    num_validation = round(share * len(rows))
+    if not 0 < num_validation < len(rows):
         raise DataError(
-            where,
-            got=f"the split '{name}' of the single file {data}",
-            expected=f"rows of that file, as '{short_name(data)}[0:250]' or 'rows[0:250]'",
-            hint="Give task.validation and task.test ranges that do not overlap, as 'rows[0:250]' and 'rows[250:]'.",
+            "task.cut_validation",
+            got=f"{share:g} of {len(rows)} rows",
+            expected="a share that leaves rows on both sides",
+            hint="Change the share, or add rows.",
         )
-    files = {short_name(path): path for path in sorted(data.iterdir(), key=_rank) if _is_rows(path)}
-    if name not in files:
-        raise DataError(
-            where,
-            got=f"no file {name}.jsonl in {data}",
-            expected="one file per split",
-            hint=f"Files there: {', '.join(sorted(path.name for path in files.values())) or 'none that can be read'}.",
-        )
-    return files[name]
-
-
-def short_name(path: Path) -> str:
-    """Name without its suffixes, as `test` for test.jsonl and for test.txt.xz."""
-    return (path.with_suffix("") if path.suffix in (".xz", ".gz") else path).stem
-
-
-def is_train_there(spec: TaskSpec) -> bool:
-    """Whether the folder has a train split."""
-    return spec.data is not None and (spec.data / "train.jsonl").is_file()
+    chosen = {row.line for row in _draw(rows, num_validation, spec.seed, "cut")}
+    parts = {
+        "validation": [row for row in rows if row.line in chosen],
+        "test": [row for row in rows if row.line not in chosen],
+    }
+    _check_disjoint(parts["validation"], parts["test"])
+    note = (
+        f"The task has no separate validation and test rows: {num_validation} of the {len(rows)} rows of '{text}' "
+        f"were drawn for validation (seed {spec.seed}), the other {len(rows) - num_validation} are the test."
+    )
+    return SplitRows(rows=parts, notes=(note,))
 
 
 def draw_splits(spec: TaskSpec, items: Mapping[str, Sequence[Item]]) -> dict[str, tuple[Item, ...]]:
@@ -135,15 +109,6 @@ def _draw(items: Sequence[T], num_items: int | None, seed: int, split: str) -> l
     rng = random.Random(f"{seed}/{split}")
     keys = [rng.random() for _ in items]
     return [items[i] for i in sorted(sorted(range(len(items)), key=keys.__getitem__)[:num_items])]
-
-
-def _rank(path: Path) -> tuple[bool, str]:
-    # Later ones win, so that validation.jsonl goes before validation.txt.
-    return path.suffix == ".jsonl", path.name
-
-
-def _is_rows(path: Path) -> bool:
-    return path.is_file() and (path.suffix == ".jsonl" or is_plain_text(path))
 
 
 def _check_disjoint(validation: list[Row], test: list[Row]) -> None:
@@ -177,4 +142,4 @@ def _check_disjoint(validation: list[Row], test: list[Row]) -> None:
 
 
 def _content(row: Row) -> str:
-    return json.dumps(row.data, sort_keys=True)
+    return json.dumps(row.data, sort_keys=True, default=str)
