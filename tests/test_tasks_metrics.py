@@ -117,7 +117,7 @@ def test_a_function_grades_the_first_ranked_choice(functions):
 @pytest.mark.parametrize(
     ("metric", "error", "message"),
     [
-        ("own_scores:overlab", RecipeError, "got 'own_scores:overlapp' .AttributeError"),
+        ("own_scores:overlab", RecipeError, "got 'own_scores:overlab' .AttributeError"),
         ("no_such_module:f", RecipeError, "ModuleNotFoundError"),
         ("own_scores:NUMBER", RecipeError, "which is 7; expected a function"),
         ("own_scores:text", DataError, "got 'good' for item validation.jsonl:1; expected a finite number"),
