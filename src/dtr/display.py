@@ -67,6 +67,9 @@ class _Bars:
     def _on_backend(self, event: dict[str, Any]) -> None:
         self._console.print(f"backend {event['name']} on {event['device']}: {event['reason']}", highlight=False)
 
+    def _on_text_fault(self, event: dict[str, Any]) -> None:
+        self._console.print(f"passed over: {event['where']}: {event['got']}", highlight=False, markup=False)
+
     def _on_distill(self, event: dict[str, Any]) -> None:
         self._bar("distil", event["step"], event["num_steps"], f"loss {event['mean_loss']:.4f}")
 

@@ -13,7 +13,8 @@ import torch
 from dtr.bench.distillation import bench_distill
 from dtr.bench.strategies import compare_strategies
 from dtr.binding import GuardFloor, check_search
-from dtr.corpus import TokenBlocks, load_text
+from dtr.corpus import StreamedBlocks, TokenBlocks, load_text, stream_text
+from dtr.corpus.faults import Faults
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
 from dtr.distributed import World, current_world, join_world
@@ -64,7 +65,7 @@ def run(
         task = prepare_task(recipe)
         guards = prepare_guards(recipe)
         check_search(task, **recipe.search.model_dump())
-        text = prepare_text(recipe, teacher)
+        text, faults = prepare_text(recipe, teacher, emit)
     with clock("distill"), _memory_advice("distill.batch_size"):
         mixers = load_bank(bank, teacher=teacher) if bank else prepare_bank(recipe, teacher, text, folder, emit)
     if not world.is_first:
@@ -76,7 +77,16 @@ def run(
         sample = write_sample(teacher, result.m_opt)
         differences = differing_items(teacher, result.m_opt, task)
     record = make_record(
-        recipe, teacher, text, mixers, task, result, seconds=clock.seconds(), sample=sample, differences=differences
+        recipe,
+        teacher,
+        text,
+        mixers,
+        task,
+        result,
+        faults=faults.to_dict(),
+        seconds=clock.seconds(),
+        sample=sample,
+        differences=differences,
     )
     save(folder, record, result)
     emit({"event": "done", "report": str(folder.path / "report.html")})
@@ -96,7 +106,7 @@ def distill_only(
     _, emit = open_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
     teacher = prepare_teacher(recipe, emit)
     with _memory_advice("distill.batch_size"):
-        return prepare_bank(recipe, teacher, prepare_text(recipe, teacher), folder, emit)
+        return prepare_bank(recipe, teacher, prepare_text(recipe, teacher, emit)[0], folder, emit)
 
 
 def open_run(
@@ -143,18 +153,24 @@ def _load(task: TaskSection, seed: int) -> Task:
     return load_task(settings.pop("source"), **settings, seed=seed)
 
 
-def prepare_text(recipe: Recipe, teacher: Teacher) -> TokenBlocks:
-    return load_text(
-        recipe.text.source,
-        tokenizer=teacher.tokenizer,
-        seq_len_tokens=recipe.distill.seq_len_tokens,
-        num_held_out_tokens=recipe.text.num_held_out_tokens,
-        max_tokens=recipe.distill.num_tokens,
-        seed=recipe.seed,
-    )
+def prepare_text(recipe: Recipe, teacher: Teacher, emit: Listener) -> tuple[TokenBlocks | StreamedBlocks, Faults]:
+    """Text as blocks; what cannot be read of it is told and passed over, as long as something is left."""
+    faults = Faults(emit)
+    settings: dict[str, Any] = {
+        "tokenizer": teacher.tokenizer,
+        "seq_len_tokens": recipe.distill.seq_len_tokens,
+        "num_held_out_tokens": recipe.text.num_held_out_tokens,
+        "seed": recipe.seed,
+        "faults": faults,
+    }
+    if recipe.text.streaming:
+        return stream_text(recipe.text.source, **settings), faults
+    return load_text(recipe.text.source, max_tokens=recipe.distill.num_tokens, **settings), faults
 
 
-def prepare_bank(recipe: Recipe, teacher: Teacher, text: TokenBlocks, folder: RunFolder, emit: Listener) -> MixerBank:
+def prepare_bank(
+    recipe: Recipe, teacher: Teacher, text: TokenBlocks | StreamedBlocks, folder: RunFolder, emit: Listener
+) -> MixerBank:
     """Distil, or take the bank that an earlier run of this recipe has finished."""
     if (folder.bank / "bank.json").exists():
         return load_bank(folder.bank, teacher=teacher)

@@ -34,7 +34,10 @@ class TeacherSection(Section):
 class TextSection(Section):
     source: str | list[str] = "python-docs"
     """Text files (.txt, .md, .jsonl, .parquet, .xz and .gz of them), folders, or `python-docs`: the documentation
-    and docstrings that come with every Python."""
+    and docstrings that come with every Python. With streaming also `hf:NAME`, `hf:NAME:CONFIG:SPLIT`: a dataset of the
+    Hugging Face hub."""
+    streaming: bool = False
+    """Read, shuffle and tokenize while training goes on, for text that does not fit into memory."""
     num_held_out_tokens: int = Field(default=16_384, ge=512)
     """Tokens set aside to measure the error of each layer; never trained on."""
 

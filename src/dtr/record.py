@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dtr.corpus import TokenBlocks
+from dtr.corpus import StreamedBlocks, TokenBlocks
 from dtr.distillation.bank import MixerBank
 from dtr.environment import hardware, library_versions, own_commit, own_version, peak_rss_bytes
 from dtr.evaluation.paired import paired_difference
@@ -30,11 +30,12 @@ CACHE_CONTEXT_TOKENS = 2048
 def make_record(
     recipe: Recipe,
     teacher: Teacher,
-    text: TokenBlocks,
+    text: TokenBlocks | StreamedBlocks,
     bank: MixerBank,
     task: Task,
     result: SearchResult,
     *,
+    faults: dict[str, Any],
     seconds: dict[str, float],
     sample: dict[str, str],
     differences: list[dict[str, Any]],
@@ -78,7 +79,12 @@ def make_record(
             "backend_reason": backend.reason,
             "is_pure_linear": True,
         },
-        "text": {"source": text.source, "num_tokens": text.num_tokens, "fingerprint": text.fingerprint},
+        "text": {
+            "source": text.source,
+            "num_tokens": text.num_tokens,
+            "fingerprint": text.fingerprint,
+            "faults": faults,
+        },
         "distill": _distill(bank),
         "task": {
             "name": task.name,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dtr.corpus.blocks import TokenBlocks
     from dtr.corpus.loading import load_text
+    from dtr.corpus.streaming import StreamedBlocks, stream_text
 
-__all__ = ["TokenBlocks", "load_text"]
+__all__ = ["StreamedBlocks", "TokenBlocks", "load_text", "stream_text"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from dtr.corpus.blocks import TokenBlocks
 
         return TokenBlocks
+    if name in ("StreamedBlocks", "stream_text"):
+        from dtr.corpus import streaming
+
+        return getattr(streaming, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -63,6 +63,17 @@ class TokenBlocks:
             chosen.append(_epoch_order(num_blocks, seed, epoch)[start:stop])
         return self.train[torch.cat(chosen)].long()
 
+    def first(self, num_blocks: int) -> torch.Tensor:
+        """The first training blocks as they lie, (num_blocks, T)."""
+        return self.train[:num_blocks]
+
+    def position(self) -> None:
+        """Nothing to remember: any batch is found at once."""
+        return
+
+    def seek(self, position: None) -> None:
+        """Nothing to do."""
+
     def batches(self, batch_size: int, *, seed: int, start_step: int = 0) -> Iterator[torch.Tensor]:
         """Batches of all steps from `start_step` on, without an end; each (B, T) int64."""
         step = start_step

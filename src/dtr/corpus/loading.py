@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dtr.corpus.blocks import TokenBlocks
+from dtr.corpus.faults import Faults
 from dtr.corpus.packing import encode, held_out_first, shuffle_documents, take_held_out, take_train
 from dtr.corpus.reading import find_files, read_documents
 from dtr.errors import DataError
@@ -22,6 +23,7 @@ def load_text(
     num_held_out_tokens: int,
     max_tokens: int | None = None,
     seed: int = 0,
+    faults: Faults | None = None,
 ) -> TokenBlocks:
     """Read text, tokenize it and pack it into blocks.
 
@@ -37,9 +39,10 @@ def load_text(
         num_held_out_tokens: tokens to hold out, rounded down to whole blocks, at least one.
         max_tokens: stop after that many training tokens (whole blocks, at least one); all when left out.
         seed: decides the order of the documents and which are held out.
+        faults: takes note of what cannot be read, which is passed over; without it the first such thing is an error.
 
     Raises:
-        DataError: missing, unreadable or malformed files, or too little text.
+        DataError: missing files, too little text, or without `faults` an unreadable or malformed file.
     """
     assert seq_len_tokens >= 1, "blocks hold at least one token"
     files = find_files(source)
@@ -49,7 +52,7 @@ def load_text(
         max_tokens = max(max_tokens // seq_len_tokens, 1) * seq_len_tokens
     # At least eight documents are to be held out; where there are too few, one alone may be.
     for max_document_tokens in (max(num_held_out // 8, seq_len_tokens), num_held_out):
-        stream = encode(tokenizer, _ordered(files, name, seed))
+        stream = encode(tokenizer, _ordered(files, name, seed, faults))
         held_out = take_held_out(stream, num_held_out, max_document_tokens)
         train = take_train(stream, max_tokens)
         if len(held_out) == num_held_out and len(train) >= seq_len_tokens:
@@ -57,18 +60,20 @@ def load_text(
             return TokenBlocks.from_tensors(*blocks, source=name)
     raise DataError(
         name,
-        got=f"text of {sum(map(len, encode(tokenizer, _ordered(files, name, seed))))} tokens",
+        got=f"text of {sum(map(len, encode(tokenizer, _ordered(files, name, seed, faults))))} tokens",
         expected=f"{num_held_out} tokens to hold out and {seq_len_tokens} or more of other documents to train on",
         hint="Add text, or lower text.num_held_out_tokens or distill.seq_len_tokens.",
     )
 
 
-def _ordered(files: Sequence[Any], name: str, seed: int) -> Iterator[str]:
+def _ordered(files: Sequence[Any], name: str, seed: int, faults: Faults | None) -> Iterator[str]:
     """All documents, those that may be held out first."""
-    pools = shuffle_documents((document for file in files for document in read_documents(file)), seed)
+    note = None if faults is None else faults.add
+    pools = shuffle_documents((d for file in files for d in read_documents(file, on_fault=note)), seed)
     first = next(pools, None)
     if first is None:
-        raise DataError(name, got="no text", expected="text", hint="The files are there but hold nothing to read.")
+        got = "no text" if faults is None or not faults.count else f"nothing that can be read ({faults.summary()})"
+        raise DataError(name, got=got, expected="text", hint="The files are there but hold nothing to read.")
     yield from held_out_first(first)
     for pool in pools:
         yield from pool

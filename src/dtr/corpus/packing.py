@@ -76,11 +76,16 @@ def take_train(stream: Iterator[array], max_tokens: int | None) -> array:
     return train if max_tokens is None else train[:max_tokens]
 
 
-def _shuffled(documents: Sequence[str], key: str) -> list[str]:
+def seeded_order(num_items: int, key: str) -> list[int]:
+    """A permutation that only the key decides."""
     # Only random() is promised to give the same numbers on every Python version.
     rng = random.Random(f"text/{key}")
-    keys = [rng.random() for _ in documents]
-    return [documents[i] for i in sorted(range(len(documents)), key=keys.__getitem__)]
+    keys = [rng.random() for _ in range(num_items)]
+    return sorted(range(num_items), key=keys.__getitem__)
+
+
+def _shuffled(documents: Sequence[str], key: str) -> list[str]:
+    return [documents[i] for i in seeded_order(len(documents), key)]
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

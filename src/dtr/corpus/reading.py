@@ -8,7 +8,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ from dtr.corpus import python_docs
 from dtr.corpus.cutting import cut_text
 from dtr.errors import DataError
 
+OnFault = Callable[[DataError], None]
 PYTHON_DOCS = "python-docs"
 DOCUMENT_LINE = "<|doc|>"
 """A line that holds only this ends a document of a plain text file."""
@@ -70,25 +71,37 @@ def is_plain_text(path: Path) -> bool:
     return any(suffix in (plain, *(plain + packed for packed in _PACKED)) for plain in _PLAIN)
 
 
-def read_documents(file: Path | str) -> Iterator[str]:
+def read_documents(file: Path | str, *, on_fault: OnFault | None = None) -> Iterator[str]:
     """Documents of one file, stripped, without empty ones.
 
+    Args:
+        file: from `find_files`.
+        on_fault: told of what cannot be read, which is then passed over: a row without text, or the rest of a file.
+
     Raises:
-        DataError: unreadable, damaged or not UTF-8 (names the file), or a row without text (names the line).
+        DataError: unreadable, damaged or not UTF-8 (names the file), or a row without text (names the line); only
+            where there is no `on_fault`.
     """
     if file == PYTHON_DOCS:
         yield from python_docs.read_documents()
         return
     path = Path(file)
+    try:
+        for document in _documents(path, on_fault):
+            if stripped := document.strip():
+                yield stripped
+    except DataError as error:
+        if on_fault is None:
+            raise
+        on_fault(error)
+
+
+def _documents(path: Path, on_fault: OnFault | None) -> Iterator[str]:
     if is_plain_text(path):
-        documents = _read_plain(path)
-    elif path.suffix == ".parquet":
-        documents = _read_parquet(path)
-    else:
-        documents = _read_jsonl(path)
-    for document in documents:
-        if stripped := document.strip():
-            yield stripped
+        return _read_plain(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    return _read_jsonl(path, on_fault)
 
 
 def _read_plain(path: Path) -> Iterator[str]:
@@ -105,20 +118,28 @@ def _read_plain(path: Path) -> Iterator[str]:
     yield from [rest] if has_separators else cut_text(rest, SECTION_CHARS)
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path, on_fault: OnFault | None) -> Iterator[str]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(where, got=f"broken JSON ({error})", expected="one JSON object a line") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            got = f"a row with the fields {', '.join(row) or 'none'}" if isinstance(row, dict) else type(row).__name__
-            hint = "The field 'text' must hold text." if isinstance(row, dict) and "text" in row else ""
-            raise DataError(where, got=got, expected="an object with the field 'text'", hint=hint)
-        yield row["text"]
+            yield _text_of(line, f"{path}:{number}")
+        except DataError as error:
+            if on_fault is None:
+                raise
+            on_fault(error)
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(where, got=f"broken JSON ({error})", expected="one JSON object a line") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        got = f"a row with the fields {', '.join(row) or 'none'}" if isinstance(row, dict) else type(row).__name__
+        hint = "The field 'text' must hold text." if isinstance(row, dict) and "text" in row else ""
+        raise DataError(where, got=got, expected="an object with the field 'text'", hint=hint)
+    return row["text"]
 
 
 def _read_parquet(path: Path) -> Iterator[str]:

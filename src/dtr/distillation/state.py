@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dtr.corpus import StreamedBlocks, TokenBlocks
 from dtr.distillation.bank import MixerBank
 from dtr.distillation.students import Students
 from dtr.distributed import World
@@ -19,13 +20,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainingState:
-    """Students, optimizer moments, step and curve, in one safetensors file that the first rank writes.
+    """Students, optimizer moments, step, curve and place in the text: one safetensors file, written by the first rank.
 
     Any number of processes may go on with it, whatever the number that wrote it.
     """
 
-    def __init__(self, bank: MixerBank, students: Students, path: Path | None, world: World) -> None:
-        self._bank, self._students, self._path, self._world = bank, students, path, world
+    def __init__(
+        self,
+        bank: MixerBank,
+        students: Students,
+        text: TokenBlocks | StreamedBlocks,
+        path: Path | None,
+        world: World,
+    ) -> None:
+        self._bank, self._students, self._text, self._path, self._world = bank, students, text, path, world
         self._layers = list(bank.mixers)
         self._named: dict[str, torch.Tensor] = {
             f"{i}.{name}": p for i, mixer in bank.mixers.items() for name, p in mixer.named_parameters()
@@ -49,6 +57,7 @@ class TrainingState:
             "nmse_before": self._bank.nmse_before,
             "nmse_after": self._bank.nmse_after,
             "seconds": self._bank.seconds,
+            "text": self._text.position(),
         }
         if self._world.is_first:
             write_tensors(self._path, tensors, metadata={"state": json.dumps(facts)})
@@ -108,6 +117,7 @@ class TrainingState:
         self._bank.nmse_before = {int(k): v for k, v in facts["nmse_before"].items()}
         self._bank.nmse_after = {int(k): v for k, v in facts["nmse_after"].items()}
         self._bank.seconds = facts["seconds"]
+        self._text.seek(facts.get("text"))
         return facts["step"]
 
     def _check(self, identity: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dtr.arch import decoder_layers
-from dtr.corpus import TokenBlocks, load_text
+from dtr.corpus import StreamedBlocks, TokenBlocks, load_text
 from dtr.distillation.bank import MixerBank
 from dtr.distillation.calibration import calibrate
 from dtr.distillation.refit import refit_outputs
@@ -26,6 +26,8 @@ from dtr.interrupt import stop_at_safe_point
 from dtr.mixers import mixer_from_teacher
 from dtr.teacher import Teacher
 
+Text = TokenBlocks | StreamedBlocks
+
 NUM_MEASURES = 8
 """Times that held-out error is measured on the way."""
 HELD_OUT_TOKENS = 16_384
@@ -34,7 +36,7 @@ HELD_OUT_TOKENS = 16_384
 
 def distill(
     teacher: Teacher,
-    text: TokenBlocks | str | list[str],
+    text: Text | str | list[str],
     *,
     mixer: str = "gated_deltanet",
     options: dict[str, Any] | None = None,
@@ -58,7 +60,7 @@ def distill(
 
     Args:
         teacher: from `load_teacher`; it is not changed.
-        text: token blocks, or what `load_text` takes.
+        text: token blocks, streamed or not, or what `load_text` takes.
         mixer: kind of mixer by name.
         options: keyword arguments of that kind.
         num_tokens: budget; every token trains every layer. The text is repeated when it is shorter.
@@ -82,7 +84,7 @@ def distill(
         DeviceError: out of memory; the message names the setting to change.
         Interrupted: Ctrl-C; the state was saved if `checkpoint` is given.
     """
-    if not isinstance(text, TokenBlocks):
+    if isinstance(text, str | list):
         text = load_text(
             text,
             tokenizer=teacher.tokenizer,
@@ -98,7 +100,7 @@ def distill(
         "mixer": mixer,
         "options": options or {},
         "num_tokens": num_tokens,
-        "seq_len_tokens": text.train.shape[1],
+        "seq_len_tokens": text.seq_len_tokens,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "warmup_fraction": warmup_fraction,
@@ -117,9 +119,9 @@ def distill(
         geometry=teacher.geometry,
         identity=identity,
         num_tokens=num_tokens,
-        num_steps=math.ceil(num_tokens / (batch_size * text.train.shape[1])),
+        num_steps=math.ceil(num_tokens / (batch_size * text.seq_len_tokens)),
     )
-    calibrate(teacher, bank.mixers, text.train[:batch_size])
+    calibrate(teacher, bank.mixers, text.first(batch_size))
     students = Students(
         teacher,
         bank.mixers,
@@ -130,7 +132,7 @@ def distill(
         world=world,
         parallel=parallel,
     )
-    state = TrainingState(bank, students, Path(checkpoint) if checkpoint else None, world)
+    state = TrainingState(bank, students, text, Path(checkpoint) if checkpoint else None, world)
     try:
         _train(bank, students, state, text, batch_size, checkpoint_every_steps, on_event or (lambda _: None), world)
         state.share_weights()
@@ -139,7 +141,7 @@ def distill(
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             "distill.batch_size",
-            got=f"out of memory at {batch_size} sequences of {text.train.shape[1]} tokens",
+            got=f"out of memory at {batch_size} sequences of {text.seq_len_tokens} tokens",
             expected="a step that fits",
             hint="Lower distill.batch_size or distill.seq_len_tokens and go on with --resume.",
         ) from error
@@ -150,7 +152,7 @@ def _train(
     bank: MixerBank,
     students: Students,
     state: TrainingState,
-    text: TokenBlocks,
+    text: Text,
     batch_size: int,
     checkpoint_every_steps: int,
     emit: Callable[[dict[str, Any]], None],
@@ -164,7 +166,7 @@ def _train(
     def measure(done: int) -> None:
         nmse = students.held_out_nmse(text.held_out, batch_size)
         mean = sum(nmse.values()) / len(nmse)
-        tokens = min(done * batch_size * text.train.shape[1], bank.num_tokens)
+        tokens = min(done * batch_size * text.seq_len_tokens, bank.num_tokens)
         bank.curve.append({"num_tokens": tokens, "mean_nmse": mean, "nmse": list(nmse.values())})
         emit({"event": "nmse", "step": done, "num_tokens": tokens, "mean_nmse": mean})
         bank.nmse_before = bank.nmse_before or nmse
@@ -191,11 +193,9 @@ def _train(
                 raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
 
 
-def _refit(
-    teacher: Teacher, bank: MixerBank, students: Students, text: TokenBlocks, batch_size: int, num_tokens: int
-) -> None:
+def _refit(teacher: Teacher, bank: MixerBank, students: Students, text: Text, batch_size: int, num_tokens: int) -> None:
     """Refit the output projections on the text that training would have gone on with; every rank does the same."""
-    num_batches = math.ceil(num_tokens / (batch_size * text.train.shape[1]))
+    num_batches = math.ceil(num_tokens / (batch_size * text.seq_len_tokens))
     seed = bank.identity["seed"]
     train = [text.batch(bank.num_steps + i, batch_size=batch_size, seed=seed) for i in range(num_batches)]
     # The ridge is chosen on one half of the held-out text, so only the other half is free of that choice.
