@@ -21,7 +21,7 @@ from typing import Any
 from dtr.environment import hardware, own_commit
 
 OUT = Path(__file__).parent / "results" / "search.json"
-STRATEGIES = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,uniform,random"
+STRATEGIES = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,impact,uniform,random"
 
 
 def main() -> None:
@@ -125,7 +125,7 @@ def measure_task(
 
 
 def report_steps(event: dict[str, Any]) -> None:
-    if event["event"] in ("teacher", "stop", "certificate"):
+    if event["event"] in ("teacher", "stop", "certificate", "left_out"):
         print(json.dumps(event), file=sys.stderr, flush=True)
 
 

@@ -14,6 +14,7 @@ from dtr.bench.strategies import compare_strategies
 from dtr.distillation.bank import MixerBank
 from dtr.errors import DataError, OutputError, RecipeError
 from dtr.evaluation.evaluator import Evaluator
+from dtr.evaluation.probe import impact
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.mixers import mixer_from_teacher
 from dtr.replace import GuardFloor, search
@@ -173,3 +174,22 @@ def test_the_table_of_strategies(task):
     assert rows["exact"]["test_minus_exact"]["mean"] == 0
     # So few layers are scored one by one.
     assert rows["auto"]["layers"] == rows["exact"]["layers"]
+
+
+def test_impact_is_zero_where_nothing_changes_and_high_where_the_answer_is_lost(teacher, bank, task):
+    generator = torch.Generator().manual_seed(0)
+    questions = [range(4 * at, 4 * at + 4) for at in range(60)]
+    right = [at % 4 for at in range(60)]
+    features = 0.1 * torch.randn(240, 8, generator=generator)
+    for rows, at in zip(questions, right):
+        features[rows[at], 3] += 1.0
+    assert impact(features, features, questions, right) == 0
+    # Nothing is left to read, and the ranks are chance: 1 - 1/4.
+    assert impact(features, torch.randn(240, 8, generator=generator), questions, right) > 0.5
+    # Read as well by a probe of its own, and not by the teacher's.
+    assert impact(features, features.flip(1), questions, right) == pytest.approx(0.375, abs=0.15)
+    measured = evaluator(teacher, bank, task).impact(3)
+    assert -1 < measured < 1
+    found = search(teacher, bank, task, strategy="impact", p_min=0.01, max_linear_layers=2)
+    impacts = {layer: evaluator(teacher, bank, task).impact(layer) for layer in bank.layers}
+    assert list(found.trace.m_opt.layers) == sorted(impacts, key=lambda layer: (impacts[layer], layer))[:2]

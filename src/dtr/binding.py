@@ -197,8 +197,8 @@ def _facts(bank: MixerBank, validation: Evaluator, items: ItemSplit) -> Callable
     def facts(name: str) -> Mapping[int, float]:
         if name == "nmse":
             return bank.nmse_after
-        if name == "kl":
-            found = {layer: validation.divergence(layer, items.selection) for layer in bank.layers}
+        if measure := {"kl": validation.divergence, "impact": validation.impact}.get(name):
+            found = {layer: measure(layer, items.selection) for layer in bank.layers}
             return {layer: value for layer, value in found.items() if value is not None}
         return {}
 

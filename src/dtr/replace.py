@@ -71,7 +71,7 @@ def search(
         bank: from `distill` or `load_bank`, made from this teacher.
         task: from `load_task`; validation decides, test is scored at the end.
         p_min: share of the teacher's validation score to keep, or a value of the metric (`p_min_kind`).
-        strategy: auto, exact, lazy, restore, or a baseline: uniform, random, lowest_mse, one_shot, kl.
+        strategy: auto, exact, lazy, restore, or a baseline: uniform, random, lowest_mse, one_shot, kl, impact.
         p_min_confidence: commit only what is certified at this confidence on items that selection never saw, as 0.95.
         confirmation_share: share of the validation items that are kept for that.
         guards: tasks with a floor; a swap that breaks one is refused.

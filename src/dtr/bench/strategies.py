@@ -10,12 +10,13 @@ from typing import Any
 
 from dtr.binding import Selection, find_layers, make_evaluator
 from dtr.distillation.bank import MixerBank
+from dtr.errors import RecipeError
 from dtr.evaluation.paired import mean_confidence_interval, paired_difference
 from dtr.evaluation.score import Score
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher
 
-DEFAULT_STRATEGIES = ("exact", "auto", "lazy", "restore", "one_shot", "lowest_mse", "kl", "uniform", "random")
+DEFAULT_STRATEGIES = ("exact", "auto", "lazy", "restore", "one_shot", "lowest_mse", "kl", "impact", "uniform", "random")
 SHARES = (0.5, 0.75, 0.9)
 """Shares of the layers at which placements are compared, whatever P_min says."""
 
@@ -55,7 +56,15 @@ def compare_strategies(
             common["journal"] = Path(folder) / "journal.jsonl"
             if _is_over(deadline, common):
                 break
-            result = find_layers(teacher, bank, task, **common)
+            try:
+                result = find_layers(teacher, bank, task, **common)
+            except RecipeError as error:
+                # Such as a ranking that this kind of task does not have; the other strategies can still be compared.
+                if on_event is not None:
+                    on_event({"event": "left_out", "strategy": strategy, "reason": str(error)})
+                if strategy not in ("kl", "impact"):
+                    raise
+                continue
             order = list(result.trace.m_opt.layers)
             if len(order) < max((_num_layers(share, teacher) for share in shares), default=0):
                 # What was scored above is in the journal; only the rest of the path is new.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -13,9 +14,10 @@ from dtr.arch import LayerRunner, with_mixer
 from dtr.errors import DataError
 from dtr.evaluation.generation import encode_context, generate_texts
 from dtr.evaluation.likelihood import LikelihoodScorer, TokenPair
+from dtr.evaluation.probe import impact
 from dtr.evaluation.score import Grade, Score
 from dtr.hybrid.modeling import make_hybrid
-from dtr.tasks.base import Generation, GenerationRequest, Item, LikelihoodRequest, Request, Response, Task
+from dtr.tasks.base import Generation, GenerationRequest, Item, Likelihood, LikelihoodRequest, Request, Response, Task
 
 
 class Evaluator:
@@ -129,6 +131,36 @@ class Evaluator:
             return None
         only = None if items is None else self._pairs_in(items)
         return self._likelihoods.divergence(frozenset({layer}), only=only)
+
+    @torch.no_grad()
+    def impact(self, layer: int, items: Sequence[int] | None = None) -> float | None:
+        """Impact of `layer` by linear probes (`dtr.evaluation.probe`); None unless every item has answers to rank.
+
+        `items` is a union of blocks; all items when left out.
+        """
+        chosen = range(len(self._items)) if items is None else items
+        right = [self._right_answer(self._items[index]) for index in chosen]
+        if None in right or len(right) < 2:
+            return None
+        ends = itertools.accumulate((len(self._pairs_of[index]) for index in chosen), initial=0)
+        questions = [range(start, end) for start, end in itertools.pairwise(ends)]
+        only = self._pairs_in(chosen)
+        full, linear = (self._likelihoods.features(layer, is_linear=x, only=only) for x in (False, True))
+        return impact(full, linear, questions, [at for at in right if at is not None])
+
+    def _right_answer(self, item: Item) -> int | None:
+        """Which request's answer is the right one: the one that earns the item when it is the likeliest."""
+        requests = item.requests
+        if len(requests) < 2 or not all(isinstance(request, LikelihoodRequest) for request in requests):
+            return None
+        for at in range(len(requests)):
+            responses = [
+                Likelihood(log_prob=0.0 if other == at else -1e9, is_greedy=False, num_tokens=1)
+                for other in range(len(requests))
+            ]
+            if self._task.grade(item, responses).value == 1.0:
+                return at
+        return None
 
     def _pairs_in(self, items: Sequence[int]) -> list[int]:
         return [pair for index in items for pair in self._pairs_of[index]]

@@ -6,8 +6,11 @@ margins and deviations, hybrids err on the same items, and hybrids that share la
 Margins stay normal, so the true accuracy of any hybrid is known exactly:
     accuracy(S) = Phi((mean - damage(S)) / sqrt(1 + sum of squared deviations over S)).
 
-The presets follow SmolLM2-135M with Gated DeltaNet on ARC-easy (500 items, teacher 0.47, about 2 % of the items change
-sides per layer, layer 0 costs 0.06, all 30 layers linear 0.40), beside a harder task and a task of hidden pairs.
+The preset `arc_easy` follows SmolLM2-135M with Gated DeltaNet on ARC-easy, an exact search to the end on 500 items: the
+teacher has 0.47; one layer alone changes 1.6 % of the items, 28 layers 8 %; single layers move the likelihood of the
+right answers up and down, by 0.012 in standard deviation; test is 0.465, 0.468, 0.458, 0.452, 0.435 and 0.402 with 0, 9,
+20, 25, 28 and 30 layers; validation is 0.02 too good with 5 to 15 layers and 0.01 with 25. Beside it a harder task, a
+task of hidden pairs and an easy one.
 """
 
 from __future__ import annotations
@@ -34,8 +37,11 @@ class Preset:
     """Standard deviation of the logarithm of a layer's damage."""
     deviation: float = 0.07
     """Typical movement of a single item by one layer."""
+    gain: float = 0.0
+    """Share of `total_damage` that is handed back evenly, so that the least damaging layers do good; the sum stays."""
     num_fragile: int = 1
-    """Layers that are harmless alone and costly once another layer is linear."""
+    """Layers that are harmless alone and costly once `fragile_after` other layers are linear."""
+    fragile_after: int = 1
     fragile_damage: float = 0.16
     pair_damage: float = 0.0
     """Damage of each of `num_pairs` pairs once both layers are linear."""
@@ -43,7 +49,7 @@ class Preset:
 
 
 PRESETS = {
-    "arc_easy": Preset(),
+    "arc_easy": Preset(total_damage=0.09, spread=1.0, deviation=0.05, gain=1.0, fragile_after=25, fragile_damage=0.1),
     "hard": Preset(teacher_accuracy=0.7, total_damage=0.9, spread=1.2, num_fragile=2),
     "pairs": Preset(teacher_accuracy=0.6, total_damage=0.15, pair_damage=0.04, num_pairs=25),
     "easy": Preset(teacher_accuracy=0.65, total_damage=0.03, num_fragile=0),
@@ -65,17 +71,18 @@ class SimulatedTask:
         self.num_layers, self.num_items = num_layers, num_items
         self._mean = NormalDist().inv_cdf(preset.teacher_accuracy)
         weights = rng.lognormal(0.0, preset.spread, num_layers)
-        self._damage = preset.total_damage * weights / weights.sum()
+        shares = (1 + preset.gain) * weights / weights.sum() - preset.gain / num_layers
+        self._damage = preset.total_damage * shares
         self._scale = preset.deviation * rng.lognormal(-0.1, 0.4, num_layers)
         self._fragile = rng.choice(num_layers, preset.num_fragile, replace=False)
-        self._fragile_damage = preset.fragile_damage
+        self._fragile_damage, self._fragile_after = preset.fragile_damage, preset.fragile_after
         self._scale[self._fragile] *= 2
         pairs = [tuple(rng.choice(num_layers, 2, replace=False)) for _ in range(preset.num_pairs)]
         self._pairs, self._pair_damage = pairs, preset.pair_damage
         self._margins = self._mean + rng.standard_normal(num_items)
         self._deviations = rng.standard_normal((num_items, num_layers)) * self._scale
         # Fluency is lost apart from the answers: a likelihood that follows accuracy only in part.
-        self._fluency = preset.total_damage * rng.permutation(weights / weights.sum())
+        self._fluency = preset.total_damage * (shares + rng.permutation(shares)) / 2
         self._meter = PassMeter(num_layers=num_layers, num_items=num_items)
 
     @property
@@ -87,7 +94,7 @@ class SimulatedTask:
         """Loss of margin common to all items."""
         total = float(sum(self._damage[layer] for layer in linear))
         total += self._pair_damage * sum(a in linear and b in linear for a, b in self._pairs)
-        if len(linear) > 1:
+        if len(linear) > self._fragile_after:
             total += self._fragile_damage * sum(int(layer) in linear for layer in self._fragile)
         return total
 
