@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import pico_teacher, token_blocks
+from tiny import byte_tokenizer, pico_teacher, token_blocks
 
 from dtr.arch import capture_attention, decoder_layers
+from dtr.distillation import trainer
 from dtr.distillation.bank import load_bank
 from dtr.distillation.students import Students, squared_sums
 from dtr.distillation.trainer import distill
 from dtr.errors import BankError, Interrupted, RecipeError
 from dtr.mixers import MIXERS, mixer_from_teacher
+from dtr.teacher import as_teacher
 
 SETTINGS = {"num_tokens": 8 * 32 * 30, "batch_size": 8, "learning_rate": 5e-3, "seed": 3}
 
@@ -119,6 +122,124 @@ def test_a_checkpoint_of_other_settings_is_refused(teacher, blocks, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(BankError, match="checkpoint"):
         distill(teacher, blocks, checkpoint=checkpoint, **settings)
+
+
+def spoil(blocks, teacher, monkeypatch, damage, at_step):
+    """Blocks that call `damage(mixers)` before the batch of a step is drawn."""
+    held = {}
+
+    def keep(*args):
+        held.update(start(*args))
+        return held
+
+    start = trainer._start
+    monkeypatch.setattr(trainer, "_start", keep)
+    spoiled = token_blocks()
+
+    def batch(step, **options):
+        if step == at_step:
+            with torch.no_grad():
+                damage(held)
+        return blocks.batch(step, **options)
+
+    object.__setattr__(spoiled, "batch", batch)
+    return spoiled
+
+
+def weights_at(teacher, blocks, layer, step):
+    """A layer's weights after `step` steps of a run that nothing went wrong in."""
+    found = {}
+
+    def batch(number, **options):
+        if number == step:
+            found.update({n: p.detach().clone() for n, p in held[layer].named_parameters()})
+        return blocks.batch(number, **options)
+
+    watched = token_blocks()
+    object.__setattr__(watched, "batch", batch)
+    start, held = trainer._start, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_start", lambda *args: held.update(start(*args)) or held)
+        distill(teacher, watched, **SETTINGS)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("damage", "stopped_after", "why"),
+    [
+        (lambda mixers: mixers[1].q_proj.weight.fill_(torch.nan), 20, "not a number"),
+        (lambda mixers: mixers[1].o_proj.weight.mul_(100), 30, "far behind"),
+    ],
+    ids=["not a number", "diverged"],
+)
+def test_a_layer_that_goes_wrong_is_stopped_alone(damage, stopped_after, why, teacher, blocks, monkeypatch, tmp_path):
+    monkeypatch.setattr("dtr.distillation.watch.PATIENCE", 2)
+    clean, good = distill(teacher, blocks, **SETTINGS), weights_at(teacher, blocks, 1, 12)
+    events, checkpoint = [], tmp_path / "state.safetensors"
+    spoiled = spoil(blocks, teacher, monkeypatch, damage, at_step=12)
+    bank = distill(
+        teacher, spoiled, on_event=events.append, checkpoint=checkpoint, checkpoint_every_steps=7, **SETTINGS
+    )
+    assert bank.stopped[1]["num_tokens"] <= stopped_after * 8 * 32
+    assert list(bank.stopped) == [1]
+    assert why in bank.stopped[1]["why"]
+    assert [e["layer"] for e in events if e["event"] == "stopped"] == [1]
+    assert all(torch.equal(good[name], weight) for name, weight in bank.mixers[1].named_parameters())
+    for layer in (0, 2, 3):
+        for name, weight in bank.mixers[layer].named_parameters():
+            torch.testing.assert_close(weight, clean.mixers[layer].get_parameter(name), rtol=0, atol=1e-6)
+    assert all(math.isfinite(value) for value in bank.nmse_after.values())
+    bank.save(tmp_path / "bank")
+    assert load_bank(tmp_path / "bank").stopped == bank.stopped
+    # What was stopped stays stopped in a run that goes on.
+    monkeypatch.undo()
+    resumed = distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
+    assert resumed.stopped == bank.stopped
+    assert same_weights(resumed, bank)
+
+
+def test_a_layer_that_was_stopped_stays_so_after_an_interruption(teacher, blocks, monkeypatch, tmp_path):
+    damage = lambda mixers: mixers[2].o_proj.weight.fill_(torch.inf)  # noqa: E731
+    whole = distill(teacher, spoil(blocks, teacher, monkeypatch, damage, at_step=3), **SETTINGS)
+
+    def press(event):
+        if event["event"] == "distill" and event["step"] == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    checkpoint = tmp_path / "state.safetensors"
+    monkeypatch.undo()
+    spoiled = spoil(blocks, teacher, monkeypatch, damage, at_step=3)
+    with pytest.raises(Interrupted):
+        distill(teacher, spoiled, checkpoint=checkpoint, on_event=press, **SETTINGS)
+    monkeypatch.undo()
+    resumed = distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
+    assert list(whole.stopped) == list(resumed.stopped) == [2]
+    assert same_weights(whole, resumed)
+
+
+def test_nothing_is_made_where_every_layer_fails(teacher, blocks, monkeypatch):
+    damage = lambda mixers: [mixer.o_proj.weight.fill_(torch.nan) for mixer in mixers.values()]  # noqa: E731
+    with pytest.raises(RecipeError, match=r"learning_rate.*every layer failed"):
+        distill(teacher, spoil(blocks, teacher, monkeypatch, damage, at_step=3), **SETTINGS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_recorded_step_leaves_out_a_stopped_layer(blocks):
+    model = pico_teacher().model.to("cuda", torch.bfloat16)
+    teacher = as_teacher(model, byte_tokenizer(), source="pico")
+    attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
+    mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, attention[i]) for i in range(3)}
+    students = Students(teacher, mixers, learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0, fast=True)
+    for step in range(6):
+        assert len(students.train_step(blocks.batch(step, batch_size=8, seed=0), 1e-3)) == 3
+    students.stop(1)
+    before = {i: mixer.o_proj.weight.detach().clone() for i, mixer in mixers.items()}
+    for step in range(6, 12):
+        losses = students.train_step(blocks.batch(step, batch_size=8, seed=0), 1e-3)
+    assert len(losses) == 2
+    assert torch.isfinite(losses).all()
+    assert [torch.equal(before[i], mixers[i].o_proj.weight) for i in range(3)] == [False, True, False]
 
 
 def test_the_loss_is_normalised_and_differentiable(teacher):

@@ -171,6 +171,13 @@ def test_a_diverged_loss_does_not_look_unmeasured() -> None:
     assert "error not finite" in text
 
 
+def test_layers_that_were_given_up_are_named() -> None:
+    report = fake_report()
+    report["distill"]["stopped"] = [{"layer": 7, "num_tokens": 40_960, "why": "its loss is not a number"}]
+    assert "Layer 7 was given up after 40,960 tokens" in plain(render_html(report))
+    assert "Layer 7 failed to train and was stopped after 40,960 tokens." in render_model_card(report)
+
+
 def test_infinities_survive_strict_json(tmp_path: Path) -> None:
     report = fake_report()
     report["distill"]["mean_nmse"], report["distill"]["curve"][2]["mean_nmse"] = float("nan"), float("inf")

@@ -78,6 +78,13 @@ class _Bars:
             f"{event['num_tokens']:>12,} tokens: held-out NMSE {event['mean_nmse']:.4f}", highlight=False
         )
 
+    def _on_stopped(self, event: dict[str, Any]) -> None:
+        self._console.print(
+            f"{event['num_tokens']:>12,} tokens: layer {event['layer']} is given up and keeps its last good weights, "
+            f"as {event['why']}",
+            highlight=False,
+        )
+
     def _on_teacher(self, event: dict[str, Any]) -> None:
         self._console.print(f"teacher on validation: {event['score']:.4f}", highlight=False)
 

@@ -115,6 +115,7 @@ def _distill(bank: MixerBank) -> dict[str, Any]:
         ],
         "mean_nmse": bank.mean_nmse,
         "curve": bank.curve,
+        "stopped": [{"layer": layer, **facts} for layer, facts in sorted(bank.stopped.items())],
     }
 
 

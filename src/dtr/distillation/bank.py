@@ -39,6 +39,8 @@ class MixerBank:
     """The same after distillation."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     """Held-out NMSE on the way: {num_tokens, mean_nmse, nmse by layer}."""
+    stopped: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Layers that were given up while training, and kept as they last were in order: {num_tokens, why}."""
     num_tokens: int = 0
     num_steps: int = 0
     seconds: float = 0.0
@@ -135,6 +137,7 @@ def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tens
         mixers[index] = mixer.to(device)
     errors = ("nmse_before", "nmse_after")
     by_layer: dict[str, Any] = {key: {int(k): v for k, v in facts[key].items()} for key in errors}
+    by_layer["stopped"] = {int(k): v for k, v in facts.get("stopped", {}).items()}
     plain = {key: facts[key] for key in ("identity", "curve", "num_tokens", "num_steps", "seconds")}
     bank = MixerBank(
         kind=facts["kind"],

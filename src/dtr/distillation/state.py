@@ -49,6 +49,8 @@ class TrainingState:
         self.share_weights()
         tensors: dict[str, torch.Tensor] = {f"param.{name}": param for name, param in self._named.items()}
         for name in self._named:
+            if int(name.partition(".")[0]) in self._bank.stopped:
+                continue
             tensors |= {f"{moment}.{name}": self._moment(name, moment) for moment in MOMENTS}
         facts = {
             "step": step,
@@ -58,6 +60,7 @@ class TrainingState:
             "nmse_after": self._bank.nmse_after,
             "seconds": self._bank.seconds,
             "text": self._text.position(),
+            "stopped": self._bank.stopped,
         }
         if self._world.is_first:
             write_tensors(self._path, tensors, metadata={"state": json.dumps(facts)})
@@ -72,7 +75,7 @@ class TrainingState:
 
     def _owner(self, name: str) -> int | None:
         """The one rank that trains this parameter; None where all do."""
-        if len(self._students.own) == len(self._layers):
+        if self._students.splits_batch:
             return None
         return self._world.owner(self._layers.index(int(name.partition(".")[0])))
 
@@ -97,9 +100,12 @@ class TrainingState:
             with safe_open(self._path, framework="pt") as file:
                 facts = json.loads(file.metadata()["state"])
                 self._check(facts["identity"])
+                self._bank.stopped = {int(k): v for k, v in facts.get("stopped", {}).items()}
+                for index in [i for i in self._students.active if i in self._bank.stopped]:
+                    self._students.stop(index)
                 for name, param in self._named.items():
                     param.copy_(file.get_tensor(f"param.{name}"))
-                    if int(name.partition(".")[0]) not in self._students.own:
+                    if int(name.partition(".")[0]) not in self._students.active:
                         continue
                     self._students.optimizer.state[param] = {
                         "step": torch.tensor(float(facts["step"]), device=param.device),

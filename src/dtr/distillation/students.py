@@ -62,18 +62,20 @@ class Students:
         self._teacher, self.mixers = teacher, mixers
         self._max_grad_norm = max_grad_norm
         self._world = world or World()
-        self._splits_batch = parallel == "data"
-        self.own = list(mixers) if self._splits_batch else self._world.share(list(mixers))
-        """Layers that this process trains."""
+        self.splits_batch = parallel == "data"
+        """Whether all processes train all layers, each on its part of a batch."""
+        self.own = list(mixers) if self.splits_batch else self._world.share(list(mixers))
+        """Layers that this process holds."""
+        self.active = list(self.own)
+        """Those of them that are still in training."""
         self._amp = torch.autocast(
             teacher.device.type, torch.bfloat16, enabled=teacher.dtype in (torch.bfloat16, torch.float16)
         )
         # One compiled graph serves all layers: their parameters are its inputs.
         self._sums = torch.compile(squared_sums, dynamic=False) if fast else squared_sums
         self._replay = Replay(self._step) if fast else None
-        self._groups = [[p for p in mixers[i].parameters() if p.requires_grad] for i in self.own]
-        splits = self._splits_batch and self._world.size > 1
-        self._exchange = GradientExchange(self._world, self._groups) if splits else None
+        self._groups = [self._trained(index) for index in self.active]
+        self._exchange = self._make_exchange()
         self.optimizer = torch.optim.AdamW(
             [p for group in self._groups for p in group] or [torch.zeros(1)],
             # A recorded step reads the rate from device memory.
@@ -84,14 +86,33 @@ class Students:
             capturable=fast,
         )
 
+    def stop(self, index: int) -> None:
+        """Leave a layer out of training from now on; its weights stay as they are."""
+        self.active.remove(index)
+        self._groups = [self._trained(i) for i in self.active]
+        for param in self._trained(index):
+            self.optimizer.state.pop(param, None)
+            param.grad = None
+        self.optimizer.param_groups[0]["params"] = [p for group in self._groups for p in group]
+        self._exchange = self._make_exchange()
+        if self._replay is not None:
+            # What was recorded trains the layer still.
+            self._replay = Replay(self._step)
+
+    def _make_exchange(self) -> GradientExchange | None:
+        return GradientExchange(self._world, self._groups) if self.splits_batch and self._world.size > 1 else None
+
+    def _trained(self, index: int) -> list[nn.Parameter]:
+        return [param for param in self.mixers[index].parameters() if param.requires_grad]
+
     def train_step(self, input_ids: torch.Tensor, learning_rate: float) -> torch.Tensor:
-        """One teacher pass over the global batch (B, T) and one update; returns the losses of `own` layers."""
+        """One teacher pass over the global batch (B, T) and one update; returns the losses of `active` layers."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
-        if self._splits_batch:
+        if self.splits_batch:
             input_ids = input_ids[self._world.rank :: self._world.size]
         input_ids = input_ids.to(self._teacher.device, torch.long)
         return self._step(input_ids) if self._replay is None else self._replay(input_ids)
@@ -110,12 +131,12 @@ class Students:
         return errors / powers
 
     def accumulate(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Gradients of the squared errors of all `own` layers over (B, T) tokens, added up over ranks.
+        """Gradients of the squared errors of all `active` layers over (B, T) tokens, added up over ranks.
 
-        Returns (num_own, 2): each layer's sum of squared errors and of squares of its target.
+        Returns (num_active, 2): each layer's sum of squared errors and of squares of its target.
         """
-        sums = torch.zeros(len(self.own), 2, device=self._teacher.device)
-        position_of = {index: position for position, index in enumerate(self.own)}
+        sums = torch.zeros(len(self.active), 2, device=self._teacher.device)
+        position_of = {index: position for position, index in enumerate(self.active)}
         if self._exchange is not None:
             self._exchange.begin()
 
@@ -127,7 +148,7 @@ class Students:
             if self._exchange is not None:
                 self._exchange.layer_done(position_of[index])
 
-        self._teacher_pass(input_ids, visit)
+        self._teacher_pass(input_ids, self.active, visit)
         if self._exchange is not None:
             self._exchange.finish()
             self._world.add_up([sums])
@@ -150,19 +171,19 @@ class Students:
             sums[index] += torch.stack([error, target.float().square().sum(dtype=torch.float64)])
 
         batches = list(blocks.split(batch_size))
-        for batch in self._world.share(batches) if self._splits_batch else batches:
-            self._teacher_pass(batch.to(self._teacher.device, torch.long), visit)
-        if self._splits_batch:
+        for batch in self._world.share(batches) if self.splits_batch else batches:
+            self._teacher_pass(batch.to(self._teacher.device, torch.long), self.own, visit)
+        if self.splits_batch:
             self._world.add_up(sums.values())
         parts = self._world.collect({index: (error / power).item() for index, (error, power) in sums.items()})
         merged = {index: value for part in parts for index, value in part.items()}
         return {index: merged[index] for index in self.mixers}
 
     @torch.no_grad()
-    def _teacher_pass(self, input_ids: torch.Tensor, visit: Any) -> None:
+    def _teacher_pass(self, input_ids: torch.Tensor, layers: list[int], visit: Any) -> None:
         # With more processes than sequences some have nothing to do but to take part in the exchange.
-        if len(input_ids) and self.own:
-            with capture_attention(self._teacher.model, self.own, visit):
+        if len(input_ids) and layers:
+            with capture_attention(self._teacher.model, layers, visit):
                 self._teacher.model.model(input_ids=input_ids, use_cache=False)
 
     @torch.no_grad()

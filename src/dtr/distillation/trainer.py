@@ -20,6 +20,7 @@ from dtr.distillation.calibration import calibrate
 from dtr.distillation.refit import refit_outputs
 from dtr.distillation.state import TrainingState
 from dtr.distillation.students import ParallelKind, Students
+from dtr.distillation.watch import CHECK_EVERY_STEPS, Watch
 from dtr.distributed import World, current_world
 from dtr.errors import DeviceError, Interrupted, RecipeError
 from dtr.interrupt import stop_at_safe_point
@@ -160,6 +161,7 @@ def _train(
 ) -> None:
     identity, started = bank.identity, time.monotonic()
     step = state.restore()
+    watch = Watch({index: bank.mixers[index] for index in students.active})
     spent_before = bank.seconds
     measure_every = max(1, bank.num_steps // NUM_MEASURES)
 
@@ -179,18 +181,52 @@ def _train(
             batch = text.batch(step, batch_size=batch_size, seed=identity["seed"])
             losses = students.train_step(batch, _learning_rate(step, bank.num_steps, identity))
             step += 1
-            # Reading the loss waits for the device, and asking all ranks for their Ctrl-C for them; not at every step.
             stopping = stop.requested and world.size == 1
-            if step % 10 == 0 or step == bank.num_steps:
+            measuring = step % measure_every == 0 or step == bank.num_steps
+            saving = step % checkpoint_every_steps == 0 or step == bank.num_steps
+            # Reading the loss waits for the device, and asking all ranks waits for them; not at every step.
+            if step % CHECK_EVERY_STEPS == 0 or measuring or saving or stopping:
                 emit(_progress(step, bank.num_steps, batch, losses))
+                _give_up_lost_layers(bank, students, watch, losses, step * batch.numel(), world, emit)
                 stopping = any(world.collect(stop.requested))
-            if step % measure_every == 0 or step == bank.num_steps:
+            if measuring:
                 measure(step)
             bank.seconds = spent_before + time.monotonic() - started
-            if step % checkpoint_every_steps == 0 or stopping or step == bank.num_steps:
+            if saving or stopping:
                 state.save(step)
             if stopping and step < bank.num_steps:
                 raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
+
+
+def _give_up_lost_layers(
+    bank: MixerBank,
+    students: Students,
+    watch: Watch,
+    losses: torch.Tensor,
+    num_tokens: int,
+    world: World,
+    emit: Callable[[dict[str, Any]], None],
+) -> None:
+    """Stop layers whose training has failed, on all ranks.
+
+    Raises:
+        RecipeError: there is no layer left.
+    """
+    for lost in world.collect(watch.check(students.active, losses)):
+        for index, why in lost.items():
+            if index not in bank.stopped:
+                bank.stopped[index] = {"num_tokens": num_tokens, "why": why}
+                emit({"event": "stopped", "layer": index, "num_tokens": num_tokens, "why": why})
+            if index in students.active:
+                students.stop(index)
+    if len(bank.stopped) == len(bank.mixers):
+        layer, facts = next(iter(bank.stopped.items()))
+        raise RecipeError(
+            "distill.learning_rate",
+            got=f"{bank.identity['learning_rate']}, at which every layer failed (layer {layer}: {facts['why']})",
+            expected="a rate at which layers learn",
+            hint="Lower it.",
+        )
 
 
 def _refit(teacher: Teacher, bank: MixerBank, students: Students, text: Text, batch_size: int, num_tokens: int) -> None:
@@ -210,7 +246,7 @@ def _progress(step: int, num_steps: int, batch: torch.Tensor, losses: torch.Tens
         "num_steps": num_steps,
         "num_tokens": step * batch.numel(),
         "mean_loss": losses.mean().item(),
-        "worst_loss": losses.max().item(),
+        "worst_loss": losses.max().item() if len(losses) else math.nan,
     }
 
 
