@@ -77,7 +77,7 @@ def make_record(
             "options": bank.options,
             "backend": backend.name,
             "backend_reason": backend.reason,
-            "is_pure_linear": True,
+            "is_pure_linear": all(mixer.is_pure_linear for mixer in bank.mixers.values()),
         },
         "text": {
             "source": text.source,

@@ -2,7 +2,8 @@
 
 Built on the library's own layers. What is added: a linear layer counts its tokens, so that a model whose layers are
 all linear still knows its position (the stock cache raises there), and no convolution state is needed to mark a state
-as present. A mixer with a short convolution keeps its last inputs beside the state.
+as present. A mixer with a short convolution keeps its last inputs beside the state, one with a window its last keys and
+values.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class RecurrentStateLayer(LinearAttentionLayer):
     def __init__(self) -> None:
         super().__init__()
         self.num_seen_tokens = 0
+        self._window: list[torch.Tensor] = []
 
     def read(self) -> torch.Tensor | None:
         """The carried state (B, H, K, V), or None before the first token."""
@@ -34,10 +36,22 @@ class RecurrentStateLayer(LinearAttentionLayer):
         """The last inputs of a short convolution (B, num, channels), or None before the first token."""
         return self.conv_states[0] if self.num_seen_tokens else None
 
-    def write(self, state: torch.Tensor, num_new_tokens: int, conv_inputs: torch.Tensor | None = None) -> None:
-        """Replace the state, and the last inputs of a short convolution, after `num_new_tokens` more tokens."""
-        self.device, self.dtype = state.device, state.dtype  # type: ignore[assignment]
-        self.update_recurrent_state(state)
+    def read_window(self) -> tuple[torch.Tensor, ...] | None:
+        """Keys, values and positions that a window needs, each (B, num, ...), or None before the first token."""
+        return tuple(self._window) if self.num_seen_tokens else None
+
+    def write(
+        self,
+        state: torch.Tensor | None,
+        num_new_tokens: int,
+        conv_inputs: torch.Tensor | None = None,
+        window: tuple[torch.Tensor, ...] = (),
+    ) -> None:
+        """Replace the state, the last inputs of a short convolution and a window after `num_new_tokens` more tokens."""
+        if state is not None:
+            self.device, self.dtype = state.device, state.dtype  # type: ignore[assignment]
+            self.update_recurrent_state(state)
+        self._window = list(window)
         if conv_inputs is not None:
             if not self.is_conv_states_initialized[0]:
                 self.lazy_initialization(conv_states=conv_inputs)
@@ -55,7 +69,16 @@ class RecurrentStateLayer(LinearAttentionLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.num_seen_tokens = 0
+        self.num_seen_tokens, self._window = 0, []
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._window = [x.index_select(0, beam_idx.to(x.device)) for x in self._window]
+
+    def num_bytes(self) -> int:
+        """Bytes of the states, the convolution's inputs and the window."""
+        tensors = [*self._window, self.read(), self.read_conv()]
+        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._replace(lambda state: state.repeat_interleave(repeats, dim=0))
@@ -67,6 +90,7 @@ class RecurrentStateLayer(LinearAttentionLayer):
         if self.num_seen_tokens:
             for states in (self.recurrent_states, self.conv_states):
                 states[0] = None if states[0] is None else change(states[0])
+            self._window = [change(x) for x in self._window]
 
 
 class HybridCache(DynamicCache):
@@ -87,13 +111,14 @@ class HybridCache(DynamicCache):
 
     def num_bytes(self) -> int:
         """Bytes held by keys, values and states."""
-        tensors = []
+        total = 0
         for layer in self.layers:
             if isinstance(layer, RecurrentStateLayer):
-                tensors += [layer.read(), layer.read_conv()]
+                total += layer.num_bytes()
             else:
-                tensors += [getattr(layer, "keys", None), getattr(layer, "values", None)]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+                tensors = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+                total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return total
 
 
 def decode_cache_bytes(

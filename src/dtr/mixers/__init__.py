@@ -9,15 +9,19 @@ from dtr.errors import RecipeError
 from dtr.mixers.base import Mixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.mixers.gated_linear_attention import GatedLinearAttention
+from dtr.mixers.kimi_delta_attention import KimiDeltaAttention
 from dtr.mixers.mamba2 import Mamba2
 from dtr.mixers.qwen35_gated_deltanet import Qwen35GatedDeltaNet
+from dtr.mixers.sliding_window import SlidingWindow
 from dtr.registry import Registry
 
 MIXERS: Registry[type[Mixer]] = Registry("mixer")
 MIXERS.register("gated_deltanet")(GatedDeltaNet)
 MIXERS.register("gated_linear_attention")(GatedLinearAttention)
+MIXERS.register("kimi_delta_attention")(KimiDeltaAttention)
 MIXERS.register("mamba2")(Mamba2)
 MIXERS.register("qwen35_gated_deltanet")(Qwen35GatedDeltaNet)
+MIXERS.register("sliding_window")(SlidingWindow)
 
 
 def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[str, Any] | None = None) -> Mixer:

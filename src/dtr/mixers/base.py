@@ -20,6 +20,10 @@ from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
 from dtr.ops.rotary import rotate
 from dtr.ops.short_convolution import short_convolution
+from dtr.ops.window_attention import attend_window, kept_bytes
+
+WINDOW_BIAS = 2.0
+"""At the start a window gives sigmoid(2) = 88 % of the output, as most of attention lies in it."""
 
 
 class HeadNorm(nn.Module):
@@ -45,6 +49,8 @@ class Mixer(nn.Module):
 
     needs_calibration = False
     """Whether `calibrate` wants to see a batch of the teacher's inputs and outputs before training."""
+    is_pure_linear = True
+    """False where softmax attention on a window takes part: on shorter prompts that is full attention."""
 
     def __init__(self, geometry: HeadGeometry, layer_idx: int) -> None:
         super().__init__()
@@ -111,6 +117,9 @@ class LinearMixer(Mixer):
             positions; it starts as the identity and has no activation. 0 leaves it out.
         head_copies: states that stand in for each query head; they start as copies with different half-lives, their
             outputs averaged.
+        window: last tokens that softmax attention by the same queries and keys also sees; each token decides, head by
+            head, how much of its output comes from there and how much from the state. 0 leaves it out.
+        sinks: first tokens that the window keeps in sight.
     """
 
     def __init__(
@@ -120,12 +129,17 @@ class LinearMixer(Mixer):
         *,
         conv_tokens: int = 0,
         head_copies: int = 1,
+        window: int = 0,
+        sinks: int = 4,
     ) -> None:
         super().__init__(geometry, layer_idx)
         g = geometry
-        _check_number("conv_tokens", conv_tokens, 0)
-        _check_number("head_copies", head_copies, 1)
+        check_number("conv_tokens", conv_tokens, 0)
+        check_number("head_copies", head_copies, 1)
+        check_number("window", window, 0)
+        check_number("sinks", sinks, 0)
         self.conv_tokens, self.head_copies = conv_tokens, head_copies
+        self.window, self.sinks, self.is_pure_linear = window, sinks, not window
         self.num_heads = g.num_heads * head_copies
         inner_dim = self.num_heads * g.head_dim
         self.q_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
@@ -135,6 +149,8 @@ class LinearMixer(Mixer):
         self.gate_proj = nn.Linear(g.hidden_dim, inner_dim)
         if conv_tokens:
             self.conv_taps = nn.Parameter(torch.empty(3 * inner_dim, conv_tokens))
+        if window:
+            self.window_proj = nn.Linear(g.hidden_dim, self.num_heads)
         if g.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(g.head_dim, g.norm_eps), HeadNorm(g.head_dim, g.norm_eps)
 
@@ -145,7 +161,8 @@ class LinearMixer(Mixer):
     def state_bytes(self, bytes_per_element: int) -> int:
         inner_dim = self.num_heads * self.geometry.head_dim
         past = 3 * inner_dim * (self.conv_tokens - 1) if self.conv_tokens else 0
-        return 4 * inner_dim * self.geometry.head_dim + past * bytes_per_element
+        kept = kept_bytes(self.window, self.sinks, inner_dim, bytes_per_element) if self.window else 0
+        return 4 * inner_dim * self.geometry.head_dim + past * bytes_per_element + kept
 
     @torch.no_grad()
     def start_from(self, attention: Any) -> None:
@@ -172,6 +189,9 @@ class LinearMixer(Mixer):
         if self.conv_tokens:
             nn.init.zeros_(self.conv_taps)
             self.conv_taps[:, -1] = 1.0
+        if self.window:
+            nn.init.zeros_(self.window_proj.weight)
+            nn.init.constant_(self.window_proj.bias, WINDOW_BIAS)
         self.reset_gates()
 
     def spaced_half_lives(self, fast: float, slow: float) -> torch.Tensor:
@@ -223,10 +243,18 @@ class LinearMixer(Mixer):
         if g.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+        near: torch.Tensor | None = None
+        kept: tuple[torch.Tensor, ...] = ()
+        if self.window:
+            past = None if memory is None else memory.read_window()
+            near, kept = attend_window(q, k, v, token_mask, past, window=self.window, sinks=self.sinks)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         out, state = self.recur(hidden_states, q, k, v, mask, None if memory is None else memory.read())
         if memory is not None:
-            memory.write(state, num_tokens, conv_inputs)
+            memory.write(state, num_tokens, conv_inputs, kept)
+        if near is not None:
+            share = torch.sigmoid(self.window_proj(hidden_states)).unsqueeze(-1)
+            out = share * near + (1 - share) * out
 
         gate = 2 * torch.sigmoid(self.gate_proj(hidden_states)).view(heads)
         return self.o_proj((out * gate).flatten(2)), None
@@ -243,6 +271,6 @@ class LinearMixer(Mixer):
         return q, k, v, conv_inputs
 
 
-def _check_number(name: str, value: Any, lowest: int) -> None:
+def check_number(name: str, value: Any, lowest: int) -> None:
     if not isinstance(value, int) or value < lowest:
         raise RecipeError(f"mixer.options.{name}", got=repr(value), expected=f"a whole number from {lowest} up")

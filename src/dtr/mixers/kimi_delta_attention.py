@@ -1,0 +1,73 @@
+"""Kimi Delta Attention in the shape of the teacher's attention.
+
+Source: "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv 2510.26692), eq. 1 and section 4 (low-rank
+decay gate). What differs: rotary positions are kept, no output norm, the short convolution is an option, output gate
+2 sigmoid(.) that starts as the identity.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dtr.arch import HeadGeometry
+from dtr.mixers.base import LinearMixer, check_number
+from dtr.ops.channel_delta import chunked
+
+
+class KimiDeltaAttention(LinearMixer):
+    """Gated DeltaNet with a decay of its own for each key channel.
+
+    Args:
+        geometry: shape of the attention that is replaced.
+        layer_idx: its place in the model, where the cache keeps its state.
+        gate_rank: rank of the decay gate's projection.
+        min_half_life_tokens: half-life of the fastest head's memory at the start.
+        max_half_life_tokens: half-life of the slowest head's memory at the start; heads are spaced geometrically.
+        shape: options of `LinearMixer`.
+    """
+
+    def __init__(
+        self,
+        geometry: HeadGeometry,
+        layer_idx: int,
+        *,
+        gate_rank: int = 64,
+        min_half_life_tokens: float = 8.0,
+        max_half_life_tokens: float = 1024.0,
+        **shape: int,
+    ) -> None:
+        super().__init__(geometry, layer_idx, **shape)
+        check_number("gate_rank", gate_rank, 1)
+        self.half_lives = (min_half_life_tokens, max_half_life_tokens)
+        self.decay_down_proj = nn.Linear(geometry.hidden_dim, gate_rank, bias=False)
+        self.decay_up_proj = nn.Linear(gate_rank, self.num_heads * geometry.head_dim)
+        self.write_proj = nn.Linear(geometry.hidden_dim, self.num_heads)
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        rate = math.log(2) / self.spaced_half_lives(*self.half_lives)
+        nn.init.normal_(self.decay_down_proj.weight, std=self.geometry.hidden_dim**-0.5)
+        nn.init.zeros_(self.decay_up_proj.weight)
+        self.decay_up_proj.bias.copy_(torch.log(torch.expm1(rate)).repeat_interleave(self.geometry.head_dim))
+        nn.init.zeros_(self.write_proj.weight)
+        nn.init.zeros_(self.write_proj.bias)
+
+    def recur(
+        self,
+        hidden_BTD: torch.Tensor,
+        q_BTHK: torch.Tensor,
+        k_BTHK: torch.Tensor,
+        v_BTHK: torch.Tensor,
+        token_mask_BT1: torch.Tensor | None,
+        state_BHKV: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        decay = self.decay_up_proj(self.decay_down_proj(hidden_BTD)).float()
+        log_decay_BTHK = -F.softplus(decay).view(k_BTHK.shape)
+        write_BTH = torch.sigmoid(self.write_proj(hidden_BTD).float())
+        if token_mask_BT1 is not None:
+            log_decay_BTHK, write_BTH = log_decay_BTHK * token_mask_BT1.unsqueeze(-1), write_BTH * token_mask_BT1
+        return chunked(q_BTHK, k_BTHK, v_BTHK, log_decay_BTHK, write_BTH, state_BHKV=state_BHKV)
