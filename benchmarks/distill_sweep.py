@@ -35,7 +35,8 @@ def main() -> None:
     for trial in args.trials or [""]:
         recipe = read_recipe(args.recipe, [*args.set, *trial.split()])
         length = recipe.distill.seq_len_tokens
-        texts[length] = texts.get(length) or prepare_text(recipe, teacher)
+        if length not in texts:
+            texts[length], _ = prepare_text(recipe, teacher, emit=lambda event: None)
         bank = distill(
             teacher,
             texts[length],

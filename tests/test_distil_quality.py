@@ -1,0 +1,51 @@
+"""The benchmarks of distillation, from a recipe to their results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+KEYS = {"mean_nmse", "num_tokens", "all_linear_retention", "recall_retention", "ablation", "command", "hardware"}
+
+
+def load_program(name):
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_sweep_prints_a_line_per_trial(place, capsys, monkeypatch):
+    trials = ["--try", "mixer.options.head_copies=2", "--try", "seed=1", "--set", "distill.num_tokens=1024"]
+    monkeypatch.setattr("sys.argv", ["distill_sweep.py", str(place / "recipe.yaml"), *trials])
+    load_program("distill_sweep").main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("trial") for line in lines] == [None, "mixer.options.head_copies=2", "seed=1"]
+    assert lines[1]["mean_nmse"] != lines[2]["mean_nmse"]
+
+
+def test_the_result_file_holds_the_recipe_and_its_rivals(place, tmp_path):
+    program = load_program("distil_quality")
+    out = tmp_path / "quality.json"
+    common = [str(place / "recipe.yaml"), "--task", f"words={place / 'task'}", "--out", str(out)]
+    common += ["--recall-fillers", "0", "--recall-items", "4", "6", "--set", "distill.num_tokens=2048"]
+    common += ["--set", "search.strategy=uniform"]
+    program.main([*common, "--try", "mixer.options.window=8"])
+    result = json.loads(out.read_text())
+    assert result.keys() > KEYS | {"commit", "seeds"}
+    assert result["is_pure_linear"]
+    assert set(result["all_linear_retention"]) == {"words", "mean"}
+    scores = result["all_linear_scores"]["words"]
+    assert result["all_linear_retention"]["mean"] == scores["hybrid"] / scores["teacher"]
+    assert set(result["recall_retention"]) == {"0.5", "0.75"}
+    (row,) = result["ablation"]
+    assert (row["settings"], row["is_pure_linear"]) == ("mixer.options.window=8", False)
+    assert row["mean_nmse"] != result["mean_nmse"]
+    # A row of the same settings is replaced, the main entry is left alone.
+    program.main([*common, "--only-tries", "--try", "mixer.options.window=8", "--try", "seed=1"])
+    again = json.loads(out.read_text())
+    assert [row["settings"] for row in again["ablation"]] == ["mixer.options.window=8", "seed=1"]
+    assert again["ablation"][1]["seeds"] == [1]
+    assert again["mean_nmse"] == result["mean_nmse"]
