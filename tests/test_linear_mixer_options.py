@@ -16,7 +16,7 @@ from dtr.errors import RecipeError
 from dtr.hybrid.cache import RecurrentStateLayer
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import make_mixer, mixer_from_teacher
-from dtr.ops.short_convolution import short_convolution
+from dtr.ops.short_convolution import dynamic_convolution, short_convolution
 
 KINDS = ("gated_deltanet", "gated_linear_attention", "kimi_delta_attention")
 OPTIONS = {
@@ -48,6 +48,32 @@ def random_mixer(teacher, kind, options):
 
 def rotary(teacher, num_tokens):
     return teacher.model.model.rotary_emb(torch.zeros(1), torch.arange(num_tokens)[None])
+
+
+def test_dynamic_convolution_weighs_the_last_tokens_by_the_current_one():
+    x, taps, past = torch.randn(2, 9, 6), torch.randn(2, 9, 6, 3), torch.randn(2, 2, 6)
+    out, kept = dynamic_convolution(x, taps, past)
+    seen = torch.cat([past, x], dim=1)
+    for t in range(9):
+        torch.testing.assert_close(out[:, t], (taps[:, t] * seen[:, t : t + 3].mT).sum(-1))
+    assert torch.equal(kept, x[:, -2:])
+
+
+@torch.no_grad()
+def test_a_jet_block_starts_as_gated_deltanet_and_agrees_in_pieces(teacher):
+    hidden = torch.randn(2, 41, 32)
+    cos, sin = rotary(teacher, 41)
+    plain, ours = made(teacher, "gated_deltanet", {}), made(teacher, "jet_block", {})
+    torch.testing.assert_close(ours(hidden, (cos, sin))[0], plain(hidden, (cos, sin))[0])
+    mixer = random_mixer(teacher, "jet_block", {"dynamic_tokens": 3, "head_copies": 2})
+    memory = SimpleNamespace(layers=[None, RecurrentStateLayer()])
+    parts = [
+        mixer(hidden[:, a:b], (cos[:, a:b], sin[:, a:b]), past_key_values=memory)[0]
+        for a, b in ((0, 1), (1, 2), (2, 20), (20, 21), (21, 41))
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), mixer(hidden, (cos, sin))[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(RecipeError, match="conv_tokens"):
+        make_mixer("jet_block", teacher.geometry, 0, {"conv_tokens": 4})
 
 
 def test_short_convolution_is_the_librarys():

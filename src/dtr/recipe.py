@@ -44,8 +44,8 @@ class TextSection(Section):
 
 class MixerSection(Section):
     kind: str = "gated_deltanet"
-    """A mixer by name: gated_deltanet, gated_linear_attention, kimi_delta_attention; for export mamba2 and
-    qwen35_gated_deltanet; sliding_window, which is attention on a window and the first tokens."""
+    """A mixer by name: gated_deltanet, jet_block, gated_linear_attention, kimi_delta_attention; for export
+    mamba2 and qwen35_gated_deltanet; sliding_window, which is attention on a window and the first tokens."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of that mixer."""
 

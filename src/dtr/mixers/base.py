@@ -235,10 +235,8 @@ class LinearMixer(Mixer):
         memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         mask = None if token_mask is None else token_mask[:, -num_tokens:, None]
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        conv_inputs = None
-        if self.conv_tokens:
-            past = None if memory is None else memory.read_conv()
-            q, k, v, conv_inputs = self._convolve(torch.cat([q, k, v], dim=-1), mask, past)
+        past_inputs = None if memory is None else memory.read_conv()
+        q, k, v, conv_inputs = self.mix_tokens(hidden_states, q, k, v, mask, past_inputs)
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         if g.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -259,15 +257,24 @@ class LinearMixer(Mixer):
         gate = 2 * torch.sigmoid(self.gate_proj(hidden_states)).view(heads)
         return self.o_proj((out * gate).flatten(2)), None
 
-    def _convolve(
-        self, qkv_BTC: torch.Tensor, token_mask_BT1: torch.Tensor | None, past: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Convolved queries, keys and values, and the inputs that later tokens need."""
+    def mix_tokens(
+        self,
+        hidden_BTD: torch.Tensor,
+        q_BTC: torch.Tensor,
+        k_BTC: torch.Tensor,
+        v_BTC: torch.Tensor,
+        token_mask_BT1: torch.Tensor | None,
+        past_inputs: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Queries, keys and values after a convolution, if there is one, and the inputs that later tokens need."""
+        if not self.conv_tokens:
+            return q_BTC, k_BTC, v_BTC, None
+        inputs = torch.cat([q_BTC, k_BTC, v_BTC], dim=-1)
         if token_mask_BT1 is not None:
-            qkv_BTC = qkv_BTC * token_mask_BT1.to(qkv_BTC.dtype)
-        mixed, conv_inputs = short_convolution(qkv_BTC, self.conv_taps, None, past)
+            inputs = inputs * token_mask_BT1.to(inputs.dtype)
+        mixed, conv_inputs = short_convolution(inputs, self.conv_taps, None, past_inputs)
         # Taps are float32, and kernels want their inputs in the type of the rest.
-        q, k, v = mixed.to(qkv_BTC.dtype).chunk(3, dim=-1)
+        q, k, v = mixed.to(inputs.dtype).chunk(3, dim=-1)
         return q, k, v, conv_inputs
 
 

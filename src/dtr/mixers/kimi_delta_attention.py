@@ -1,8 +1,8 @@
 """Kimi Delta Attention in the shape of the teacher's attention.
 
-Source: "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv 2510.26692), eq. 1 and section 4 (low-rank
-decay gate). What differs: rotary positions are kept, no output norm, the short convolution is an option, output gate
-2 sigmoid(.) that starts as the identity.
+Source: "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv 2510.26692). What differs: rotary
+positions are kept, no output norm, the short convolution is an option, output gate 2 sigmoid(.) that starts as the
+identity.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The delta rule with a decay per key channel (Kimi Delta Attention): token by token, in chunks, one step.
 
-Source: "Kimi Linear" (arXiv 2510.26692), eq. 1; its chunked form differs, as here scores are made pair of blocks by
+Source: "Kimi Linear" (arXiv 2510.26692). The chunked form differs from the paper's: scores are made pair of blocks by
 pair of blocks, so that no decay is ever divided by another.
 
     S_t = diag(exp(g_t)) S_{t-1};  S_t += beta_t k_t (v_t - k_t^T S_t)^T;  o_t = q_t^T S_t

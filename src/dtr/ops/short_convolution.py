@@ -1,4 +1,4 @@
-"""A causal depthwise convolution over a few tokens; an activation after it is up to the caller.
+"""Causal depthwise convolutions over a few tokens, with fixed taps or taps by token; activations are up to the caller.
 
 Shapes: B batch, T tokens, C channels, W tokens that the convolution sees.
 """
@@ -25,9 +25,25 @@ def short_convolution(
         (B, T, C), and the last W - 1 inputs for the tokens that follow.
     """
     num_taps, num_tokens = taps_CW.shape[1], x_BTC.shape[1]
-    before = x_BTC.new_zeros(len(x_BTC), num_taps - 1, x_BTC.shape[2]) if past is None else past.to(x_BTC.dtype)
-    padded = torch.cat([before, x_BTC], dim=1)
+    padded = _with_past(x_BTC, past, num_taps - 1)
     out = padded[:, :num_tokens] * taps_CW[:, 0]
     for i in range(1, num_taps):
         out = out + padded[:, i : i + num_tokens] * taps_CW[:, i]
     return out if bias_C is None else out + bias_C, padded[:, num_tokens:]
+
+
+def dynamic_convolution(
+    x_BTC: torch.Tensor, taps_BTCW: torch.Tensor, past: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `short_convolution`, with taps of each token's own (JetBlock, arXiv 2508.15884)."""
+    num_taps, num_tokens = taps_BTCW.shape[-1], x_BTC.shape[1]
+    padded = _with_past(x_BTC, past, num_taps - 1)
+    out = padded[:, :num_tokens] * taps_BTCW[..., 0]
+    for i in range(1, num_taps):
+        out = out + padded[:, i : i + num_tokens] * taps_BTCW[..., i]
+    return out, padded[:, num_tokens:]
+
+
+def _with_past(x_BTC: torch.Tensor, past: torch.Tensor | None, num_past: int) -> torch.Tensor:
+    before = x_BTC.new_zeros(len(x_BTC), num_past, x_BTC.shape[2]) if past is None else past.to(x_BTC.dtype)
+    return torch.cat([before, x_BTC], dim=1)
