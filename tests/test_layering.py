@@ -18,7 +18,7 @@ ROOMS = (
     ["teacher", "mixers"],
     ["corpus"],
     ["hybrid"],
-    ["distillation", "export"],
+    ["distillation", "export", "inference"],
     ["evaluation.score", "evaluation.paired"],
     ["tasks"],
     ["evaluation"],

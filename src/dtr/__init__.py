@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dtr.evaluation.evaluator import evaluate
     from dtr.evaluation.score import Score
     from dtr.export.exporter import export_hybrid
+    from dtr.inference.decoder import Decoder
+    from dtr.inference.generate import fast_generate
     from dtr.pipeline import run
     from dtr.recipe import Recipe, read_recipe
     from dtr.replace import SearchResult, search
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from dtr.teacher import Teacher, as_teacher, load_teacher
 
 _HOMES = {
+    "Decoder": "dtr.inference.decoder",
     "DtrError": "dtr.errors",
     "MixerBank": "dtr.distillation.bank",
     "Recipe": "dtr.recipe",
@@ -39,6 +42,7 @@ _HOMES = {
     "doctor": "dtr.environment",
     "evaluate": "dtr.evaluation.evaluator",
     "export_hybrid": "dtr.export.exporter",
+    "fast_generate": "dtr.inference.generate",
     "load_bank": "dtr.distillation.bank",
     "load_task": "dtr.tasks",
     "load_teacher": "dtr.teacher",
@@ -49,6 +53,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Decoder",
     "DtrError",
     "MixerBank",
     "Recipe",
@@ -61,6 +66,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "export_hybrid",
+    "fast_generate",
     "load_bank",
     "load_task",
     "load_teacher",

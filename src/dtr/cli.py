@@ -225,6 +225,44 @@ def bench_distill(
         print(json.dumps(record))
 
 
+@bench.command("generate")
+def bench_generate(
+    model: Annotated[str, typer.Argument(help="Saved hybrid, or teacher: hub name, folder, GGUF file, smollm2-demo.")],
+    num_linear: Annotated[int | None, typer.Option("--num-linear", help="Of a teacher, layers to make linear.")] = None,
+    mixer: Annotated[str, typer.Option("--mixer", help="Kind of mixer.")] = "gated_deltanet",
+    keep: Annotated[str | None, typer.Option("--keep", help="Layers that stay as they are, by commas.")] = None,
+    contexts: Annotated[str, typer.Option("--contexts", help="Tokens, by commas.")] = "512,2048,8192,32768,65536",
+    batch: Annotated[
+        str, typer.Option("--batch", help="Sequences, by commas; fill: as many as the teacher's cache lets in.")
+    ] = "1,16,fill",
+    steps: Annotated[int, typer.Option("--steps", help="Decoded tokens per measurement.", min=1)] = 16,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this PNG, SVG or PDF.")] = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Prefill, decoding and cache of a hybrid against its teacher, at several lengths and batch sizes."""
+    from dtr.bench.speedups import draw, numbers
+    from dtr.display import generation_table
+    from dtr.pipeline import bench_generation
+
+    record = bench_generation(
+        model,
+        num_linear=num_linear,
+        mixer=mixer,
+        keep=None if keep is None else numbers("--keep", keep, least=0),
+        contexts=numbers("--contexts", contexts),
+        batches=numbers("--batch", batch, words=("fill",)),
+        num_steps=steps,
+        device=device,
+        dtype=dtype,
+    )
+    if plot is not None:
+        draw(record, plot)
+    _print(generation_table(record))
+    print(json.dumps(record))
+
+
 @bench.command("search")
 def bench_search(
     bank: Annotated[Path, typer.Option("--bank", help="Folder of a bank from 'dtr distill' or another run.")],

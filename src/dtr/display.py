@@ -178,3 +178,31 @@ def strategy_table(record: dict[str, Any]) -> Table:
             f"{row['seconds']:.1f}",
         )
     return table
+
+
+def generation_table(record: dict[str, Any]) -> Table:
+    """`dtr bench generate` for people."""
+    machine = record["hardware"]
+    linear = f"{len(record['linear_layers'])} of {record['num_layers']} layers {', '.join(record['mixers'])}"
+    table = Table(title=f"{record['model']}, {linear}, {record['dtype']}")
+    table.caption = f"{machine.get('gpu') or machine['cpu']}; teacher, hybrid and their ratio, each model's fastest way"
+    for name in ("context", "batch", "decode tok/s", "", "x", "prefill tok/s", "", "x", "first token", "cache"):
+        table.add_column(name, justify="right")
+    for row in record["rows"]:
+        context, batch = str(row["context_tokens"]), "fill" if row["is_fill"] else str(row["batch"])
+        both = row["teacher"], row["hybrid"]
+        table.add_row(
+            f"{row['context_tokens']:,}",
+            f"{row['batch']:,}{' (fill)' if row['is_fill'] else ''}",
+            *(_or_dash(model["decode_tokens_per_second"], "{:,.0f}") for model in both),
+            _or_dash(record["decode_speedup"][context][batch], "{:.2f}"),
+            *(_or_dash(model["prefill"]["tokens_per_second"], "{:,.0f}") for model in both),
+            _or_dash(record["prefill_speedup"][context][batch], "{:.2f}"),
+            _or_dash(both[1]["time_to_first_token_seconds"], "{:.3f} s"),
+            _or_dash(record["cache_ratio"][context], "{:.1%}"),
+        )
+    return table
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -23,6 +23,7 @@ from dtr.ops.gated_linear import step as gated_linear_step
 
 GATED_DELTA = "gated_delta_rule"
 GATED_LINEAR = "gated_linear_attention"
+GATED_DELTA_STEP = "gated_delta_step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,10 @@ def gated_delta_rule(
     """`gated_delta.chunked` by `backend`, a name from `choose_backend`; a single token with a state takes `step`."""
     if q_BTHK.shape[1] == 1 and state is not None:
         q, k, v, g, beta = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
-        o, state = gated_delta_step(q, k, v, g, beta, state, scale=scale)
+        # The kernel has no gradients, and plain operations are what a compiler can fuse.
+        plain = backend != "triton" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        step = gated_delta_step if plain else _kernel(backend, GATED_DELTA_STEP)
+        o, state = step(q, k, v, g, beta, state, scale=scale)
         return o.unsqueeze(1), state
     if backend == "torch":
         return gated_delta_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state)
@@ -199,6 +203,7 @@ def _kernel(backend: str, op: str) -> Callable[..., tuple[torch.Tensor, torch.Te
         module, name = {
             # Beside this file under whatever name it runs, as a saved checkpoint holds renamed copies.
             ("triton", GATED_DELTA): (__name__.removesuffix("backend") + "gated_delta_triton", "chunked"),
+            ("triton", GATED_DELTA_STEP): (__name__.removesuffix("backend") + "gated_delta_step_triton", "step"),
             ("fla", GATED_DELTA): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
             ("fla", GATED_LINEAR): ("fla.ops.gla", "chunk_gla"),
         }[backend, op]

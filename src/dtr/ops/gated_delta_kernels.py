@@ -125,39 +125,49 @@ def chunk_inverse(k_ptr, g_ptr, beta_ptr, cum_ptr, inverse_ptr, T, H: tl.constex
     tl.store(_tile(inverse_ptr, index, 64, 64, 32, 32, 32, 32), inverse_11.to(dtype))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "segment_chunks"])
 def state_scan(
-    k_ptr, v_ptr, beta_ptr, cum_ptr, inverse_ptr, initial_ptr, update_ptr, state_ptr, final_ptr, T, H: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    k_ptr, v_ptr, beta_ptr, cum_ptr, inverse_ptr, initial_ptr, update_ptr, state_ptr, final_ptr, T, segment_chunks,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_VALUES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Carry the state over the chunks of one head and BV value columns; store each chunk's first state and its u."""
-    bh, first = tl.program_id(0), tl.program_id(1) * BV
+    """Carry the state over the chunks of one head and BV value columns; store each chunk's first state and its u.
+
+    Grid (B H, V / BV, segments of `segment_chunks` chunks), each segment with a first and a last state of its own.
+    Without HAS_VALUES all values are zero; without KEEP only the last state is stored.
+    """
+    bh, first, segment = tl.program_id(0), tl.program_id(1) * BV, tl.program_id(2)
+    place = bh * tl.num_programs(2) + segment
     dtype = k_ptr.dtype.element_ty
     num_chunks = tl.cdiv(T, C)
     i = tl.arange(0, C)
     if HAS_INITIAL:
-        state = tl.load(_tile(initial_ptr, bh, K, V, 0, K, first, BV)).to(tl.float32)
+        state = tl.load(_tile(initial_ptr, place, K, V, 0, K, first, BV)).to(tl.float32)
     else:
         state = tl.zeros([K, BV], dtype=tl.float32)
-    for n in range(num_chunks):
+    for n in range(segment * segment_chunks, tl.minimum((segment + 1) * segment_chunks, num_chunks)):
         index = bh * num_chunks + n
         row = _head(bh, n * C, T, H)
         valid = n * C + i < T
         k = _load_tokens(k_ptr, row, valid, H, K, 0, C, K)
         k_t = _transposed(k, _token_tile(k_ptr, row, H, K, 0, C, K), valid)
-        v = _load_tokens(v_ptr, row, valid, H, V, first, C, BV).to(tl.float32)
         inverse = tl.load(_tile(inverse_ptr, index, C, C, 0, C, 0, C))
         beta = _load_scalars(beta_ptr, row, valid, H, C)
         cum = tl.load(cum_ptr + index.to(tl.int64) * C + i)
         total = tl.load(cum_ptr + index.to(tl.int64) * C + C - 1)
 
         narrow = state.to(dtype)
-        tl.store(_tile(state_ptr, index, K, V, 0, K, first, BV), narrow)
-        residual = beta[:, None] * (v - tl.exp(cum)[:, None] * _dot(k, narrow))
+        read = tl.exp(cum)[:, None] * _dot(k, narrow)
+        if HAS_VALUES:
+            residual = beta[:, None] * (_load_tokens(v_ptr, row, valid, H, V, first, C, BV).to(tl.float32) - read)
+        else:
+            residual = beta[:, None] * -read
         update = _dot(inverse, residual.to(dtype))
-        tl.store(_token_tile(update_ptr, row, H, V, first, C, BV), update.to(dtype), mask=valid[:, None])
+        if KEEP:
+            tl.store(_tile(state_ptr, index, K, V, 0, K, first, BV), narrow)
+            tl.store(_token_tile(update_ptr, row, H, V, first, C, BV), update.to(dtype), mask=valid[:, None])
         state = state * tl.exp(total) + _dot(k_t, (update * tl.exp(total - cum)[:, None]).to(dtype))
-    tl.store(_tile(final_ptr, bh, K, V, 0, K, first, BV), state)
+    tl.store(_tile(final_ptr, place, K, V, 0, K, first, BV), state)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -56,6 +56,13 @@ def chunked(
     keeps for the backward pass is per chunk and head one K x V state and one C x C inverse, and the (B, T, H, V)
     updates, all in q's dtype. Raises DeviceError where `supports` is false.
     """
+    check_inputs(q_BTHK, k_BTHK, v_BTHV)
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale)
+    o_BTHV, final_BHKV, *_ = _forward(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, state_BHKV, scale)
+    return o_BTHV, final_BHKV
+
+
+def check_inputs(q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHV: torch.Tensor) -> None:
     if not supports(q_BTHK, v_BTHV) or k_BTHK.dtype != q_BTHK.dtype:
         dims = f"K={q_BTHK.shape[-1]}, V={v_BTHV.shape[-1]}"
         raise DeviceError(
@@ -64,18 +71,15 @@ def chunked(
             expected=f"K and V in {_DIMS}, q, k and v all bfloat16 or all float32, on a CUDA device",
             hint="Use the plain PyTorch form in dtr.ops.gated_delta instead.",
         )
-    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale)
-    o_BTHV, final_BHKV, *_ = _forward(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, state_BHKV, scale)
-    return o_BTHV, final_BHKV
 
 
-def _scan_block(num_sequences: int, value_dim: int) -> int:
+def scan_block(num_sequences: int, value_dim: int) -> int:
     """Value columns per program of a scan: the fewer sequences there are to fill the GPU, the finer the split."""
     widest = 64 if num_sequences >= 256 else 32 if num_sequences >= 48 else 16
     return min(value_dim, widest)
 
 
-def _num_stages(q: torch.Tensor) -> int:
+def num_stages(q: torch.Tensor) -> int:
     """Loads of a scan run one chunk ahead, except in float32, where shared memory would run out at K = V = 128."""
     return 2 if q.dtype == torch.bfloat16 else 1
 
@@ -94,13 +98,13 @@ def _forward(q, k, v, g, beta, state, scale):  # type: ignore[no-untyped-def]
     B, T, H, K = q.shape
     V, N, BH = v.shape[-1], triton.cdiv(T, CHUNK_TOKENS), B * H
     dims = {"K": K, "V": V, "C": CHUNK_TOKENS}
-    BV, BO = _scan_block(BH, V), min(V, 64)
+    BV, BO = scan_block(BH, V), min(V, 64)
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(q):
         chunk_inverse[(BH, N)](k, g, beta, cum, inverses, T, H, K=K, num_warps=2)
-        state_scan[(BH, V // BV)](
-            k, v, beta, cum, inverses, state, updates, states, final, T, H,
-            BV=BV, HAS_INITIAL=state is not None, num_warps=4, num_stages=_num_stages(q), **dims,
+        state_scan[(BH, V // BV, 1)](
+            k, v, beta, cum, inverses, state, updates, states, final, T, N, H, BV=BV,
+            HAS_INITIAL=state is not None, HAS_VALUES=True, KEEP=True, num_warps=4, num_stages=num_stages(q), **dims,
         )  # fmt: skip
         chunk_output[(BH, N, V // BO)](q, k, updates, cum, states, o, scale, T, H, BV=BO, num_warps=4, **dims)
     return o, final, updates, states, inverses, cum
@@ -140,11 +144,11 @@ def _backward(q, k, v, g, beta, updates, states, inverses, cum, d_o, d_final, sc
     dinitial = q.new_empty((B, H, K, V), dtype=torch.float32)
     dg = q.new_empty((K // BK, B, T, H), dtype=torch.float32)
     dbeta = torch.empty_like(dg)
-    BV = _scan_block(BH, V)
+    BV = scan_block(BH, V)
     with torch.cuda.device_of(q):
         state_scan_backward[(BH, V // BV)](
             q, k, beta, cum, inverses, d_o, d_final, dresidual, dv, dstates, dinitial, scale, T, H,
-            BV=BV, HAS_DFINAL=d_final is not None, num_warps=4, num_stages=_num_stages(q), **dims,
+            BV=BV, HAS_DFINAL=d_final is not None, num_warps=4, num_stages=num_stages(q), **dims,
         )  # fmt: skip
         chunk_gradients[(BH, N, K // BK)](
             q, k, v, beta, cum, updates, states, d_o, dresidual, dstates, dq, dk, dg, dbeta, scale, T, H,

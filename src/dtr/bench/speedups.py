@@ -1,0 +1,69 @@
+"""From the figures of `dtr bench generate` to the ratios that it is about, and their picture."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from dtr.errors import RecipeError
+
+
+def numbers(option: str, text: str, *, least: int = 1, words: tuple[str, ...] = ()) -> list[Any]:
+    """`1,16,fill` to [1, 16, "fill"].
+
+    Raises:
+        RecipeError: something else than whole numbers from `least` on and the given words.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part in words or (part.isdecimal() and int(part) >= least) for part in parts):
+        expected = " or ".join([f"whole numbers from {least} on, by commas", *(f"'{word}'" for word in words)])
+        raise RecipeError(option, got=f"'{text}'", expected=expected)
+    return [part if part in words else int(part) for part in parts]
+
+
+def speedups(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios hybrid to teacher, by context length and then by batch ("fill" for the batch that fills the GPU).
+
+    Each model counts with its fastest way at that size; None where one of the two could not run. `cache_ratio` is that
+    of the bytes per sequence, by context length alone.
+    """
+    found: dict[str, Any] = {name: defaultdict(dict) for name in ("decode_speedup", "prefill_speedup")}
+    found |= {"cache_ratio": {}, "fill_batch": {}}
+    for row in rows:
+        context, batch = str(row["context_tokens"]), "fill" if row["is_fill"] else str(row["batch"])
+        teacher, hybrid = row["teacher"], row["hybrid"]
+        rates = "decode_tokens_per_second", "tokens_per_second"
+        found["decode_speedup"][context][batch] = _ratio(hybrid[rates[0]], teacher[rates[0]])
+        found["prefill_speedup"][context][batch] = _ratio(hybrid["prefill"][rates[1]], teacher["prefill"][rates[1]])
+        ratio = _ratio(hybrid["cache_bytes"], teacher["cache_bytes"])
+        found["cache_ratio"][context] = found["cache_ratio"].get(context) or ratio
+        if row["is_fill"]:
+            found["fill_batch"][context] = row["batch"]
+    return found
+
+
+def _ratio(hybrid: float | None, teacher: float | None) -> float | None:
+    return hybrid / teacher if hybrid and teacher else None
+
+
+def draw(record: dict[str, Any], file: str | Path) -> None:
+    """Decode and prefill speed-up and cache size by context length, as a picture in the format of the file's name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for ax, key, title in zip(axes, ("decode_speedup", "prefill_speedup"), ("decoding", "prefill")):
+        batches = dict.fromkeys(batch for by_batch in record[key].values() for batch in by_batch)
+        for batch in batches:
+            points = [(int(c), by[batch]) for c, by in record[key].items() if by.get(batch)]
+            ax.plot(*zip(*points), marker="o", label="fills the GPU" if batch == "fill" else f"batch {batch}")
+        ax.axhline(1, color="grey", linewidth=0.8)
+        ax.set(title=f"{title}: times the teacher's tokens/s", xlabel="context tokens", ylim=(0, None))
+        ax.legend()
+    points = [(int(c), 100 * ratio) for c, ratio in record["cache_ratio"].items() if ratio]
+    axes[2].plot(*zip(*points), marker="o")
+    axes[2].set(title="cache: % of the teacher's bytes", xlabel="context tokens", ylim=(0, None))
+    for ax in axes:
+        ax.set_xscale("log", base=2)
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,216 @@
+"""How one layer mixes tokens while decoding and over a prompt, with its share of the cache at fixed addresses.
+
+A teacher's attention, a `GatedDeltaNet` by fused kernels, and any other mixer through its own forward.
+
+Shapes: B sequences, T tokens of a prompt, S slots, D hidden dim, H query heads, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dtr.arch import HeadGeometry, stacked
+from dtr.hybrid.cache import RecurrentStateLayer
+from dtr.mixers.base import Mixer
+from dtr.mixers.gated_deltanet import GatedDeltaNet
+from dtr.ops import decoding
+from dtr.ops.decoding import HeadNorms
+
+Attend = Callable[..., torch.Tensor]
+"""`dtr.ops.decoding.attend`, or another function with its arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What all layers need to know of a prompt."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    """cos and sin, (B or 1, T, K) each."""
+    token_mask_BT: torch.Tensor | None
+    """0 where a token is padding; None where none is."""
+    seen_B1TT: torch.Tensor | None
+    """Which token sees which, where padding makes that differ from the causal order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What all layers need to know of one decoding step; tensors that the step's graph reads."""
+
+    cos_BK: torch.Tensor
+    sin_BK: torch.Tensor
+    first_B: torch.Tensor
+    """int32, each sequence's first slot that is no padding."""
+    slot: torch.Tensor
+    """int32 scalar, where this token's keys and values go."""
+
+
+class AttentionBlock:
+    """The teacher's attention with keys and values in preallocated slots."""
+
+    def __init__(self, module: Any, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> None:
+        g, self._attend = geometry, attend
+        self._weight, self._bias = stacked([module.q_proj, module.k_proj, module.v_proj])
+        self._out = module.o_proj
+        self._norms = _norms(module, g)
+        self._geometry, self._scale = g, g.head_dim**-0.5
+        self.keys_BGSK, self.values_BGSK = (
+            self._weight.new_zeros(batch, g.num_kv_heads, num_slots, g.head_dim) for _ in range(2)
+        )
+
+    def fill_randomly(self) -> None:
+        """Contents of no meaning, to time a step without a prompt."""
+        for slots in (self.keys_BGSK, self.values_BGSK):
+            slots.normal_()
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Bytes of the slots that `num_tokens` tokens fill, of all sequences."""
+        per_slot = self.keys_BGSK[:, :, 0].numel() * self.keys_BGSK.element_size()
+        return 2 * per_slot * num_tokens
+
+    def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
+        rows = F.linear(hidden_BD, self._weight, self._bias)
+        caches = self.keys_BGSK, self.values_BGSK
+        q = decoding.rotate_and_store(rows, at.cos_BK, at.sin_BK, *caches, at.slot, self._norms)
+        return self._out(self._attend(q, *caches, at.first_B, at.slot, scale=self._scale).flatten(1))
+
+    def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
+        g, num_tokens = self._geometry, hidden_BTD.shape[1]
+        sizes = [n * g.head_dim for n in (g.num_heads, g.num_kv_heads, g.num_kv_heads)]
+        parts = _project(hidden_BTD, self._weight, self._bias, sizes)
+        q, k, v = (x.unflatten(-1, (-1, g.head_dim)) for x in parts)
+        q, k = _rotate(q, k, prompt, self._norms, unit_length=False)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        self.keys_BGSK[rows, :, :num_tokens], self.values_BGSK[rows, :, :num_tokens] = k, v
+        mask = prompt.seen_B1TT
+        grouped = g.num_heads != g.num_kv_heads
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=grouped
+        )
+        return self._out(out.transpose(1, 2).flatten(2))
+
+
+class DeltaBlock:
+    """A `GatedDeltaNet` between two matrix products, its state in place."""
+
+    def __init__(self, mixer: GatedDeltaNet, batch: int) -> None:
+        g = mixer.geometry
+        parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.decay_proj, mixer.write_proj)
+        self._weight, self._bias = stacked(parts)
+        self._sizes = [p.out_features for p in parts]
+        self._out, self._norms, self._head_dim = mixer.o_proj, _norms(mixer, g), g.head_dim
+        self.state_BHKV = self._weight.new_zeros(batch, g.num_heads, g.head_dim, g.head_dim, dtype=torch.float32)
+
+    def fill_randomly(self) -> None:
+        self.state_BHKV.normal_(std=0.1)
+
+    def num_bytes(self, num_tokens: int) -> int:
+        return self.state_BHKV.numel() * self.state_BHKV.element_size()
+
+    def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
+        rows = F.linear(hidden_BD, self._weight, self._bias)
+        return self._out(decoding.delta_step(rows, at.cos_BK, at.sin_BK, self.state_BHKV, self._norms))
+
+    def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
+        *heads, gate, decay, write = _project(hidden_BTD, self._weight, self._bias, self._sizes)
+        q, k, v = (x.unflatten(-1, (-1, self._head_dim)) for x in heads)
+        q, k = _rotate(q, k, prompt, self._norms, unit_length=True)
+        log_decay, strength = -F.softplus(decay.float()), torch.sigmoid(write.float())
+        if prompt.token_mask_BT is not None:
+            log_decay, strength = (x * prompt.token_mask_BT[..., None] for x in (log_decay, strength))
+        out, state = decoding.delta_prompt(q, k, v, log_decay, strength)
+        self.state_BHKV[rows] = state
+        width = self._sizes[2]
+        out = decoding.gated_product(gate.reshape(-1, width), out.reshape(-1, width), activation="identity_gate")
+        return self._out(out.view(*hidden_BTD.shape[:2], width))
+
+
+class MixerBlock:
+    """Any other mixer, by its own forward; its state is replaced in place by `RecurrentStateLayer`."""
+
+    def __init__(self, mixer: Mixer, batch: int) -> None:
+        self._mixer, self._batch = mixer, batch
+        self._memory: RecurrentStateLayer | None = None
+
+    def _as_cache(self, memory: RecurrentStateLayer) -> Any:
+        return SimpleNamespace(layers={self._mixer.layer_idx: memory})
+
+    def fill_randomly(self) -> None:
+        weight = self._mixer.output_projection.weight
+        hidden = torch.zeros(1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)
+        angles = torch.zeros(1, 1, self._mixer.geometry.head_dim, dtype=weight.dtype, device=weight.device)
+        memory = RecurrentStateLayer()
+        self._mixer(hidden, (angles, angles), past_key_values=self._as_cache(memory))
+        self._keep(memory, slice(0, self._batch))
+
+    def _keep(self, memory: RecurrentStateLayer, rows: slice) -> None:
+        """Copy the states of some sequences to where the step reads them."""
+        state, conv = memory.read(), memory.read_conv()
+        assert state is not None, "a prompt leaves a state"
+        if self._memory is None:
+            self._memory = RecurrentStateLayer()
+            whole = [None if x is None else x.new_zeros(self._batch, *x.shape[1:]) for x in (state, conv)]
+            self._memory.write(whole[0], 1, whole[1])  # type: ignore[arg-type]
+        for ours, theirs in ((self._memory.read(), state), (self._memory.read_conv(), conv)):
+            if ours is not None and theirs is not None:
+                ours[rows] = theirs
+
+    def num_bytes(self, num_tokens: int) -> int:
+        held = [] if self._memory is None else [self._memory.read(), self._memory.read_conv()]
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+    def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
+        assert self._memory is not None, "a step follows a prompt or fill_randomly"
+        angles = at.cos_BK[:, None], at.sin_BK[:, None]
+        return self._mixer(hidden_BD[:, None], angles, past_key_values=self._as_cache(self._memory))[0][:, 0]
+
+    def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
+        memory = RecurrentStateLayer()
+        out, _ = self._mixer(
+            hidden_BTD, prompt.rotary, past_key_values=self._as_cache(memory), token_mask=prompt.token_mask_BT
+        )
+        self._keep(memory, rows)
+        return out
+
+
+Block = AttentionBlock | DeltaBlock | MixerBlock
+
+
+def make_block(module: Any, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> Block:
+    """The block for a layer's attention or mixer."""
+    if type(module) is GatedDeltaNet:
+        return DeltaBlock(module, batch)
+    if isinstance(module, Mixer):
+        return MixerBlock(module, batch)
+    return AttentionBlock(module, geometry, batch, num_slots, attend)
+
+
+def _norms(module: Any, geometry: HeadGeometry) -> HeadNorms | None:
+    if not geometry.qk_norm:
+        return None
+    return HeadNorms(query=module.q_norm.weight, key=module.k_norm.weight, eps=geometry.norm_eps)
+
+
+def _project(
+    hidden_BTD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sizes: list[int]
+) -> list[torch.Tensor]:
+    """One product per part, so that each part is contiguous."""
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    return [F.linear(hidden_BTD, w, b) for w, b in zip(weight.split(sizes), biases)]
+
+
+def _rotate(
+    q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, prompt: Prompt, norms: HeadNorms | None, *, unit_length: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    eps = 0.0 if norms is None else norms.eps
+    weights = (None, None) if norms is None else (norms.query, norms.key)
+    q, k = (
+        decoding.rotate_heads(x, *prompt.rotary, norm_weight=weight, eps=eps, unit_length=unit_length)
+        for x, weight in zip((q_BTHK, k_BTGK), weights)
+    )
+    return q, k

@@ -1,0 +1,183 @@
+"""What one decoding step and a prefill do between the matrix products, each with a plain PyTorch form and a kernel.
+
+The kernels (`decoding_triton.py`) run on CUDA. The plain forms are what they are tested against, and run elsewhere.
+A step takes one token per sequence. It changes states, keys and values in place, at addresses that stay the same, so
+that it can be recorded as a CUDA graph.
+
+Shapes: B sequences, T tokens of a prompt, S slots of a key/value cache, H query heads, G key/value heads, K head dim,
+V value dim (= K), R rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dtr.ops.dispatch import gated_delta_rule
+from dtr.ops.gated_delta import step as gated_delta_step
+from dtr.ops.rotary import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadNorms:
+    """Weights (K,) of the RMS norms that Qwen3 applies to queries and keys before they are rotated."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+
+
+def delta_step(
+    rows: torch.Tensor,
+    cos_BK: torch.Tensor,
+    sin_BK: torch.Tensor,
+    state_BHKV: torch.Tensor,
+    norms: HeadNorms | None = None,
+) -> torch.Tensor:
+    """One token of a `GatedDeltaNet` layer between its input projections and its output projection.
+
+    Args:
+        rows: (B, 4 H K + 2 H), the projections side by side: q, k, v, output gate, decay, write strength.
+        cos_BK: cosines of each sequence's position, first half equal to the second; `sin_BK` likewise.
+        state_BHKV: float32; replaced in place.
+        norms: norms of queries and keys, where the family has them.
+
+    Returns:
+        (B, H K), the gated heads, in the type of `rows`.
+    """
+    if kernels := _kernels(rows):
+        return kernels.delta_step(rows, cos_BK, sin_BK, state_BHKV, norms)
+    batch, heads, dim, _ = state_BHKV.shape
+    q, k, v, gate, decay, write = rows.float().split([heads * dim] * 4 + [heads] * 2, dim=1)
+    q, k, v, gate = (x.view(batch, heads, dim) for x in (q, k, v, gate))
+    q, k = _rotated(q, k, cos_BK, sin_BK, norms)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    out, state = gated_delta_step(q, k, v, -F.softplus(decay), torch.sigmoid(write), state_BHKV, scale=1.0)
+    state_BHKV.copy_(state)
+    return (2 * torch.sigmoid(gate) * out).flatten(1).to(rows.dtype)
+
+
+def rotate_and_store(
+    rows: torch.Tensor,
+    cos_BK: torch.Tensor,
+    sin_BK: torch.Tensor,
+    keys_BGSK: torch.Tensor,
+    values_BGSK: torch.Tensor,
+    slot: torch.Tensor,
+    norms: HeadNorms | None = None,
+) -> torch.Tensor:
+    """Rotate one token's queries and keys, and put its keys and values into the cache.
+
+    Args:
+        rows: (B, (H + 2 G) K), the projections side by side: q, k, v.
+        cos_BK: cosines of each sequence's position; `sin_BK` likewise.
+        keys_BGSK: keys so far; slot `slot` is written in place, as in `values_BGSK`.
+        slot: int32 scalar on the device.
+        norms: norms of queries and keys, where the family has them.
+
+    Returns:
+        (B, H, K), the queries.
+    """
+    if kernels := _kernels(rows):
+        return kernels.rotate_and_store(rows, cos_BK, sin_BK, keys_BGSK, values_BGSK, slot, norms)
+    batch, groups, _, dim = keys_BGSK.shape
+    q, k, v = rows.split([rows.shape[1] - 2 * groups * dim, groups * dim, groups * dim], dim=1)
+    q, k, v = (x.reshape(batch, -1, dim) for x in (q, k, v))
+    q, k = _rotated(q.float(), k.float(), cos_BK, sin_BK, norms)
+    for cache, new in ((keys_BGSK, k), (values_BGSK, v)):
+        cache.index_copy_(2, slot.long().view(1), new.to(cache.dtype).unsqueeze(2))
+    return q.to(rows.dtype)
+
+
+def attend(
+    q_BHK: torch.Tensor,
+    keys_BGSK: torch.Tensor,
+    values_BGSK: torch.Tensor,
+    first_B: torch.Tensor,
+    last: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Softmax attention of one token to the slots `first_B` to `last`, both included; head h reads group h // (H / G).
+
+    Args:
+        q_BHK: queries.
+        keys_BGSK: keys; slots outside the range are not read. `values_BGSK` likewise.
+        first_B: int32, each sequence's first slot that is no padding.
+        last: int32 scalar on the device, the slot of the current token.
+        scale: factor of the scores.
+
+    Returns:
+        (B, H, K) in the type of the queries.
+    """
+    if kernels := _kernels(q_BHK):
+        return kernels.attend(q_BHK, keys_BGSK, values_BGSK, first_B, last, scale=scale)
+    times = q_BHK.shape[1] // keys_BGSK.shape[1]
+    keys, values = (x.repeat_interleave(times, dim=1).float() for x in (keys_BGSK, values_BGSK))
+    scores = scale * (keys @ q_BHK.float().unsqueeze(-1)).squeeze(-1)
+    slots = torch.arange(keys.shape[2], device=keys.device)
+    seen = (slots >= first_B[:, None]) & (slots <= last)
+    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    # A slot that was never written may hold anything, and 0 times infinity is not 0.
+    values = values.masked_fill(~seen[:, None, :, None], 0.0)
+    return (weights.unsqueeze(-2) @ values).squeeze(-2).to(q_BHK.dtype)
+
+
+def rotate_heads(
+    x_BTHK: torch.Tensor,
+    cos_BTK: torch.Tensor,
+    sin_BTK: torch.Tensor,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    unit_length: bool = False,
+) -> torch.Tensor:
+    """A prompt's queries or keys: the family's norm if any, rotary positions, unit length if asked. No gradients."""
+    if kernels := _kernels(x_BTHK):
+        return kernels.rotate_heads(x_BTHK, cos_BTK, sin_BTK, norm_weight, eps, unit_length)
+    x = x_BTHK.float()
+    if norm_weight is not None:
+        x = F.rms_norm(x, x.shape[-1:], norm_weight.float(), eps)
+    x = rotate(x, cos_BTK.float(), sin_BTK.float())
+    return (F.normalize(x, dim=-1) if unit_length else x).to(x_BTHK.dtype)
+
+
+def delta_prompt(
+    q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, g_BTH: torch.Tensor, beta_BTH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gated delta rule over a prompt from a state of zeros, scale 1: output (B, T, H, V) and the last state."""
+    if kernels := _kernels(q_BTHK, "gated_delta_prefill"):
+        return kernels.prefill(q_BTHK, k_BTHK, v_BTHK, g_BTH, beta_BTH, scale=1.0)
+    return gated_delta_rule(q_BTHK, k_BTHK, v_BTHK, g_BTH, beta_BTH, scale=1.0)
+
+
+def gated_product(gate: torch.Tensor, x: torch.Tensor, *, activation: str) -> torch.Tensor:
+    """`silu(gate) * x` or `2 sigmoid(gate) * x` ("identity_gate"), rounded once; (R, C) each, rows may be strided."""
+    assert activation in ("silu", "identity_gate"), activation
+    if kernels := _kernels(x):
+        return kernels.gated_product(gate, x, activation)
+    opened = F.silu(gate.float()) if activation == "silu" else 2 * torch.sigmoid(gate.float())
+    return (opened * x.float()).to(x.dtype)
+
+
+def _rotated(
+    q_BHK: torch.Tensor, k_BGK: torch.Tensor, cos_BK: torch.Tensor, sin_BK: torch.Tensor, norms: HeadNorms | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if norms is not None:
+        q_BHK = F.rms_norm(q_BHK, q_BHK.shape[-1:], norms.query.float(), norms.eps)
+        k_BGK = F.rms_norm(k_BGK, k_BGK.shape[-1:], norms.key.float(), norms.eps)
+    cos, sin = cos_BK.float()[:, None], sin_BK.float()[:, None]
+    q, k = (rotate(x.unsqueeze(1), cos, sin).squeeze(1) for x in (q_BHK, k_BGK))
+    return q, k
+
+
+def _kernels(x: torch.Tensor, module: str = "decoding_triton") -> Any:
+    """The module with the kernels where they can run on `x`, else None."""
+    if x.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(f"dtr.ops.{module}")

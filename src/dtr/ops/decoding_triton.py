@@ -1,0 +1,322 @@
+"""Triton kernels for decoding and prefill; `decoding.py` says what each computes and holds the plain forms.
+
+All arithmetic is float32 on inputs of any type, rounded once at the end. One program handles one head of one token, or
+for attention one key/value head of one sequence and a part of its slots, as in Flash-Decoding (Dao et al. 2023): parts
+leave their running maximum, sum and weighted values, which a second kernel merges. All query heads of a group share
+the keys that were read.
+
+Shapes: B sequences, T tokens, S slots, H query heads, G key/value heads, K head dim, V value dim, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from dtr.ops.decoding import HeadNorms
+
+_SLOTS = 64
+"""Slots of the cache that a program reads at once."""
+_MIN_ROWS = 16
+"""Fewest rows that tensor cores multiply; groups of fewer query heads are padded."""
+_MAX_PARTS = 64
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)) without overflow; as torch, x itself above 20."""
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@triton.jit
+def _rotated_head(
+    x_ptr, cos_ptr, sin_ptr, norm_ptr, eps, K: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """One head (K,) in float32: RMS norm if asked, then rotary positions."""
+    i = tl.arange(0, K)
+    partner = (i + K // 2) % K
+    x, other = tl.load(x_ptr + i).to(tl.float32), tl.load(x_ptr + partner).to(tl.float32)
+    if HAS_NORM:
+        inverse = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + eps)
+        x *= inverse * tl.load(norm_ptr + i).to(tl.float32)
+        other *= inverse * tl.load(norm_ptr + partner).to(tl.float32)
+    cos, sin = tl.load(cos_ptr + i).to(tl.float32), tl.load(sin_ptr + i).to(tl.float32)
+    return x * cos + tl.where(i < K // 2, -other, other) * sin
+
+
+@triton.jit
+def _unit(x):
+    return x / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)
+
+
+@triton.jit
+def _delta_step(
+    rows_ptr, cos_ptr, sin_ptr, state_ptr, out_ptr, q_norm_ptr, k_norm_ptr, eps, rows_stride, H: tl.constexpr,
+    K: tl.constexpr, BV: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Grid (B H, K / BV): read and write BV columns of one head's state once."""
+    b, h, first = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H, tl.program_id(1) * BV
+    row, width = rows_ptr + b * rows_stride, H * K
+    cos_ptr += b * K
+    sin_ptr += b * K
+    q = _unit(_rotated_head(row + h * K, cos_ptr, sin_ptr, q_norm_ptr, eps, K, HAS_NORM))
+    k = _unit(_rotated_head(row + width + h * K, cos_ptr, sin_ptr, k_norm_ptr, eps, K, HAS_NORM))
+    j = first + tl.arange(0, BV)
+    v = tl.load(row + 2 * width + h * K + j).to(tl.float32)
+    gate = 2.0 * _sigmoid(tl.load(row + 3 * width + h * K + j).to(tl.float32))
+    decay = tl.exp(-_softplus(tl.load(row + 4 * width + h).to(tl.float32)))
+    write = _sigmoid(tl.load(row + 4 * width + H + h).to(tl.float32))
+
+    tile = state_ptr + (b * H + h) * K * K + tl.arange(0, K)[:, None] * K + j[None, :]
+    state = tl.load(tile) * decay
+    state += k[:, None] * (write * (v - tl.sum(k[:, None] * state, axis=0)))[None, :]
+    tl.store(tile, state)
+    out = gate * tl.sum(q[:, None] * state, axis=0)
+    tl.store(out_ptr + b * width + h * K + j, out.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _rotate_and_store(
+    rows_ptr, cos_ptr, sin_ptr, q_ptr, keys_ptr, values_ptr, slot_ptr, q_norm_ptr, k_norm_ptr, eps, rows_stride, S,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Grid (B, H + 2 G): one head of queries, keys or values."""
+    b, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x_ptr = rows_ptr + b * rows_stride + head * K
+    i = tl.arange(0, K)
+    slot = tl.load(slot_ptr)
+    cos_ptr += b * K
+    sin_ptr += b * K
+    if head < H:
+        q = _rotated_head(x_ptr, cos_ptr, sin_ptr, q_norm_ptr, eps, K, HAS_NORM)
+        tl.store(q_ptr + (b * H + head) * K + i, q.to(q_ptr.dtype.element_ty))
+    elif head < H + G:
+        k = _rotated_head(x_ptr, cos_ptr, sin_ptr, k_norm_ptr, eps, K, HAS_NORM)
+        tl.store(keys_ptr + ((b * G + head - H) * S + slot) * K + i, k.to(keys_ptr.dtype.element_ty))
+    else:
+        tl.store(values_ptr + ((b * G + head - H - G) * S + slot) * K + i, tl.load(x_ptr + i))
+
+
+@triton.jit
+def _attend_part(
+    q_ptr, keys_ptr, values_ptr, first_ptr, last_ptr, out_ptr, top_ptr, sum_ptr, scale, S, H: tl.constexpr,
+    G: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Grid (B G, parts): all query heads of one group over one part of the slots. WHOLE: there is one part only."""
+    times: tl.constexpr = H // G
+    bg, part, num_parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    b = (bg // G).to(tl.int64)
+    first, last = tl.load(first_ptr + b), tl.load(last_ptr)
+    length = tl.cdiv(tl.cdiv(last + 1, num_parts), SLOTS) * SLOTS
+    begin, end = part * length, tl.minimum((part + 1) * length, last + 1)
+    begin = tl.maximum(begin, first // SLOTS * SLOTS)
+
+    r, i, s = tl.arange(0, ROWS), tl.arange(0, K), tl.arange(0, SLOTS)
+    heads = bg.to(tl.int64) * times + r
+    q = tl.load(q_ptr + heads[:, None] * K + i[None, :], mask=(r < times)[:, None], other=0.0)
+    top = tl.full([ROWS], -1.0e30, dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    out = tl.zeros([ROWS, K], dtype=tl.float32)
+    corner = bg.to(tl.int64) * S * K
+    for start in range(begin, end, SLOTS):
+        slots = start + s
+        seen = (slots >= first) & (slots < end)
+        at = corner + slots.to(tl.int64)[:, None] * K + i[None, :]
+        keys = tl.load(keys_ptr + at, mask=seen[:, None], other=0.0)
+        values = tl.load(values_ptr + at, mask=seen[:, None], other=0.0)
+        scores = scale * tl.dot(q, tl.trans(keys), input_precision="tf32x3")
+        scores = tl.where(seen[None, :], scores, -1.0e30)
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        shrink = tl.exp(top - higher)
+        weights = tl.where(seen[None, :], tl.exp(scores - higher[:, None]), 0.0)
+        total = total * shrink + tl.sum(weights, axis=1)
+        out = out * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="tf32x3")
+        top = higher
+    keep = (r < times)[:, None]
+    if WHOLE:
+        tl.store(out_ptr + heads[:, None] * K + i[None, :], (out / total[:, None]).to(q.dtype), mask=keep)
+    else:
+        place = heads * num_parts + part
+        tl.store(top_ptr + place, top, mask=r < times)
+        tl.store(sum_ptr + place, total, mask=r < times)
+        tl.store(out_ptr + place[:, None] * K + i[None, :], out, mask=keep)
+
+
+@triton.jit
+def _merge_parts(part_ptr, top_ptr, sum_ptr, out_ptr, NUM: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr):
+    """Grid (B H): one head's parts, NUM of them, padded to PARTS."""
+    head = tl.program_id(0).to(tl.int64)
+    p, i = tl.arange(0, PARTS), tl.arange(0, K)
+    top = tl.load(top_ptr + head * NUM + p, mask=p < NUM, other=-1.0e30)
+    shrink = tl.exp(top - tl.max(top, axis=0))
+    total = tl.sum(shrink * tl.load(sum_ptr + head * NUM + p, mask=p < NUM, other=0.0), axis=0)
+    parts = tl.load(part_ptr + (head * NUM + p)[:, None] * K + i[None, :], mask=(p < NUM)[:, None], other=0.0)
+    out = tl.sum(shrink[:, None] * parts, axis=0) / total
+    tl.store(out_ptr + head * K + i, out.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["num_rows", "T"])
+def _rotate_heads(
+    x_ptr, cos_ptr, sin_ptr, norm_ptr, out_ptr, eps, num_rows, T, cos_batch_stride, H: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Grid (R / BLOCK): rows of a contiguous (B T H, K) view; cos and sin are (B or 1, T, K)."""
+    r, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K)
+    partner = (i + K // 2) % K
+    valid = (r < num_rows)[:, None]
+    at = r.to(tl.int64)[:, None] * K
+    x = tl.load(x_ptr + at + i[None, :], mask=valid, other=0.0).to(tl.float32)
+    other = tl.load(x_ptr + at + partner[None, :], mask=valid, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        inverse = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / K + eps))[:, None]
+        x *= inverse * tl.load(norm_ptr + i).to(tl.float32)[None, :]
+        other *= inverse * tl.load(norm_ptr + partner).to(tl.float32)[None, :]
+    token = r // H
+    angle = ((token // T).to(tl.int64) * cos_batch_stride + (token % T) * K)[:, None] + i[None, :]
+    cos = tl.load(cos_ptr + angle, mask=valid, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask=valid, other=0.0).to(tl.float32)
+    x = x * cos + tl.where(i < K // 2, -1.0, 1.0)[None, :] * other * sin
+    if UNIT:
+        x /= tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)[:, None]
+    tl.store(out_ptr + at + i[None, :], x.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _gated_product(
+    gate_ptr, x_ptr, out_ptr, gate_stride, x_stride, num_rows, C, BLOCK: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Grid (R, C / BLOCK)."""
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + row * gate_stride + c, mask=c < C, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + c, mask=c < C, other=0.0).to(tl.float32)
+    opened = (gate if SILU else 2.0) * _sigmoid(gate)
+    tl.store(out_ptr + row * C + c, (opened * x).to(out_ptr.dtype.element_ty), mask=c < C)
+
+
+def delta_step(
+    rows: torch.Tensor,
+    cos_BK: torch.Tensor,
+    sin_BK: torch.Tensor,
+    state_BHKV: torch.Tensor,
+    norms: HeadNorms | None,
+) -> torch.Tensor:
+    B, H, K, _ = state_BHKV.shape
+    assert state_BHKV.is_contiguous(), "the state is changed in place"
+    assert rows.stride(1) == 1, "a row's projections lie side by side"
+    out = rows.new_empty(B, H * K)
+    # The fewer sequences there are to fill the GPU, the finer the split.
+    BV = K if B * H >= 1024 else max(16, K // 4)
+    q_norm, k_norm, eps = _norm_arguments(norms, rows)
+    with torch.cuda.device_of(rows):
+        _delta_step[(B * H, K // BV)](
+            rows, cos_BK.contiguous(), sin_BK.contiguous(), state_BHKV, out, q_norm, k_norm, eps, rows.stride(0),
+            H=H, K=K, BV=BV, HAS_NORM=norms is not None, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def rotate_and_store(
+    rows: torch.Tensor,
+    cos_BK: torch.Tensor,
+    sin_BK: torch.Tensor,
+    keys_BGSK: torch.Tensor,
+    values_BGSK: torch.Tensor,
+    slot: torch.Tensor,
+    norms: HeadNorms | None,
+) -> torch.Tensor:
+    B, G, S, K = keys_BGSK.shape
+    assert keys_BGSK.is_contiguous(), "the cache is changed in place"
+    assert values_BGSK.is_contiguous(), "the cache is changed in place"
+    assert rows.stride(1) == 1, "a row's projections lie side by side"
+    H = rows.shape[1] // K - 2 * G
+    q = rows.new_empty(B, H, K)
+    q_norm, k_norm, eps = _norm_arguments(norms, rows)
+    with torch.cuda.device_of(rows):
+        _rotate_and_store[(B, H + 2 * G)](
+            rows, cos_BK.contiguous(), sin_BK.contiguous(), q, keys_BGSK, values_BGSK, slot, q_norm, k_norm, eps,
+            rows.stride(0), S, H=H, G=G, K=K, HAS_NORM=norms is not None, num_warps=1,
+        )  # fmt: skip
+    return q
+
+
+def attend(
+    q_BHK: torch.Tensor,
+    keys_BGSK: torch.Tensor,
+    values_BGSK: torch.Tensor,
+    first_B: torch.Tensor,
+    last: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    (B, H, K), (_, G, S, _) = q_BHK.shape, keys_BGSK.shape
+    q = q_BHK.contiguous()
+    # Parts are fixed when a step is recorded: enough of them to fill the GPU, each with a few blocks of slots.
+    parts = max(1, min(_MAX_PARTS, triton.cdiv(16 * _num_processors(q), B * G), triton.cdiv(S, 4 * _SLOTS)))
+    out = torch.empty_like(q)
+    sizes = {"H": H, "G": G, "K": K, "ROWS": max(_MIN_ROWS, triton.next_power_of_2(H // G)), "SLOTS": _SLOTS}
+    with torch.cuda.device_of(q):
+        if parts == 1:
+            _attend_part[(B * G, 1)](
+                q, keys_BGSK, values_BGSK, first_B, last, out, out, out, scale, S, WHOLE=True, num_warps=4,
+                num_stages=3, **sizes,
+            )  # fmt: skip
+            return out
+        partial = q.new_empty(B, H, parts, K, dtype=torch.float32)
+        top, total = (q.new_empty(B, H, parts, dtype=torch.float32) for _ in range(2))
+        _attend_part[(B * G, parts)](
+            q, keys_BGSK, values_BGSK, first_B, last, partial, top, total, scale, S, WHOLE=False, num_warps=4,
+            num_stages=3, **sizes,
+        )  # fmt: skip
+        _merge_parts[(B * H,)](partial, top, total, out, NUM=parts, PARTS=triton.next_power_of_2(parts), K=K)
+    return out
+
+
+def rotate_heads(
+    x_BTHK: torch.Tensor,
+    cos_BTK: torch.Tensor,
+    sin_BTK: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    unit_length: bool,
+) -> torch.Tensor:
+    _, T, H, K = x_BTHK.shape
+    x, cos, sin = x_BTHK.contiguous(), cos_BTK.contiguous(), sin_BTK.contiguous()
+    out = torch.empty_like(x)
+    num_rows = x.numel() // K
+    block = max(1, 4096 // K)
+    with torch.cuda.device_of(x):
+        _rotate_heads[(triton.cdiv(num_rows, block),)](
+            x, cos, sin, x if norm_weight is None else norm_weight, out, eps, num_rows, T,
+            cos.stride(0) if len(cos) > 1 else 0, H=H, K=K, BLOCK=block, HAS_NORM=norm_weight is not None,
+            UNIT=unit_length, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def gated_product(gate: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
+    assert gate.stride(1) == x.stride(1) == 1, "rows may be strided, columns not"
+    R, C = x.shape
+    out = x.new_empty(R, C)
+    block = min(1024, triton.next_power_of_2(C))
+    with torch.cuda.device_of(x):
+        _gated_product[(R, triton.cdiv(C, block))](
+            gate, x, out, gate.stride(0), x.stride(0), R, C, BLOCK=block, SILU=activation == "silu", num_warps=4
+        )
+    return out
+
+
+def _norm_arguments(norms: HeadNorms | None, otherwise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    return (otherwise, otherwise, 0.0) if norms is None else (norms.query, norms.key, norms.eps)
+
+
+def _num_processors(x: torch.Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4

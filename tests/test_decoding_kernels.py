@@ -1,0 +1,207 @@
+"""The decoding kernels against their plain forms, and the prefill in segments against the chunked form.
+
+On a GPU the kernels run for real. Elsewhere this file runs as a program in Triton's interpreter, in its own process
+because Triton decides at import time whether it interprets.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtr.ops import decoding, gated_delta
+from dtr.ops.decoding import HeadNorms
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+class Case:
+    """Inputs of a pico model with grouped heads, made on the CPU and moved."""
+
+    def __init__(self, *, dim: int, dtype: torch.dtype, device: str, batch: int = 3, slots: int = 300) -> None:
+        self.generator = torch.Generator().manual_seed(dim + slots)
+        self.dtype, self.device = dtype, device
+        self.batch, self.heads, self.groups, self.dim, self.slots = batch, 6, 2, dim, slots
+        self.cos, self.sin = (self.randn(batch, dim) for _ in range(2))
+        self.norms = HeadNorms(query=self.randn(dim), key=self.randn(dim), eps=1e-5)
+
+    def randn(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.randn(*size, generator=self.generator).to(self.device, dtype or self.dtype)
+
+    def ints(self, *numbers: int) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=self.device)
+
+
+def check_delta_step(case: Case, norms: HeadNorms | None, tolerance: float) -> None:
+    from dtr.ops import decoding_triton
+
+    width = 4 * case.heads * case.dim + 2 * case.heads
+    # As a slice of something wider: rows may be strided.
+    rows = case.randn(case.batch, width + 8)[:, :width]
+    ours = case.randn(case.batch, case.heads, case.dim, case.dim, dtype=torch.float32)
+    plain = ours.cpu().clone()
+    out = decoding_triton.delta_step(rows, case.cos, case.sin, ours, norms)
+    want = decoding.delta_step(rows.cpu(), case.cos.cpu(), case.sin.cpu(), plain, on_cpu(norms))
+    close(out, want, tolerance)
+    close(ours, plain, 1e-5)
+
+
+def check_plain_step(case: Case, tolerance: float) -> None:
+    from dtr.ops.gated_delta_step_triton import step
+
+    q, k, v = (case.randn(case.batch, case.heads, case.dim) for _ in range(3))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    g, beta = (torch.rand(case.batch, case.heads, generator=case.generator).to(case.device) for _ in range(2))
+    state = case.randn(case.batch, case.heads, case.dim, case.dim, dtype=torch.float32)
+    before = state.clone()
+    got = step(q, k, v, -g, beta, state, scale=0.7)
+    want = gated_delta.step(q.cpu(), k.cpu(), v.cpu(), -g.cpu(), beta.cpu(), state.cpu(), scale=0.7)
+    close(got[0], want[0], tolerance)
+    close(got[1], want[1], 1e-4)
+    assert torch.equal(state, before)
+
+
+def check_rotate_and_store(case: Case, norms: HeadNorms | None, tolerance: float) -> None:
+    from dtr.ops import decoding_triton
+
+    rows = case.randn(case.batch, (case.heads + 2 * case.groups) * case.dim)
+    shape = (case.batch, case.groups, case.slots, case.dim)
+    ours, plain = [case.randn(*shape), case.randn(*shape)], []
+    plain = [x.cpu().clone() for x in ours]
+    slot = case.ints(7)[0]
+    q = decoding_triton.rotate_and_store(rows, case.cos, case.sin, *ours, slot, norms)
+    want = decoding.rotate_and_store(rows.cpu(), case.cos.cpu(), case.sin.cpu(), *plain, slot.cpu(), on_cpu(norms))
+    for got, expected in zip((q, *ours), (want, *plain)):
+        close(got, expected, tolerance)
+
+
+def check_attend(case: Case, last: int, tolerance: float) -> None:
+    from dtr.ops import decoding_triton
+
+    q = case.randn(case.batch, case.heads, case.dim)
+    keys, values = (case.randn(case.batch, case.groups, case.slots, case.dim) for _ in range(2))
+    # Slots past the current one hold whatever was there before.
+    keys[:, :, last + 1 :], values[:, :, last + 1 :] = float("nan"), float("inf")
+    first = case.ints(0, last // 2, last)
+    out = decoding_triton.attend(q, keys, values, first, case.ints(last)[0], scale=0.3)
+    want = decoding.attend(q.cpu(), keys.cpu(), values.cpu(), first.cpu(), torch.tensor(last), scale=0.3)
+    close(out, want, tolerance)
+
+
+def check_rotate_heads(case: Case, *, tolerance: float) -> None:
+    from dtr.ops import decoding_triton
+
+    x = case.randn(case.batch, 37, case.heads, case.dim)
+    for num_tables in (1, case.batch):
+        cos, sin = (case.randn(num_tables, 37, case.dim) for _ in range(2))
+        for weight, unit in ((None, True), (case.norms.query, False)):
+            got = decoding_triton.rotate_heads(x, cos, sin, weight, 1e-5, unit)
+            weight = None if weight is None else weight.cpu()
+            want = decoding.rotate_heads(x.cpu(), cos.cpu(), sin.cpu(), norm_weight=weight, eps=1e-5, unit_length=unit)
+            close(got, want, tolerance)
+
+
+def check_gated_product(case: Case, tolerance: float) -> None:
+    from dtr.ops import decoding_triton
+
+    gate, x = case.randn(5, 2 * 1100).chunk(2, dim=1)
+    for activation in ("silu", "identity_gate"):
+        got = decoding_triton.gated_product(gate, x, activation)
+        close(got, decoding.gated_product(gate.cpu(), x.cpu(), activation=activation), tolerance)
+
+
+def check_prefill(case: Case, *, num_tokens: int, segments: int, tolerance: float) -> None:
+    from dtr.ops.gated_delta_prefill import prefill
+
+    shape = (case.batch, num_tokens, case.heads)
+    # Correlated keys and little decay, so that the state carries over many segments.
+    common = case.randn(case.batch, 1, case.heads, case.dim)
+    q, k, v = case.randn(*shape, case.dim), common + 0.3 * case.randn(*shape, case.dim), case.randn(*shape, case.dim)
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    g = -0.01 * torch.rand(shape, generator=case.generator).to(case.device)
+    beta = torch.rand(shape, generator=case.generator).to(case.device)
+    o, state = prefill(q, k, v, g, beta, scale=0.5, segments=segments)
+    exact = [x.cpu().double() for x in (q, k, v, g, beta)]
+    want, last = gated_delta.chunked(*exact, scale=0.5)
+    for got, expected in ((o, want), (state, last)):
+        assert float((got.cpu().double() - expected).norm() / expected.norm()) < tolerance
+
+
+def on_cpu(norms: HeadNorms | None) -> HeadNorms | None:
+    return None if norms is None else HeadNorms(query=norms.query.cpu(), key=norms.key.cpu(), eps=norms.eps)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(got.cpu().float(), want.float(), rtol=tolerance, atol=tolerance)
+
+
+def check_all(case: Case, tolerance: float) -> None:
+    for norms in (None, case.norms):
+        check_delta_step(case, norms, tolerance)
+        check_rotate_and_store(case, norms, tolerance)
+    for last in (0, 63, 200, case.slots - 1):
+        check_attend(case, last, tolerance)
+    check_plain_step(case, tolerance)
+    check_rotate_heads(case, tolerance=tolerance)
+    check_gated_product(case, tolerance)
+
+
+@pytest.mark.gpu
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    check_all(Case(dim=dim, dtype=dtype, device="cuda"), tolerance)
+    # So many sequences that one program reads all slots, and so many slots that they are read in many parts.
+    check_all(Case(dim=dim, dtype=dtype, device="cuda", slots=9000), tolerance)
+    many = Case(dim=dim, dtype=dtype, device="cuda", batch=1200)
+    check_delta_step(many, None, tolerance)
+    q, keys = many.randn(1200, 6, dim), many.randn(1200, 2, 300, dim)
+    first, last = torch.zeros(1200, dtype=torch.int32, device="cuda"), many.ints(299)[0]
+    got = decoding.attend(q, keys, keys, first, last, scale=0.3)
+    want = decoding.attend(q.cpu(), keys.cpu(), keys.cpu(), first.cpu(), last.cpu(), scale=0.3)
+    close(got, want, tolerance)
+
+
+@pytest.mark.gpu
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("num_tokens", "segments"), [(130, 1), (3000, None), (3000, 7)])
+def test_prefill_in_segments_on_the_gpu(num_tokens: int, segments: int, dim: int, dtype: torch.dtype) -> None:
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-3
+    case = Case(dim=dim, dtype=dtype, device="cuda")
+    check_prefill(case, num_tokens=num_tokens, segments=segments, tolerance=tolerance)
+
+
+@needs_triton
+@pytest.mark.timeout(240)
+def test_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run_interpreted() -> None:
+    """float32 only, as in `test_ops_triton.py`."""
+    from test_ops_triton import accept_numpy_2_4
+
+    accept_numpy_2_4()
+    case = Case(dim=16, dtype=torch.float32, device="cpu")
+    check_all(case, 1e-5)
+    check_prefill(case, num_tokens=330, segments=3, tolerance=1e-5)
+    check_prefill(case, num_tokens=70, segments=1, tolerance=1e-5)
+
+
+if __name__ == "__main__":
+    run_interpreted()
