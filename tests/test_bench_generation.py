@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +13,7 @@ from dtr.bench import generation
 from dtr.bench.generation import bench_generate, check_decoder, fill_batch
 from dtr.bench.speedups import draw, numbers, speedups
 from dtr.bench.subjects import Subjects, load_subjects
+from dtr.cli import main
 from dtr.errors import DeviceError, RecipeError
 from dtr.hybrid.cache import decode_cache_bytes
 
@@ -88,18 +88,21 @@ def test_sizes_and_layers_of_generation_are_checked(place):
         fill_batch(pico_teacher().model, 8)
 
 
-def test_bench_generate_takes_a_saved_hybrid(place, tmp_path):
+def test_the_command_takes_a_saved_hybrid(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generation, "_TIMED_SECONDS", 0.0)
     subjects = load_subjects(
         str(place / "model"), num_linear=2, mixer="gated_deltanet", keep=None, device="cpu", dtype="float32"
     )
     subjects.hybrid.tokenizer = byte_tokenizer()
     subjects.hybrid.save_pretrained(tmp_path / "hybrid")
-    command = [sys.executable, "-m", "dtr", "bench", "generate", str(tmp_path / "hybrid"), "--contexts", "8"]
-    options = ["--batch", "2", "--steps", "2", "--device", "cpu", "--dtype", "float32", "--plot", "plot.png"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "plot.png").stat().st_size > 1000
-    record = json.loads(done.stdout.strip().splitlines()[-1])
+    command = ["dtr", "bench", "generate", str(tmp_path / "hybrid"), "--contexts", "8", "--batch", "2", "--steps", "2"]
+    plot = tmp_path / "plot.png"
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu", "--dtype", "float32", "--plot", str(plot)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert plot.stat().st_size > 1000
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert record["linear_layers"] == [0, 2]
     assert record["decode_speedup"]["8"]["2"] > 0
     assert record["cache_ratio"]["8"] > 0

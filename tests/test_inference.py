@@ -7,11 +7,12 @@ import torch
 from test_hybrid import hybrid_of
 from tiny import pico_model, pico_teacher
 
-from dtr.arch import FAMILIES
+from dtr.arch import FAMILIES, decoder_layers
 from dtr.errors import ModelError
+from dtr.hybrid.modeling import make_hybrid
 from dtr.inference.decoder import Decoder
 from dtr.inference.generate import fast_generate
-from dtr.mixers import MIXERS
+from dtr.mixers import MIXERS, mixer_from_teacher
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -89,6 +90,56 @@ def test_cache_bytes_agree_with_the_plain_cache(padded):
     decoder.prefill(padded["input_ids"])
     plain = model(padded["input_ids"], use_cache=True).past_key_values
     assert decoder.cache_bytes() == plain.num_bytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", sorted(MIXERS))
+@torch.no_grad()
+def test_the_graph_on_the_gpu_keeps_tokens_and_logits(family, kind, padded):
+    model = hybrid_of(pico_teacher(family), (0, 2), kind).cuda()
+    padded = {key: value.cuda() for key, value in padded.items()}
+    decoder = Decoder(model, batch_size=3, capacity_tokens=64)
+    for _ in range(2):
+        decoder.prefill(**rename(padded))
+        assert torch.equal(decoder.greedy(40), model.generate(**padded, **GREEDY, max_new_tokens=40)[:, 9:])
+    torch.manual_seed(3)
+    want = model.generate(**padded, do_sample=True, max_new_tokens=8, pad_token_id=0)
+    torch.manual_seed(3)
+    assert torch.equal(fast_generate(model, **padded, do_sample=True, max_new_tokens=8, pad_token_id=0), want)
+
+
+def test_a_convolution_before_the_rule_keeps_its_tokens(padded):
+    model = hybrid_with_options({"conv_tokens": 3, "head_copies": 2})
+    decoder = Decoder(model, batch_size=3, capacity_tokens=20)
+    decoder.prefill(**rename(padded))
+    assert torch.equal(decoder.greedy(8), model.generate(**padded, **GREEDY, max_new_tokens=8)[:, 9:])
+
+
+def test_copies_of_heads_keep_their_tokens(padded):
+    model = hybrid_with_options({"head_copies": 2})
+    decoder = Decoder(model, batch_size=3, capacity_tokens=20)
+    decoder.prefill(**rename(padded))
+    assert torch.equal(decoder.greedy(8), model.generate(**padded, **GREEDY, max_new_tokens=8)[:, 9:])
+
+
+def hybrid_with_options(options):
+    teacher = pico_teacher()
+    attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
+    mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, attention[i], options) for i in (0, 2)}
+    for mixer in mixers.values():
+        for weight in mixer.requires_grad_(False).parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return make_hybrid(teacher.model, mixers, {i: {"kind": "gated_deltanet", **options} for i in mixers})
+
+
+def test_adapters_are_refused(padded):
+    peft = pytest.importorskip("peft")
+    model = hybrid_of(pico_teacher(), (0, 2))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="merge_and_unload"):
+        Decoder(adapted.base_model.model, batch_size=1, capacity_tokens=8)
 
 
 def test_misuse_is_told(padded):

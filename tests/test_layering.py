@@ -28,7 +28,7 @@ ROOMS = (
     ["bench"],
     ["reporting"],
     ["environment", "record"],
-    ["pipeline", "display"],
+    ["pipeline", "measure", "display"],
     ["cli"],
     ["__main__"],
 )

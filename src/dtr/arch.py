@@ -116,17 +116,29 @@ def block_weights(layer: Any) -> BlockWeights:
         mlp_norm=layer.post_attention_layernorm.weight,
         norm_eps=layer.input_layernorm.variance_epsilon,
         gate_up=stacked([layer.mlp.gate_proj, layer.mlp.up_proj]),
-        down=(layer.mlp.down_proj.weight, layer.mlp.down_proj.bias),
+        down=stacked([layer.mlp.down_proj]),
     )
 
 
 def stacked(projections: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of several linear maps of the same input as those of one; None where none has a bias."""
+    """Weight and bias of several linear maps of the same input as those of one; None where none has a bias.
+
+    Raises:
+        ModelError: one of them is more than a linear map, as an adapter or a quantised weight is.
+    """
+    for projection in projections:
+        if type(projection) is not nn.Linear:
+            raise ModelError(
+                "model",
+                got=f"a projection of type {type(projection).__name__}",
+                expected="plain linear projections",
+                hint="Merge adapters first (merge_and_unload), or use model.generate.",
+            )
     weights: list[torch.Tensor] = [p.weight.detach() for p in projections]
-    weight = torch.cat(weights)
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     if all(p.bias is None for p in projections):
         return weight, None
-    biases = [weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections]
+    biases: list[torch.Tensor] = [weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections]
     return weight, torch.cat(biases)
 
 

@@ -244,7 +244,7 @@ def bench_generate(
     """Prefill, decoding and cache of a hybrid against its teacher, at several lengths and batch sizes."""
     from dtr.bench.speedups import draw, numbers
     from dtr.display import generation_table
-    from dtr.pipeline import bench_generation
+    from dtr.measure import bench_generation
 
     record = bench_generation(
         model,

@@ -22,6 +22,7 @@ from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.ops import decoding
 from dtr.ops.decoding import HeadNorms
 
+_ALIGNED_COLUMNS = 64
 Attend = Callable[..., torch.Tensor]
 """`dtr.ops.decoding.attend`, or another function with its arguments."""
 
@@ -101,10 +102,16 @@ class DeltaBlock:
     def __init__(self, mixer: GatedDeltaNet, batch: int) -> None:
         g = mixer.geometry
         parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.decay_proj, mixer.write_proj)
-        self._weight, self._bias = stacked(parts)
+        weight, bias = stacked(parts)
+        assert bias is not None, "the gates have biases"
         self._sizes = [p.out_features for p in parts]
+        self._width = sum(self._sizes)
+        # Rows of an odd width would keep matrix products and loads off their fast, aligned forms.
+        padding = -self._width % _ALIGNED_COLUMNS
+        self._weight, self._bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
         self._out, self._norms, self._head_dim = mixer.o_proj, _norms(mixer, g), g.head_dim
-        self.state_BHKV = self._weight.new_zeros(batch, g.num_heads, g.head_dim, g.head_dim, dtype=torch.float32)
+        shape = (batch, mixer.num_heads, g.head_dim, g.head_dim)
+        self.state_BHKV = self._weight.new_zeros(shape, dtype=torch.float32)
 
     def fill_randomly(self) -> None:
         self.state_BHKV.normal_(std=0.1)
@@ -113,11 +120,12 @@ class DeltaBlock:
         return self.state_BHKV.numel() * self.state_BHKV.element_size()
 
     def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
-        rows = F.linear(hidden_BD, self._weight, self._bias)
+        rows = F.linear(hidden_BD, self._weight, self._bias)[:, : self._width]
         return self._out(decoding.delta_step(rows, at.cos_BK, at.sin_BK, self.state_BHKV, self._norms))
 
     def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
-        *heads, gate, decay, write = _project(hidden_BTD, self._weight, self._bias, self._sizes)
+        weight, bias = self._weight[: self._width], self._bias[: self._width]
+        *heads, gate, decay, write = _project(hidden_BTD, weight, bias, self._sizes)
         q, k, v = (x.unflatten(-1, (-1, self._head_dim)) for x in heads)
         q, k = _rotate(q, k, prompt, self._norms, unit_length=True)
         log_decay, strength = -F.softplus(decay.float()), torch.sigmoid(write.float())
@@ -183,7 +191,7 @@ Block = AttentionBlock | DeltaBlock | MixerBlock
 
 def make_block(module: Any, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> Block:
     """The block for a layer's attention or mixer."""
-    if type(module) is GatedDeltaNet:
+    if type(module) is GatedDeltaNet and not module.conv_tokens:
         return DeltaBlock(module, batch)
     if isinstance(module, Mixer):
         return MixerBlock(module, batch)

@@ -65,7 +65,8 @@ def _delta_step(
 ):  # fmt: skip
     """Grid (B H, K / BV): read and write BV columns of one head's state once."""
     b, h, first = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H, tl.program_id(1) * BV
-    row, width = rows_ptr + b * rows_stride, H * K
+    row = rows_ptr + b * rows_stride
+    width: tl.constexpr = H * K
     cos_ptr += b * K
     sin_ptr += b * K
     q = _unit(_rotated_head(row + h * K, cos_ptr, sin_ptr, q_norm_ptr, eps, K, HAS_NORM))
@@ -78,9 +79,11 @@ def _delta_step(
 
     tile = state_ptr + (b * H + h) * K * K + tl.arange(0, K)[:, None] * K + j[None, :]
     state = tl.load(tile) * decay
-    state += k[:, None] * (write * (v - tl.sum(k[:, None] * state, axis=0)))[None, :]
-    tl.store(tile, state)
-    out = gate * tl.sum(q[:, None] * state, axis=0)
+    # Both sums over the state as it came in, so that neither waits for the other: q (S + k w^T) = q S + (q k) w^T.
+    read, out = tl.sum(k[:, None] * state, axis=0), tl.sum(q[:, None] * state, axis=0)
+    written = write * (v - read)
+    tl.store(tile, state + k[:, None] * written[None, :])
+    out = gate * (out + tl.sum(q * k, axis=0) * written)
     tl.store(out_ptr + b * width + h * K + j, out.to(out_ptr.dtype.element_ty))
 
 
@@ -198,7 +201,11 @@ def _gated_product(
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + c, mask=c < C, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + row * x_stride + c, mask=c < C, other=0.0).to(tl.float32)
-    opened = (gate if SILU else 2.0) * _sigmoid(gate)
+    opened = _sigmoid(gate)
+    if SILU:
+        opened *= gate
+    else:
+        opened *= 2.0
     tl.store(out_ptr + row * C + c, (opened * x).to(out_ptr.dtype.element_ty), mask=c < C)
 
 

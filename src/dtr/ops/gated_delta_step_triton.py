@@ -28,9 +28,11 @@ def _step(
     decay, beta = tl.exp(tl.load(g_ptr + bh).to(tl.float32)), tl.load(beta_ptr + bh).to(tl.float32)
     tile = bh * K * V + i[:, None] * V + j[None, :]
     state = decay * tl.load(state_ptr + tile).to(tl.float32)
-    state += k[:, None] * (beta * (v - tl.sum(k[:, None] * state, axis=0)))[None, :]
-    tl.store(new_ptr + tile, state)
-    o = scale * tl.sum(q[:, None] * state, axis=0)
+    # Both sums over the state as it came in, so that neither waits for the other: q (S + k w^T) = q S + (q k) w^T.
+    read, o = tl.sum(k[:, None] * state, axis=0), tl.sum(q[:, None] * state, axis=0)
+    written = beta * (v - read)
+    tl.store(new_ptr + tile, state + k[:, None] * written[None, :])
+    o = scale * (o + tl.sum(q * k, axis=0) * written)
     tl.store(o_ptr + bh * V + j, o.to(o_ptr.dtype.element_ty))
 
 
