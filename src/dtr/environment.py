@@ -12,8 +12,26 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "triton", "fla-core", "gguf", "lm-eval")
-EXTRAS = {"gguf": "gguf", "fla": "fla", "lm-eval": "lm_eval", "rouge": "rouge_score", "tensorboard": "tensorboard"}
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "datasets",
+    "triton",
+    "fla-core",
+    "gguf",
+    "lm-eval",
+    "peft",
+)
+EXTRAS = {
+    "gguf": "gguf",
+    "fla": "fla",
+    "lm-eval": "lm_eval",
+    "rouge": "rouge_score",
+    "tensorboard": "tensorboard",
+    "peft": "peft",
+}
 """Extra of this package to the module it brings."""
 
 

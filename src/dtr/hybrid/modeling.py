@@ -75,8 +75,10 @@ class HybridModelMixin(_FamilyModel):
                 hint="Leave past_key_values out, or make one with model.new_cache().",
             )
         wants_cache = self.config.use_cache if use_cache is None else use_cache
-        if wants_cache and past_key_values is None and not self.training:
-            past_key_values = self.new_cache()
+        if wants_cache and past_key_values is None:
+            # In training the library would make a cache of its own, which linear layers cannot use.
+            use_cache = not self.training
+            past_key_values = None if self.training else self.new_cache()
         if attention_mask is not None and attention_mask.dim() == 2 and self.linear_layers:
             kwargs["token_mask"] = attention_mask
         return super().forward(  # type: ignore[misc]
@@ -103,7 +105,7 @@ class HybridModelMixin(_FamilyModel):
                 "cache_implementation",
                 got=f"'{kind}'",
                 expected="none, or 'dynamic'",
-                hint="Hybrids keep a cache of their own: keys and values for attention, a state for linear layers.",
+                hint="A hybrid's states are static anyway; dtr.fast_generate decodes with static keys and values too.",
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
