@@ -7,16 +7,22 @@ Granite's attention scale is a setting.
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
 import torch
+import transformers
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRMSNormGated
 
 from dtr.arch import HeadGeometry, read_geometry
+from dtr.errors import ModelError
 from dtr.export.source import SHARED_FIELDS, Source, attention_problems, refuse
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+NORMS_BY_GROUP_SINCE = "5.23"
+"""Release of transformers whose Granite norms the output of each group of heads by itself, as the weights expect."""
 CHUNK_TOKENS = 64
 """Chunk of the stock scan: its sums of decays within a chunk round less than in the usual 256."""
 
@@ -78,6 +84,11 @@ def _config(source: Source, geometry: HeadGeometry) -> GraniteMoeHybridConfig:
     )
 
 
+def norms_by_group() -> bool:
+    """Whether this release of transformers has Mamba-2 layers of more than one group as they should be."""
+    return "group_size" in inspect.signature(GraniteMoeHybridRMSNormGated.__init__).parameters
+
+
 def _refuse_what_granite_lacks(source: Source, geometry: HeadGeometry) -> None:
     config, linear = source.model.config, source.linear
     problems = attention_problems(source)
@@ -90,9 +101,17 @@ def _refuse_what_granite_lacks(source: Source, geometry: HeadGeometry) -> None:
             f"{geometry.num_heads} linear heads of {geometry.head_dim} on a hidden size of {geometry.hidden_dim}, "
             "of which they must be a multiple"
         )
-    if len({source.model.model.layers[i].self_attn.num_groups for i in linear}) > 1:
+    groups = {source.model.model.layers[i].self_attn.num_groups for i in linear}
+    if len(groups) > 1:
         problems.append("linear layers with different num_groups")
     refuse(source, problems, "a GraniteMoeHybrid")
+    if max(groups, default=1) > 1 and not norms_by_group():
+        raise ModelError(
+            str(source.folder),
+            got=f"transformers {transformers.__version__}, whose Granite norms all groups of heads as one",
+            expected=f"transformers {NORMS_BY_GROUP_SINCE} or later, for Mamba-2 layers of several groups",
+            hint="Upgrade transformers here and where the model is to run in it; vLLM has its own Granite.",
+        )
 
 
 def _weights(source: Source, geometry: HeadGeometry, *, has_bias: bool) -> dict[str, torch.Tensor]:
