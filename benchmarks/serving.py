@@ -1,0 +1,73 @@
+"""Gather what was measured about serving into one file, `benchmarks/results/serving.json`.
+
+    python benchmarks/serving.py --speed speed.json --served granite.json --served qwen.json
+
+`--speed` is the JSON that `dtr bench generate` prints, `--served` what `benchmarks/export_and_serve.py` writes.
+Command, hardware and commit at the top are those of the speeds; parts that were measured elsewhere carry their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+OUT = Path(__file__).parent / "results" / "serving.json"
+ORIGIN = ("command", "hardware", "commit")
+LLAMA_CPP = {
+    "version": None,
+    "works": False,
+    "note": "not exported: its Granite graph wants mamba_expand 2 and one or two groups; see docs/export.md",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--speed", type=Path, required=True, help="output of dtr bench generate")
+    parser.add_argument("--served", type=Path, action="append", default=[], help="output of export_and_serve.py")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    served = [read_last_line(file) for file in args.served]
+    result = gather(read_last_line(args.speed), served)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(args.out)
+
+
+def read_last_line(file: Path) -> dict[str, Any]:
+    """A JSON file, or the last line of a program's output."""
+    text = file.read_text(encoding="utf-8").strip()
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return json.loads(text.splitlines()[-1])
+
+
+def gather(speed: dict[str, Any], served: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result with exactly the keys that it promises."""
+    result: dict[str, Any] = {
+        key: {context: named_by_size(by_batch, speed["fill_batch"].get(context)) for context, by_batch in table.items()}
+        for key, table in ((name, speed[name]) for name in ("decode_speedup", "prefill_speedup"))
+    }
+    result |= {"cache_ratio": speed["cache_ratio"], "export_parity": {}, "servers": {}}
+    for part in served:
+        origin = {key: part[key] for key in ORIGIN}
+        for target, parity in part["export_parity"].items():
+            result["export_parity"][target] = parity | origin
+        for name, found in part["servers"].items():
+            # A server that fails for one target is not said to work because of another.
+            before = result["servers"].get(name, {"works": True})
+            if before["works"] or not found["works"]:
+                result["servers"][name] = found | {"target": list(part["export_parity"])} | origin
+    result["servers"]["llama_cpp"] = LLAMA_CPP
+    return result | {key: speed[key] for key in ORIGIN}
+
+
+def named_by_size(by_batch: dict[str, Any], fill: int | None) -> dict[str, Any]:
+    """The batch that fills the GPU under its size too."""
+    return by_batch | ({str(fill): by_batch["fill"]} if fill is not None else {})
+
+
+if __name__ == "__main__":
+    main()
