@@ -179,7 +179,8 @@ def test_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("num_tokens", "segments"), [(130, 1), (3000, None), (3000, 7)])
 def test_prefill_in_segments_on_the_gpu(num_tokens: int, segments: int, dim: int, dtype: torch.dtype) -> None:
-    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-3
+    # Keys are correlated, see the bounds of test_ops_triton.py.
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-3
     case = Case(dim=dim, dtype=dtype, device="cuda")
     check_prefill(case, num_tokens=num_tokens, segments=segments, tolerance=tolerance)
 

@@ -104,7 +104,8 @@ class DeltaBlock:
         parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.decay_proj, mixer.write_proj)
         weight, bias = stacked(parts)
         assert bias is not None, "the gates have biases"
-        self._sizes = [p.out_features for p in parts]
+        # The narrow gates of decay and write strength come out of one product.
+        self._sizes = [mixer.q_proj.out_features] * 4 + [2 * mixer.num_heads]
         self._width = sum(self._sizes)
         # Rows of an odd width would keep matrix products and loads off their fast, aligned forms.
         padding = -self._width % _ALIGNED_COLUMNS
@@ -125,10 +126,11 @@ class DeltaBlock:
 
     def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
         weight, bias = self._weight[: self._width], self._bias[: self._width]
-        *heads, gate, decay, write = _project(hidden_BTD, weight, bias, self._sizes)
+        *heads, gate, narrow = _project(hidden_BTD, weight, bias, self._sizes)
+        decay, write = narrow.float().chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self._head_dim)) for x in heads)
         q, k = _rotate(q, k, prompt, self._norms, unit_length=True)
-        log_decay, strength = -F.softplus(decay.float()), torch.sigmoid(write.float())
+        log_decay, strength = -F.softplus(decay), torch.sigmoid(write)
         if prompt.token_mask_BT is not None:
             log_decay, strength = (x * prompt.token_mask_BT[..., None] for x in (log_decay, strength))
         out, state = decoding.delta_prompt(q, k, v, log_decay, strength)
@@ -142,38 +144,29 @@ class MixerBlock:
     """Any other mixer, by its own forward; its state is replaced in place by `RecurrentStateLayer`."""
 
     def __init__(self, mixer: Mixer, batch: int) -> None:
-        self._mixer, self._batch = mixer, batch
-        self._memory: RecurrentStateLayer | None = None
+        self._mixer = mixer
+        weight = mixer.output_projection.weight
+        # One token of zeros tells the shapes of what this mixer keeps.
+        hidden = torch.zeros(1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)
+        angles = torch.zeros(1, 1, mixer.geometry.head_dim, dtype=weight.dtype, device=weight.device)
+        sample = RecurrentStateLayer()
+        with torch.no_grad():
+            mixer(hidden, (angles, angles), past_key_values=self._as_cache(sample))
+        state, conv = (None if x is None else x.new_zeros(batch, *x.shape[1:]) for x in _held(sample))
+        assert state is not None, "a token leaves a state"
+        self._memory = RecurrentStateLayer()
+        self._memory.write(state, 1, conv)
 
     def _as_cache(self, memory: RecurrentStateLayer) -> Any:
         return SimpleNamespace(layers={self._mixer.layer_idx: memory})
 
     def fill_randomly(self) -> None:
-        weight = self._mixer.output_projection.weight
-        hidden = torch.zeros(1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)
-        angles = torch.zeros(1, 1, self._mixer.geometry.head_dim, dtype=weight.dtype, device=weight.device)
-        memory = RecurrentStateLayer()
-        self._mixer(hidden, (angles, angles), past_key_values=self._as_cache(memory))
-        self._keep(memory, slice(0, self._batch))
-
-    def _keep(self, memory: RecurrentStateLayer, rows: slice) -> None:
-        """Copy the states of some sequences to where the step reads them."""
-        state, conv = memory.read(), memory.read_conv()
-        assert state is not None, "a prompt leaves a state"
-        if self._memory is None:
-            self._memory = RecurrentStateLayer()
-            whole = [None if x is None else x.new_zeros(self._batch, *x.shape[1:]) for x in (state, conv)]
-            self._memory.write(whole[0], 1, whole[1])  # type: ignore[arg-type]
-        for ours, theirs in ((self._memory.read(), state), (self._memory.read_conv(), conv)):
-            if ours is not None and theirs is not None:
-                ours[rows] = theirs
+        """What is there will do: the time of a step does not depend on it."""
 
     def num_bytes(self, num_tokens: int) -> int:
-        held = [] if self._memory is None else [self._memory.read(), self._memory.read_conv()]
-        return sum(x.numel() * x.element_size() for x in held if x is not None)
+        return sum(x.numel() * x.element_size() for x in _held(self._memory) if x is not None)
 
     def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
-        assert self._memory is not None, "a step follows a prompt or fill_randomly"
         angles = at.cos_BK[:, None], at.sin_BK[:, None]
         return self._mixer(hidden_BD[:, None], angles, past_key_values=self._as_cache(self._memory))[0][:, 0]
 
@@ -182,7 +175,9 @@ class MixerBlock:
         out, _ = self._mixer(
             hidden_BTD, prompt.rotary, past_key_values=self._as_cache(memory), token_mask=prompt.token_mask_BT
         )
-        self._keep(memory, rows)
+        for ours, theirs in zip(_held(self._memory), _held(memory)):
+            if ours is not None and theirs is not None:
+                ours[rows] = theirs
         return out
 
 
@@ -222,3 +217,7 @@ def _rotate(
         for x, weight in zip((q_BTHK, k_BTGK), weights)
     )
     return q, k
+
+
+def _held(memory: RecurrentStateLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return memory.read(), memory.read_conv()

@@ -208,7 +208,7 @@ class Decoder:
     @torch.no_grad()
     def _record(self) -> None:
         """Record the step. Kernels compile in the steps before, which leave contents that the next prompt replaces."""
-        self.pretend(0)
+        self._begin(0, 0)
         stream = torch.cuda.Stream(self.token_B.device)
         stream.wait_stream(torch.cuda.current_stream(self.token_B.device))
         with torch.cuda.stream(stream):

@@ -129,12 +129,13 @@ def chunk_inverse(k_ptr, g_ptr, beta_ptr, cum_ptr, inverse_ptr, T, H: tl.constex
 def state_scan(
     k_ptr, v_ptr, beta_ptr, cum_ptr, inverse_ptr, initial_ptr, update_ptr, state_ptr, final_ptr, T, segment_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_VALUES: tl.constexpr, KEEP: tl.constexpr,
+    AFFINE: tl.constexpr,
 ):  # fmt: skip
     """Carry the state over the chunks of one head and BV value columns; store each chunk's first state and its u.
 
     Grid (B H, V / BV, segments of `segment_chunks` chunks), each segment with a first and a last state of its own.
-    Without HAS_VALUES all values are zero; without KEEP only the last state is stored.
+    AFFINE, grid (B H, (V + K) / BV, segments): only what a segment makes of its first state is stored, last states
+    (K, V + K). The first V columns start from zero, the others from the identity with all values zero.
     """
     bh, first, segment = tl.program_id(0), tl.program_id(1) * BV, tl.program_id(2)
     place = bh * tl.num_programs(2) + segment
@@ -143,6 +144,9 @@ def state_scan(
     i = tl.arange(0, C)
     if HAS_INITIAL:
         state = tl.load(_tile(initial_ptr, place, K, V, 0, K, first, BV)).to(tl.float32)
+    elif AFFINE:
+        column = first - V + tl.arange(0, BV)
+        state = tl.where(tl.arange(0, K)[:, None] == column[None, :], 1.0, 0.0)
     else:
         state = tl.zeros([K, BV], dtype=tl.float32)
     for n in range(segment * segment_chunks, tl.minimum((segment + 1) * segment_chunks, num_chunks)):
@@ -156,18 +160,33 @@ def state_scan(
         cum = tl.load(cum_ptr + index.to(tl.int64) * C + i)
         total = tl.load(cum_ptr + index.to(tl.int64) * C + C - 1)
 
-        narrow = state.to(dtype)
-        read = tl.exp(cum)[:, None] * _dot(k, narrow)
-        if HAS_VALUES:
-            residual = beta[:, None] * (_load_tokens(v_ptr, row, valid, H, V, first, C, BV).to(tl.float32) - read)
+        if AFFINE:
+            v = _load_tokens(v_ptr, row, valid & (first < V), H, V, first, C, BV).to(tl.float32)
         else:
-            residual = beta[:, None] * -read
+            v = _load_tokens(v_ptr, row, valid, H, V, first, C, BV).to(tl.float32)
+
+        narrow = state.to(dtype)
+        residual = beta[:, None] * (v - tl.exp(cum)[:, None] * _dot(k, narrow))
         update = _dot(inverse, residual.to(dtype))
-        if KEEP:
+        if not AFFINE:
             tl.store(_tile(state_ptr, index, K, V, 0, K, first, BV), narrow)
             tl.store(_token_tile(update_ptr, row, H, V, first, C, BV), update.to(dtype), mask=valid[:, None])
         state = state * tl.exp(total) + _dot(k_t, (update * tl.exp(total - cum)[:, None]).to(dtype))
-    tl.store(_tile(final_ptr, place, K, V, 0, K, first, BV), state)
+    if AFFINE:
+        tl.store(_tile(final_ptr, place, K, V + K, 0, K, first, BV), state)
+    else:
+        tl.store(_tile(final_ptr, place, K, V, 0, K, first, BV), state)
+
+
+@triton.jit
+def carry_segments(affine_ptr, first_ptr, P, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """Grid (B H, V / BV): from what each of P segments makes of its first state to all first states (K, V)."""
+    bh, first = tl.program_id(0), tl.program_id(1) * BV
+    state = tl.zeros([K, BV], dtype=tl.float32)
+    for p in range(P):
+        tl.store(_tile(first_ptr, bh * P + p, K, V, 0, K, first, BV), state)
+        kept = tl.load(_tile(affine_ptr, bh * P + p, K, V + K, 0, K, V, K))
+        state = tl.load(_tile(affine_ptr, bh * P + p, K, V + K, 0, K, first, BV)) + _dot(kept, state)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -2,8 +2,8 @@
 
 The chunks of a sequence follow on each other, which leaves most of a GPU idle when one long prompt has a few heads. So
 the prompt is cut into segments that run at once. What a segment makes of its first state is affine, S -> M S + N: N is
-its last state from zero, M that from the identity with all values zero. A short loop over the segments then gives each
-its true first state, and a second pass over all of them the outputs. |M| <= 1 as |k| = 1 and beta <= 1.
+its last state from zero, M that from the identity with all values zero. One pass finds both, a short loop over the
+segments gives each its true first state, and a second pass the outputs. |M| <= 1 as |k| = 1 and beta <= 1.
 
 Shapes: B batch, T tokens, H heads, K key dim, V value dim, N chunks of C = 64 tokens, P segments.
 """
@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from dtr.ops.chunking import full_precision
-from dtr.ops.gated_delta_kernels import chunk_inverse, chunk_output, state_scan
+from dtr.ops.gated_delta_kernels import carry_segments, chunk_inverse, chunk_output, state_scan
 from dtr.ops.gated_delta_triton import CHUNK_TOKENS, check_inputs, num_stages, scan_block
 
 _MIN_SEGMENT_CHUNKS = 8
@@ -50,38 +49,27 @@ def prefill(
     cum = q.new_empty(BH, N, CHUNK_TOKENS, dtype=torch.float32)
     o, updates, states = torch.empty_like(v), torch.empty_like(v), q.new_empty(BH, N, K, V)
 
-    def scan(initial: torch.Tensor | None, *, columns: int, has_values: bool, keep: bool) -> torch.Tensor:
+    def scan(initial: torch.Tensor | None, *, columns: int, affine: bool) -> torch.Tensor:
         """One pass over all segments at once; the last states (BH, P, K, columns)."""
-        final = q.new_empty(BH, P, K, columns, dtype=torch.float32)
-        BV = scan_block(BH * P, columns)
+        last = q.new_empty(BH, P, K, columns, dtype=torch.float32)
+        BV = min(V, K, scan_block(BH * P, columns))
         state_scan[(BH, columns // BV, P)](
-            k, v, beta, cum, inverses, initial, updates, states, final, T, length, H, K=K, V=columns, C=CHUNK_TOKENS,
-            BV=BV, HAS_INITIAL=initial is not None, HAS_VALUES=has_values, KEEP=keep, num_warps=4,
-            num_stages=num_stages(q),
+            k, v, beta, cum, inverses, initial, updates, states, last, T, length, H, K=K, V=V, C=CHUNK_TOKENS, BV=BV,
+            HAS_INITIAL=initial is not None, AFFINE=affine, num_warps=4, num_stages=num_stages(q),
         )  # fmt: skip
-        return final
+        return last
 
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(q):
         chunk_inverse[(BH, N)](k, g, beta, cum, inverses, T, H, K=K, num_warps=2)
         initial = None
         if P > 1:
-            identity = torch.eye(K, device=q.device).expand(BH, P, K, K).contiguous()
-            written = scan(None, columns=V, has_values=True, keep=False)
-            kept = scan(identity, columns=K, has_values=False, keep=False)
-            initial = _first_states(kept, written)
-        final = scan(initial, columns=V, has_values=True, keep=True)[:, -1]
+            initial = q.new_empty(BH, P, K, V, dtype=torch.float32)
+            affine = scan(None, columns=V + K, affine=True)
+            carry_segments[(BH, V // 16)](affine, initial, P, K=K, V=V, BV=16, num_warps=4, num_stages=1)
+        last = scan(initial, columns=V, affine=False)[:, -1]
         BO = min(V, 64)
         chunk_output[(BH, N, V // BO)](
             q, k, updates, cum, states, o, scale, T, H, K=K, V=V, C=CHUNK_TOKENS, BV=BO, num_warps=4
         )
-    return o, final.reshape(B, H, K, V)
-
-
-def _first_states(kept_GPKK: torch.Tensor, written_GPKV: torch.Tensor) -> torch.Tensor:
-    """The first state of every segment (G, P, K, V), the first of all being zero."""
-    states = [torch.zeros_like(written_GPKV[:, 0])]
-    with full_precision(written_GPKV):
-        for p in range(written_GPKV.shape[1] - 1):
-            states.append(torch.baddbmm(written_GPKV[:, p], kept_GPKK[:, p], states[-1]))
-    return torch.stack(states, dim=1)
+    return o, last.reshape(B, H, K, V)

@@ -104,7 +104,7 @@ def _forward(q, k, v, g, beta, state, scale):  # type: ignore[no-untyped-def]
         chunk_inverse[(BH, N)](k, g, beta, cum, inverses, T, H, K=K, num_warps=2)
         state_scan[(BH, V // BV, 1)](
             k, v, beta, cum, inverses, state, updates, states, final, T, N, H, BV=BV,
-            HAS_INITIAL=state is not None, HAS_VALUES=True, KEEP=True, num_warps=4, num_stages=num_stages(q), **dims,
+            HAS_INITIAL=state is not None, AFFINE=False, num_warps=4, num_stages=num_stages(q), **dims,
         )  # fmt: skip
         chunk_output[(BH, N, V // BO)](q, k, updates, cum, states, o, scale, T, H, BV=BO, num_warps=4, **dims)
     return o, final, updates, states, inverses, cum
