@@ -81,6 +81,11 @@ def model_class(model_type: str, suffix: str) -> type:
     )
 
 
+def is_classifier(model: Any) -> bool:
+    """Whether the model scores classes at a sequence's last token (AutoModelForSequenceClassification)."""
+    return not hasattr(model, "lm_head") and hasattr(model, "score")
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model."""
     return model.model.layers  # type: ignore[union-attr, return-value]
@@ -236,8 +241,9 @@ class LayerRunner:
         )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final norm and LM head of chosen positions (num_positions, D) -> (num_positions, vocab)."""
-        return self._model.lm_head(self._model.model.norm(hidden))
+        """Final norm and head of chosen positions (num_positions, D) -> (num_positions, vocab or classes)."""
+        head = self._model.score if is_classifier(self._model) else self._model.lm_head
+        return head(self._model.model.norm(hidden))
 
 
 def layer_kind(config: Any, index: int) -> str:

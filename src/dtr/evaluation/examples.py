@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dtr.arch import is_classifier
 from dtr.evaluation.evaluator import Evaluator
 from dtr.evaluation.generation import generate_texts
 from dtr.tasks.base import Generation, GenerationRequest, Item, Likelihood, LikelihoodRequest, Response, Task
@@ -17,7 +18,9 @@ MAX_TEXT_CHARS = 400
 def write_sample(
     teacher: Teacher, hybrid: Any, *, prompt: str = SAMPLE_PROMPT, max_new_tokens: int = 40
 ) -> dict[str, str]:
-    """What teacher and hybrid write after the same prompt, greedily."""
+    """What teacher and hybrid write after the same prompt, greedily; nothing for models that do not write."""
+    if is_classifier(teacher.model):
+        return {}
     request = GenerationRequest(context=prompt, max_new_tokens=max_new_tokens)
     texts = {
         name: generate_texts(model, teacher.tokenizer, [request], chat_template=False, batch_tokens=4096)[0].strip()

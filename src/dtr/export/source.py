@@ -138,6 +138,13 @@ def _class_of(folder: Path, config: dict[str, Any]) -> Any:
             expected="a hybrid saved by dtr, or a model of a family it knows",
             hint=f"Known: {', '.join(sorted([*HYBRIDS, *FAMILIES]))}.",
         )
+    if any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        raise ModelError(
+            str(folder / "config.json"),
+            got="a model with a classification head",
+            expected="a causal language model",
+            hint="Use the folder as it is with trust_remote_code=True.",
+        )
     if config.get("quantization_config"):
         raise ModelError(
             str(folder / "config.json"),

@@ -61,10 +61,11 @@ def register_configs() -> None:
 
 
 def register_models() -> None:
-    """Make AutoModelForCausalLM know hybrids."""
-    from transformers import AutoModelForCausalLM
+    """Make AutoModelForCausalLM and AutoModelForSequenceClassification know hybrids."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from dtr.hybrid.modeling import HYBRIDS
+    from dtr.hybrid.modeling import CLASSIFIERS, HYBRIDS
 
-    for model in HYBRIDS.values():
-        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+    for auto, models in ((AutoModelForCausalLM, HYBRIDS), (AutoModelForSequenceClassification, CLASSIFIERS)):
+        for model in models.values():
+            auto.register(model.config_class, model, exist_ok=True)

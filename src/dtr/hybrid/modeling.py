@@ -9,16 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralModel,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3Model,
+)
 
-from dtr.arch import HYBRID_PREFIX, decoder_layers, read_geometry, with_mixer
+from dtr.arch import HYBRID_PREFIX, decoder_layers, is_classifier, read_geometry, with_mixer
 from dtr.errors import ModelError
 from dtr.hybrid.cache import HybridCache
 from dtr.hybrid.configuration import HybridLlamaConfig, HybridMistralConfig, HybridQwen2Config, HybridQwen3Config
 from dtr.mixers import make_mixer
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin, PreTrainedModel
+    from transformers import GenerationMixin
 
     class _FamilyModel(PreTrainedModel, GenerationMixin):
         """What every family's model is; at run time the family's own class stands there."""
@@ -81,6 +95,9 @@ class HybridModelMixin(_FamilyModel):
             past_key_values = None if self.training else self.new_cache()
         if attention_mask is not None and attention_mask.dim() == 2 and self.linear_layers:
             kwargs["token_mask"] = attention_mask
+        # A classification head knows no such argument.
+        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
+            kwargs["logits_to_keep"] = logits_to_keep
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -89,7 +106,6 @@ class HybridModelMixin(_FamilyModel):
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
             **kwargs,
         )
 
@@ -145,23 +161,74 @@ class HybridQwen3ForCausalLM(HybridModelMixin, Qwen3ForCausalLM):
     config_class = HybridQwen3Config
 
 
+class ClassifierMixin(_FamilyModel):
+    """Builds body and head as the library does, but by class: its own way asks AutoModel, which knows no hybrids."""
+
+    body_class: Any
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = self.body_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class HybridLlamaForSequenceClassification(HybridModelMixin, ClassifierMixin, LlamaForSequenceClassification):
+    """Llama with linear layers and a classification head."""
+
+    config_class = HybridLlamaConfig
+    body_class = LlamaModel
+
+
+class HybridMistralForSequenceClassification(HybridModelMixin, ClassifierMixin, MistralForSequenceClassification):
+    """Mistral with linear layers and a classification head."""
+
+    config_class = HybridMistralConfig
+    body_class = MistralModel
+
+
+class HybridQwen2ForSequenceClassification(HybridModelMixin, ClassifierMixin, Qwen2ForSequenceClassification):
+    """Qwen2 with linear layers and a classification head."""
+
+    config_class = HybridQwen2Config
+    body_class = Qwen2Model
+
+
+class HybridQwen3ForSequenceClassification(HybridModelMixin, ClassifierMixin, Qwen3ForSequenceClassification):
+    """Qwen3 with linear layers and a classification head."""
+
+    config_class = HybridQwen3Config
+    body_class = Qwen3Model
+
+
 HYBRIDS = {
     cls.config_class.model_type: cls
     for cls in (HybridLlamaForCausalLM, HybridMistralForCausalLM, HybridQwen2ForCausalLM, HybridQwen3ForCausalLM)
 }
+CLASSIFIERS = {
+    cls.config_class.model_type: cls
+    for cls in (
+        HybridLlamaForSequenceClassification,
+        HybridMistralForSequenceClassification,
+        HybridQwen2ForSequenceClassification,
+        HybridQwen3ForSequenceClassification,
+    )
+}
+"""As HYBRIDS, for models whose head scores classes instead of tokens."""
 
 
 def make_hybrid(teacher_model: Any, mixers: dict[int, nn.Module], specs: dict[int, dict[str, Any]]) -> Any:
     """A hybrid that shares every module with the teacher but the replaced attentions; the teacher is not touched.
 
     Args:
-        teacher_model: the causal language model whose layers are kept.
+        teacher_model: the model whose layers are kept, with a language model head or a classification head.
         mixers: layer index to the mixer in its place.
         specs: layer index to {"kind": ..., options}, as `config.mixers` stores it.
     """
     assert mixers.keys() == specs.keys(), "every mixer needs its spec"
     source = teacher_model.config
-    cls = HYBRIDS[HYBRID_PREFIX + source.model_type]
+    cls: Any = (CLASSIFIERS if is_classifier(teacher_model) else HYBRIDS)[HYBRID_PREFIX + source.model_type]
     fields = {key: value for key, value in source.to_dict().items() if key not in ("model_type", "quantization_config")}
     config = cls.config_class(**fields, mixers=[specs.get(i) for i in range(source.num_hidden_layers)])
     config._attn_implementation = source._attn_implementation
@@ -177,6 +244,9 @@ def make_hybrid(teacher_model: Any, mixers: dict[int, nn.Module], specs: dict[in
     body.layers = nn.ModuleList(
         with_mixer(layer, mixers.get(index)) for index, layer in enumerate(decoder_layers(teacher_model))
     )
-    hybrid.lm_head = teacher_model.lm_head
-    hybrid.generation_config = copy.deepcopy(teacher_model.generation_config)
+    if is_classifier(teacher_model):
+        hybrid.score = teacher_model.score
+    else:
+        hybrid.lm_head = teacher_model.lm_head
+        hybrid.generation_config = copy.deepcopy(teacher_model.generation_config)
     return hybrid.eval()

@@ -31,7 +31,8 @@ def render_model_card(report: dict, *, which: Which = "m_opt") -> str:
 
 
 def _front_matter(report: dict, which: Which) -> dict[str, Any]:
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    kind = "text-classification" if dig(report, "recipe.task.options.head") else "text-generation"
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": kind}
     if (source := dig(report, "teacher.source")) and _is_hub_name(source):
         front["base_model"] = source
     if license_name := dig(report, "teacher.license"):
@@ -40,7 +41,7 @@ def _front_matter(report: dict, which: Which) -> dict[str, Any]:
     value, unit, task = dig(report, f"{which}.test.value"), dig(report, "task.metric"), dig(report, "task.name")
     if is_number(value) and unit and task:
         result = {
-            "task": {"type": "text-generation"},
+            "task": {"type": kind},
             "dataset": {"name": task, "type": task, "split": "test"},
             "metrics": [{"type": unit, "value": value}],
         }

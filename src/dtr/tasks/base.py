@@ -20,6 +20,13 @@ class LikelihoodRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelRequest(LikelihoodRequest):
+    """How likely is a class after `context`, by the model's classification head? `target` only names the class."""
+
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """What does the model write after `context`, greedily?"""
 
