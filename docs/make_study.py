@@ -1,0 +1,87 @@
+"""Write docs/results.md, the page of the study, from benchmarks/results/study.json and the records beside it.
+
+    python docs/make_study.py
+
+Numbers reach the page no other way; `tests/test_study.py` compares.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TARGET = ROOT / "docs" / "results.md"
+COLUMNS = (
+    *("task", "teacher", "metric", "teacher, test", "M_best, test (layers)", "M_opt, test (95 %)", "layers replaced"),
+    *("test drop", "search, passes", "time"),
+)
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
+INTRO = """# Results
+
+Made by `python docs/make_study.py` from the study's table in benchmarks/results; the record of each run lies beside it.
+Layers were chosen on validation; test was scored once, at the end. M_opt has the most linear layers above the limit,
+M_best the most that lost nothing. The drop is a share of the teacher's test score (negative: a gain). Intervals are
+those of one score, over items. Time is distillation, search and scoring; fine-tuning is left out.
+"""
+PAPER = """## Beside the paper
+
+The paper (arXiv 2601.11667, Llama-3.2-3B, JetBlock, 18 tasks) replaces a mean of 10.5 of 28 layers (37 %) at a mean
+test drop of 4.8 %, with 7 of 18 tasks above 5 %. Its tasks, models and data differ from these, so only shares and drops
+compare.
+"""
+NONE_YET = "No result is committed yet.\n"
+
+
+def page() -> str:
+    """The whole page."""
+    path = RESULTS / "study.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not rows:
+        return f"{INTRO}\n{NONE_YET}\n{PAPER}"
+    records = {row["name"]: _record(row["name"]) for row in rows}
+    table = "\n".join([HEAD, *(_line(row, records[row["name"]]) for row in rows)])
+    share = sum(row["num_replaced"] / row["num_layers"] for row in rows) / len(rows)
+    drops = [row["test_drop"] for row in rows if row["test_drop"] is not None]
+    within = sum(drop <= 0.05 for drop in drops)
+    summary = (
+        f"Mean share of layers replaced: {share:.0%} over {len(rows)} tasks (the aim: 80 % or more). Mean test drop: "
+        f"{sum(drops) / len(drops):.1%}; at most 5 % on {within} of {len(rows)} tasks."
+    )
+    return f"{INTRO}\n{table}\n\n{summary}\n\n{_made_on(rows)}\n\n{PAPER}"
+
+
+def _record(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / "study" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _line(row: dict[str, Any], record: dict[str, Any]) -> str:
+    low, high = row["test_ci95"]
+    best = record["m_best"]
+    cells = (
+        row["name"],
+        Path(record["teacher"]["source"]).stem,
+        record["task"]["metric"],
+        f"{row['teacher_test']:.3f}",
+        f"{best['test']['value']:.3f} ({best['num_replaced']})",
+        f"{row['test']:.3f} ({low:.3f} to {high:.3f})",
+        f"{row['num_replaced']} of {row['num_layers']} ({row['num_replaced'] / row['num_layers']:.0%})",
+        "no score to lose" if row["test_drop"] is None else f"{row['test_drop']:.1%}",
+        f"{row['pass_equivalents']:.1f}",
+        f"{row['seconds'] / 60:.1f} min",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _made_on(rows: list[dict[str, Any]]) -> str:
+    machines = sorted({row["hardware"].get("gpu") or row["hardware"]["cpu"] for row in rows})
+    commits = sorted({str(row["commit"])[:12] for row in rows})
+    mixers = sorted({row["mixer"] for row in rows})
+    return f"Mixer: {', '.join(mixers)}. Hardware: {', '.join(machines)}. Commit: {', '.join(commits)}."
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
+    print(TARGET)
