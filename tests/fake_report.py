@@ -106,6 +106,22 @@ def fake_report(
             "candidate_evaluations": 465, "pass_equivalents": 131.7, "seconds": 170.9,
             "stop_reason": "every layer is linear", "steps": steps,
         },
+        "speed": {
+            who: [
+                {"context_tokens": n, "prefill_tokens_per_second": 9e3, "decode_tokens_per_second": base - slope * n}
+                for n in (256, 1024, 4096)
+            ]
+            for who, base, slope in (("teacher", 61.0, 0.007), ("m_opt", 58.0, 0.001))
+        },
+        "memory": [
+            {"context_tokens": n, "teacher": 23_040 * n, "m_opt": 23_040 * n // 10 + 3_981_312}
+            for n in (128, 1024, 8192)
+        ],
+        "length_by_depth": {
+            "lengths": [1024, 2048, 4096], "depths": [0.0, 0.25, 0.5, 0.75, 1.0],
+            "teacher": [[1.0, 1.0, 0.75, 0.75, 1.0]] * 3,
+            "m_opt": [[1.0, 0.75, 0.5, 0.5, 1.0], [0.75, 0.5, 0.25, 0.5, 1.0], [0.5, 0.25, 0.0, None, 1.0]],
+        },
         "m_opt": hybrid(order[:num_replaced], num_layers, chosen[num_replaced], sc(test, num_test), teacher_test,
                         stderr=paired_stderr),
         "m_best": hybrid(order[:best], num_layers, chosen[best], sc(base_test, num_test), teacher_test, stderr=0.010),

@@ -178,6 +178,8 @@ def test_messages_are_the_real_ones(command, message, newcomer, dtr):
     write_rows(Path("no_answer"), question="{}?", choices=["a", "b", "c"])
     write_rows(Path("test_only"), question="{}?", choices=["a", "b", "c"], answer=0)
     Path("test_only/validation.jsonl").unlink()
+    write_rows(Path("sums"), prompt="{} + 1", answer="2")
+    Path("own_scores.py").write_text("def share(written, accepted):\n    return float('nan')\n", encoding="utf-8")
     Path("two_words.txt").write_text("two words", encoding="utf-8")
     recipe = {
         "teacher": {"source": HUB_NAME, "dtype": "float32"},

@@ -27,8 +27,8 @@ ROOMS = (
     ["replace"],
     ["bench"],
     ["reporting"],
-    ["environment", "record"],
-    ["pipeline", "measure", "display"],
+    ["environment", "record", "stages"],
+    ["pipeline", "measure", "display", "board"],
     ["cli"],
     ["__main__"],
 )

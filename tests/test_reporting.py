@@ -105,16 +105,26 @@ def test_charts_hold_one_mark_per_measurement_in_both_sizes() -> None:
     report = fake_report()
     tags = check(render_html(report)).tags
     svgs = [a["class"] for tag, a in tags if tag == "svg" and a.get("role") == "img"]
-    assert svgs == ["wide", "narrow"] * 3
+    assert svgs == ["wide", "narrow"] * 5
     classes = [a.get("class", "") for _, a in tags]
     # 30 steps and the teacher in two sizes.
     assert classes.count("line val thin") == 2 * 31
     rejected = 2 * sum(not step["accepted"] for step in report["search"]["steps"])
     assert rejected == 6
     assert classes.count("val hollow") == rejected
-    assert classes.count("before") == 2 * 30 + 1
+    # Layers before distillation, the teacher at three contexts for speed and for memory, and two legends.
+    assert classes.count("before") == 2 * (30 + 3 + 3) + 2
     assert classes.count("ring") == 4
     assert classes.count("line stem") == 2 * 30
+
+
+def test_a_map_of_length_by_depth_is_shaded_by_the_score() -> None:
+    text = render_html(fake_report())
+    assert text.count("--share:") == 15 + 14
+    assert 'style="--share:25%">0.25' in text
+    without = fake_report()
+    without["length_by_depth"] = None
+    assert "By length and depth" not in render_html(without)
 
 
 def test_layer_map_tells_in_words_what_it_shows_in_colour() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 
-from dtr.errors import DataError, RecipeError
+from dtr.errors import DataError, DeviceError, RecipeError
 from dtr.recipe import read_recipe
 from dtr.tasks import load_task
 
@@ -123,6 +124,12 @@ def test_what_cannot_be_meant(settings, message, tmp_path):
     write(tmp_path, "jsonl")
     with pytest.raises((DataError, RecipeError), match=message):
         load_task(**{"source": str(tmp_path), **settings})
+
+
+def test_a_harness_task_without_the_harness_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(DeviceError, match=r"not installed.*pip install 'distill-then-replace\[lm-eval\]'"):
+        load_task("lm_eval:arc_easy")
 
 
 @pytest.mark.parametrize("name", ["test.parquet", "test.csv", "test.arrow"])

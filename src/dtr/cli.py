@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +34,7 @@ PMinOpt = Annotated[float | None, typer.Option("--p-min", help="Share of the tea
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in --out first.")]
 LogOpt = Annotated[str, typer.Option("--progress", help="What to show meanwhile: rich, json or quiet.")]
+BoardOpt = Annotated[bool, typer.Option("--tensorboard", help="Write OUT/tensorboard as well (extra tensorboard).")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -66,13 +67,14 @@ def run(
     resume: ResumeOpt = False,
     overwrite: OverwriteOpt = False,
     log: LogOpt = "rich",
+    board: BoardOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Distil, search, save the hybrids and write the report."""
     from dtr.pipeline import run as run_pipeline
 
     plan = _recipe(recipe, model, task, p_min, settings)
-    with _display(log) as show:
+    with _display(log, out / "tensorboard" if board else None) as show:
         record = run_pipeline(plan, out, resume=resume, overwrite=overwrite, on_event=show)
     _conclude(record, out, log)
 
@@ -84,11 +86,12 @@ def demo(
     resume: ResumeOpt = False,
     overwrite: OverwriteOpt = False,
     log: LogOpt = "rich",
+    board: BoardOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """The whole method on a real 135M model, on a CPU, in about ten minutes."""
     with as_file(files("dtr") / "demo.yaml") as recipe:
-        run(out, recipe, None, None, None, settings, resume, overwrite, log, debug)
+        run(out, recipe, None, None, None, settings, resume, overwrite, log, board, debug)
 
 
 @app.command()
@@ -100,13 +103,14 @@ def distill(
     resume: ResumeOpt = False,
     overwrite: OverwriteOpt = False,
     log: LogOpt = "rich",
+    board: BoardOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Phase 1 alone: train one linear mixer per layer; leaves OUT/bank."""
     from dtr.pipeline import distill_only
 
     plan = _recipe(recipe, model, None, None, settings)
-    with _display(log) as show:
+    with _display(log, out / "tensorboard" if board else None) as show:
         bank = distill_only(plan, out, resume=resume, overwrite=overwrite, on_event=show)
     _say(f"{len(bank.layers)} mixers, mean NMSE {bank.mean_nmse:.4f}: {out / 'bank'}")
 
@@ -123,13 +127,14 @@ def search(
     resume: ResumeOpt = False,
     overwrite: OverwriteOpt = False,
     log: LogOpt = "rich",
+    board: BoardOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Phase 2 alone: replace layers with a bank that is there already."""
     from dtr.pipeline import run as run_pipeline
 
     plan = _recipe(recipe, model, task, p_min, settings)
-    with _display(log) as show:
+    with _display(log, out / "tensorboard" if board else None) as show:
         record = run_pipeline(plan, out, bank=bank, resume=resume, overwrite=overwrite, on_event=show)
     _conclude(record, out, log)
 
@@ -343,16 +348,17 @@ def _recipe(
 
 
 @contextmanager
-def _display(log: str) -> Iterator[Any]:
+def _display(log: str, board: Path | None = None) -> Iterator[Any]:
     from transformers.utils import logging
 
+    from dtr.board import open_board
     from dtr.display import open_display
 
     # Bars of the library would run across our own, and between the lines of a JSON log.
     logging.disable_progress_bar()
     try:
-        with open_display(log) as show:
-            yield show
+        with open_display(log) as show, open_board(board) if board else nullcontext() as draw:
+            yield show if draw is None else lambda event: (show(event), draw(event))
     except KeyboardInterrupt as error:
         text = str(error) if isinstance(error, Interrupted) else "Stopped. Every finished candidate is saved."
         raise _Stopped(text) from None

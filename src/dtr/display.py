@@ -52,14 +52,27 @@ class _Bars:
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress, self._console = progress, console
         self._tasks: dict[str, Any] = {}
-        self._linear = 0
+        self._linear, self._best = 0, ""
+        self._stage: Any = None
 
     def __call__(self, event: dict[str, Any]) -> None:
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
             handler(event)
 
+    def _on_stage(self, event: dict[str, Any]) -> None:
+        """A line for what may take long without a count, with a bar that moves until something is counted."""
+        self._console.print(f"{event['text']} ...", highlight=False)
+        self._end_stage()
+        self._stage = self._progress.add_task("working", total=None, note=event["text"])
+
+    def _end_stage(self) -> None:
+        if self._stage is not None:
+            self._progress.remove_task(self._stage)
+        self._stage = None
+
     def _bar(self, name: str, done: int, total: int, note: str) -> None:
+        self._end_stage()
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note="")
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)
@@ -86,13 +99,15 @@ class _Bars:
         )
 
     def _on_teacher(self, event: dict[str, Any]) -> None:
+        self._best = f", score {event['score']:.4f}"
         self._console.print(f"teacher on validation: {event['score']:.4f}", highlight=False)
 
     def _on_candidate(self, event: dict[str, Any]) -> None:
-        self._bar("search", event["done"], event["total"], f"{self._linear} layers linear")
+        self._bar("search", event["done"], event["total"], f"{self._linear} layers replaced{self._best}")
 
     def _on_step(self, event: dict[str, Any]) -> None:
-        self._linear = event["step"] if event["accepted"] else self._linear
+        if event["accepted"]:
+            self._linear, self._best = event["step"], f", score {event['score']:.4f}"
         verdict = "" if event["accepted"] else " (below p_min)"
         layers = event.get("layers", [event["layer"]])
         what = f"layer {event['layer']:>3}" if len(layers) == 1 else f"{len(layers)} layers more"

@@ -54,3 +54,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known)}."
+
+
+def with_article(name: str) -> str:
+    """The name after "a" or "an", by its first letter: an acc, a perplexity."""
+    return f"{'an' if name[:1].lower() in tuple('aeiou') else 'a'} {name}"

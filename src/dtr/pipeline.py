@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,10 @@ from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
 from dtr.distributed import World, current_world, join_world
 from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
-from dtr.errors import DeviceError, RecipeError
+from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.examples import differing_items, write_sample
+from dtr.evaluation.speed import measure_speed
 from dtr.files import write_json
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
@@ -29,6 +28,7 @@ from dtr.record import make_record
 from dtr.replace import SearchResult, search
 from dtr.reporting import render_model_card, write_report
 from dtr.runfolder import RunFolder
+from dtr.stages import Clock, memory_advice
 from dtr.tasks import load_task
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher, load_model, load_teacher, pick_device
@@ -58,24 +58,27 @@ def run(
     Returns:
         the record that is in report.json; nothing on any but the first rank of several processes.
     """
-    folder, clock = RunFolder(out), _Clock()
+    folder, clock = RunFolder(out), Clock()
     world, emit = open_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
     with clock("load"):
         teacher = prepare_teacher(recipe, emit)
+        emit({"event": "stage", "text": f"reading the task {recipe.task.path or recipe.task.source}"})
         task = prepare_task(recipe)
         guards = prepare_guards(recipe)
         check_search(task, **recipe.search.model_dump())
         text, faults = prepare_text(recipe, teacher, emit)
-    with clock("distill"), _memory_advice("distill.batch_size"):
+    with clock("distill"), memory_advice("distill.batch_size"):
         mixers = load_bank(bank, teacher=teacher) if bank else prepare_bank(recipe, teacher, text, folder, emit)
     if not world.is_first:
         # Only distillation is shared out; the first rank does the rest.
         return {}
-    with clock("search"), _memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
+    with clock("search"), memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
         result = prepare_search(recipe, teacher, mixers, task, guards, folder, emit)
+    emit({"event": "stage", "text": "measuring speed, writing samples"})
     with clock("report"):
         sample = write_sample(teacher, result.m_opt)
         differences = differing_items(teacher, result.m_opt, task)
+        speed = {"teacher": measure_speed(teacher.model), "m_opt": measure_speed(result.m_opt)}
     record = make_record(
         recipe,
         teacher,
@@ -87,6 +90,7 @@ def run(
         seconds=clock.seconds(),
         sample=sample,
         differences=differences,
+        speed=speed,
     )
     save(folder, record, result)
     emit({"event": "done", "report": str(folder.path / "report.html")})
@@ -105,7 +109,7 @@ def distill_only(
     folder = RunFolder(out)
     _, emit = open_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
     teacher = prepare_teacher(recipe, emit)
-    with _memory_advice("distill.batch_size"):
+    with memory_advice("distill.batch_size"):
         return prepare_bank(recipe, teacher, prepare_text(recipe, teacher, emit)[0], folder, emit)
 
 
@@ -131,6 +135,7 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
     backend = use_backend(recipe.runtime.backend, device.type)
     emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
     settings = recipe.teacher
+    emit({"event": "stage", "text": f"loading {settings.source}"})
     return load_teacher(
         settings.source, device=str(device), dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
     )
@@ -155,6 +160,9 @@ def _load(task: TaskSection, seed: int) -> Task:
 
 def prepare_text(recipe: Recipe, teacher: Teacher, emit: Listener) -> tuple[TokenBlocks | StreamedBlocks, Faults]:
     """Text as blocks; what cannot be read of it is told and passed over, as long as something is left."""
+    source = recipe.text.source
+    shown = source if isinstance(source, str) else f"{len(source)} sources"
+    emit({"event": "stage", "text": f"reading and tokenizing {shown}"})
     faults = Faults(emit)
     settings: dict[str, Any] = {
         "tokenizer": teacher.tokenizer,
@@ -174,6 +182,7 @@ def prepare_bank(
     """Distil, or take the bank that an earlier run of this recipe has finished."""
     if (folder.bank / "bank.json").exists():
         return load_bank(folder.bank, teacher=teacher)
+    emit({"event": "stage", "text": f"preparing {recipe.mixer.kind} for every layer"})
     settings = recipe.distill.model_dump(exclude={"seq_len_tokens"})
     bank = distill(
         teacher,
@@ -202,6 +211,7 @@ def prepare_search(
     folder: RunFolder,
     emit: Listener,
 ) -> SearchResult:
+    emit({"event": "stage", "text": "scoring the teacher"})
     result = search(
         teacher,
         bank,
@@ -235,37 +245,6 @@ def _to_log_and(folder: RunFolder, listener: Listener | None) -> Listener:
             listener(event)
 
     return emit
-
-
-class _Clock:
-    """Seconds spent in named stages and in all."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._stages: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._stages[stage] = time.monotonic() - began
-
-    def seconds(self) -> dict[str, float]:
-        return {**self._stages, "total": time.monotonic() - self._started}
-
-
-@contextmanager
-def _memory_advice(knob: str) -> Iterator[None]:
-    """Say which setting to change when memory runs out."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            "memory",
-            got=next(iter(str(error).splitlines()), "out of memory"),
-            expected="a step that fits",
-            hint=f"Lower {knob}, then go on with --resume.",
-        ) from error
 
 
 def evaluate_model(recipe: Recipe, split: str) -> dict[str, Any]:

@@ -77,9 +77,12 @@ class DistillSection(Section):
 
 class TaskSection(Section):
     source: str = "recall"
-    """`recall` (built in), a folder with validation.jsonl and test.jsonl (also .parquet, .csv, .arrow), a folder from
-    `save_to_disk`, `datasets:NAME` of the hub, `lm_eval:NAME` of lm-evaluation-harness, or `perplexity` with `path`."""
-    kind: Literal["auto", "multiple_choice", "classification", "generation", "perplexity", "recall"] = "auto"
+    """`recall`, `needle` or `variables` (built in), a folder with validation.jsonl and test.jsonl (also .parquet, .csv,
+    .arrow), a folder from `save_to_disk`, `datasets:NAME` of the hub, `lm_eval:NAME` of lm-evaluation-harness, or
+    `perplexity` with `path`."""
+    kind: Literal[
+        "auto", "multiple_choice", "classification", "generation", "perplexity", "recall", "needle", "variables"
+    ] = "auto"
     """What an item asks for; auto decides by the fields of the first row."""
     path: str | None = None
     """Data of a task whose source is a kind: a folder or a file; for lm_eval a folder with YAML files of your own."""

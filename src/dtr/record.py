@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from dtr.recipe import Recipe
 from dtr.replace import SearchResult
 from dtr.selection.trace import Chosen
 from dtr.tasks.base import Task, fingerprint
+from dtr.tasks.long_context import score_map
 from dtr.teacher import Teacher
 
 FORMAT = 1
 CACHE_CONTEXT_TOKENS = 2048
 """Context length at which the cache of teacher and hybrid is compared (the paper's decode length)."""
+MEMORY_CONTEXTS_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 
 
 def make_record(
@@ -39,6 +42,7 @@ def make_record(
     seconds: dict[str, float],
     sample: dict[str, str],
     differences: list[dict[str, Any]],
+    speed: dict[str, list[dict[str, float]]],
 ) -> dict[str, Any]:
     """Everything a reader needs to judge and to repeat the run; see `docs/report.md` for each field."""
     config, geometry = teacher.model.config, teacher.geometry
@@ -96,11 +100,45 @@ def make_record(
             "notes": list(task.notes),
         },
         "search": _search(result),
+        "speed": speed,
+        "memory": _memory(teacher, bank, result.trace.m_opt.layers),
+        "length_by_depth": _length_by_depth(task, result),
         "m_opt": _model(teacher, bank, result.trace.m_opt, result.m_opt_test, result.teacher_test),
         "m_best": _model(teacher, bank, result.trace.m_best, result.m_best_test, result.teacher_test),
         "sample": sample,
         "differences": differences,
     }
+
+
+def _memory(teacher: Teacher, bank: MixerBank, linear: Sequence[int]) -> list[dict[str, int]]:
+    """Cache of one sequence at contexts up to the longest that the model was made for, by arithmetic."""
+    limit = getattr(teacher.model.config, "max_position_embeddings", None) or MEMORY_CONTEXTS_TOKENS[-1]
+    contexts = [n for n in MEMORY_CONTEXTS_TOKENS if n <= limit] or [limit]
+    rows = [(n, _cache(teacher, bank, linear, n)) for n in contexts]
+    return [{"context_tokens": n, "teacher": c["teacher_bytes"], "m_opt": c["hybrid_bytes"]} for n, c in rows]
+
+
+def _cache(teacher: Teacher, bank: MixerBank, linear: Sequence[int], context_tokens: int) -> dict[str, int]:
+    """Bytes of keys, values and states of one sequence."""
+    num_bytes = teacher.dtype.itemsize
+    count = {"context_tokens": context_tokens, "bytes_per_element": num_bytes}
+    state_bytes = sum(bank.mixers[layer].state_bytes(num_bytes) for layer in linear)
+    num_attention = teacher.num_layers - len(linear)
+    return {
+        "context_tokens": context_tokens,
+        "teacher_bytes": decode_cache_bytes(teacher.geometry, teacher.num_layers, **count),
+        "hybrid_bytes": decode_cache_bytes(teacher.geometry, num_attention, state_bytes=state_bytes, **count),
+    }
+
+
+def _length_by_depth(task: Task, result: SearchResult) -> dict[str, Any] | None:
+    """Test scores by length and depth of what is asked for; None for tasks without them."""
+    items = task.splits["test"]
+    teacher, hybrid = score_map(items, result.teacher_test), score_map(items, result.m_opt_test)
+    if teacher is None or hybrid is None:
+        return None
+    axes = {"lengths": teacher["lengths"], "depths": teacher["depths"]}
+    return {**axes, "teacher": teacher["values"], "m_opt": hybrid["values"]}
 
 
 def _distill(bank: MixerBank) -> dict[str, Any]:
@@ -145,7 +183,6 @@ def _search(result: SearchResult) -> dict[str, Any]:
 
 def _model(teacher: Teacher, bank: MixerBank, chosen: Chosen, test: Score, teacher_test: Score) -> dict[str, Any]:
     paired = paired_difference(test, teacher_test)
-    count = {"context_tokens": CACHE_CONTEXT_TOKENS, "bytes_per_element": teacher.dtype.itemsize}
     return {
         "num_replaced": len(chosen.layers),
         "layers": list(chosen.layers),
@@ -153,14 +190,5 @@ def _model(teacher: Teacher, bank: MixerBank, chosen: Chosen, test: Score, teach
         "test": test.to_dict(),
         "relative_test_drop": paired.relative_drop,
         "paired": paired.to_dict(),
-        "cache": {
-            "context_tokens": CACHE_CONTEXT_TOKENS,
-            "teacher_bytes": decode_cache_bytes(teacher.geometry, teacher.num_layers, **count),
-            "hybrid_bytes": decode_cache_bytes(
-                teacher.geometry,
-                teacher.num_layers - len(chosen.layers),
-                state_bytes=sum(bank.mixers[i].state_bytes(teacher.dtype.itemsize) for i in chosen.layers),
-                **count,
-            ),
-        },
+        "cache": _cache(teacher, bank, chosen.layers, CACHE_CONTEXT_TOKENS),
     }

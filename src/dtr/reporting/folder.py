@@ -41,11 +41,11 @@ def read_report(folder: str | Path) -> dict:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
+        hint = "Check the path; a run writes its report at the end."
+        if (path.parent / "recipe.yaml").is_file():
+            hint = "The run is not finished: start it again with the same command and --resume."
         raise OutputError(
-            str(path),
-            got="no readable report",
-            expected="the folder of a finished run",
-            hint="A run writes its report at the end; start it again with the same command to go on.",
+            str(path), got="no readable report", expected="the folder of a finished run", hint=hint
         ) from None
     except ValueError as error:
         raise DataError(str(path), got=str(error), expected="JSON", hint="Run again to write it anew.") from None

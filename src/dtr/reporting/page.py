@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 
-from dtr.reporting import charts
+from dtr.reporting import charts, cost_charts
 from dtr.reporting.formats import FILTERS, MISSING, dig, is_number
 from dtr.reporting.verdict import Which, p_min_on_validation, verdict
 
@@ -52,6 +52,8 @@ def render_html(report: dict) -> str:
         score_chart=charts.score_chart(report),
         nmse_chart=charts.nmse_chart(report),
         distillation_chart=charts.distillation_chart(report),
+        speed_chart=cost_charts.speed_chart(report),
+        memory_chart=cost_charts.memory_chart(report),
         p_min_value=p_min_on_validation(report),
         has_steps_on_test=any(step.get("test") for step in dig(report, "search.steps") or []),
     )

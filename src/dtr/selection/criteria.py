@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dtr.errors import ModelError, RecipeError
+from dtr.errors import ModelError, RecipeError, with_article
 from dtr.evaluation.score import Score
 
 PMinKind = Literal["relative", "absolute"]
@@ -103,7 +103,7 @@ def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str =
         side, change = ("at most", "Lower") if teacher.higher_is_better else ("at least", "Raise")
         raise RecipeError(
             f"{where}.p_min",
-            got=f"a {teacher.metric} of {value:g}, which the teacher itself misses",
+            got=f"{with_article(teacher.metric)} of {value:g}, which the teacher itself misses",
             expected=f"{side} {teacher.value:.6g}, the teacher's {teacher.metric} on validation",
             hint=f"{change} {where}.p_min, or give a share of the teacher's score with {where}.p_min_kind=relative.",
         )

@@ -10,7 +10,7 @@ from dtr.corpus.reading import suggest_path
 from dtr.errors import DataError, RecipeError
 
 # Each of these registers its kind.
-from dtr.tasks import classification, generation, multiple_choice, perplexity, recall  # noqa: F401
+from dtr.tasks import classification, generation, long_context, multiple_choice, perplexity, recall  # noqa: F401
 from dtr.tasks.base import Task
 from dtr.tasks.fields import FieldMap, check_fields, map_row
 from dtr.tasks.harness import load_harness
@@ -19,7 +19,7 @@ from dtr.tasks.jsonl import SplitExpression
 from dtr.tasks.sources import HUB_PREFIX, FileRows, RowSource, is_saved_dataset, open_hub, open_saved
 from dtr.tasks.spec import TASKS, TaskSpec
 
-BUILT_IN = ("recall",)
+BUILT_IN = ("recall", "needle", "variables")
 """Kinds that make their own items."""
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "multiple_choice": (("question", "choices", "answer"), ("context", "choices", "answer")),
@@ -52,17 +52,18 @@ def load_task(
     """Make a task.
 
     Args:
-        source: `recall` (built in), a folder with validation.jsonl and test.jsonl, a single file (also .parquet, .csv,
-            .arrow), a folder from `save_to_disk`, `datasets:NAME` of the hub, `lm_eval:NAME` of lm-evaluation-harness
-            (its own YAML files at `path`), or the name of a kind with the data at `path`.
-        kind: multiple_choice, classification, generation, perplexity, recall, or `auto`: by the fields of the first
+        source: `recall`, `needle` or `variables` (built in), a folder with validation.jsonl and test.jsonl, a single
+            file (also .parquet, .csv, .arrow), a folder from `save_to_disk`, `datasets:NAME` of the hub,
+            `lm_eval:NAME` of lm-evaluation-harness (its own YAML files at `path`), or the name of a kind with the data
+            at `path`.
+        kind: multiple_choice, classification, generation, perplexity, or `auto`: by the fields of the first
             validation row.
         metric: `auto` is acc_norm for multiple choice with more than two choices and acc with two, acc for
-            classification, exact_match for generation and recall, perplexity for perplexity.
+            classification, exact_match for generation and built-in tasks, perplexity for perplexity.
         prompt, target: templates with the row's fields in braces; each kind has defaults.
         chat_template: wrap the prompt as a user turn.
         validation, test: a split, or rows of one as `test[0:250]`; a single file's split is called `rows`.
-        num_validation, num_test: use that many items, drawn by the seed; for recall, make that many.
+        num_validation, num_test: use that many items, drawn by the seed; for built-in tasks, make that many.
         cut_validation: permission to draw this share of the only split for validation where one of the two is missing.
         subset: configuration of a hub data set.
         fields: the task's fields by the data set's, as `{"question": "goal", "choices": ["sol1", "sol2"]}`.

@@ -13,7 +13,7 @@ models take the last line for a new fact and avoid the word they have just read.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -108,17 +108,30 @@ def load_recall(spec: TaskSpec) -> RecallTask:
         DataError: the same split is asked for twice.
     """
     options = read_options(RecallOptions, spec)
+
+    def make(split: str, num_items: int | None) -> tuple[Item, ...]:
+        return recall_items(split, num_items, options=options, seed=spec.seed)
+
+    return make_recall_task(spec, make)
+
+
+def make_recall_task(spec: TaskSpec, make: Callable[[str, int | None], tuple[Item, ...]]) -> RecallTask:
+    """A task that makes its own items: `make` gives those of a split, as many as asked for.
+
+    Raises:
+        RecipeError: settings that do not fit.
+        DataError: the same split is asked for twice.
+    """
     refuse_settings(spec, "prompt", "target", "chat_template", "cut_validation", "fields")
     metric = choose_metric(spec, ("exact_match",), "exact_match")
     for where, split in (("task.validation", spec.validation), ("task.test", spec.test)):
         if split not in SPLITS:
             hint = f"The task makes its own items; set num_validation and num_test. {did_you_mean(split, SPLITS)}"
-            raise RecipeError(where, got=f"'{split}'", expected="a split of recall, without a range", hint=hint)
+            raise RecipeError(where, got=f"'{split}'", expected=f"a split of {spec.kind}, without a range", hint=hint)
     if spec.validation == spec.test:
         raise DataError("task.test", got=f"'{spec.test}' as for validation", expected="another split than validation")
-    sizes = (spec.validation, spec.num_validation), (spec.test, spec.num_test)
-    validation, test = (recall_items(split, num, options=options, seed=spec.seed) for split, num in sizes)
-    return RecallTask(metric=metric, splits={"validation": validation, "test": test})
+    splits = {"validation": make(spec.validation, spec.num_validation), "test": make(spec.test, spec.num_test)}
+    return RecallTask(name=spec.name, kind=spec.kind, metric=metric, splits=splits)
 
 
 def recall_items(
@@ -136,7 +149,7 @@ def recall_items(
         DataError: more items than can differ.
     """
     options = options or RecallOptions()
-    draw = _Draw(f"recall/{seed}/{split}/{options.num_facts}/{options.num_filler_sentences}")
+    draw = Draw(f"recall/{seed}/{split}/{options.num_facts}/{options.num_filler_sentences}")
     num_items = DEFAULT_NUM_ITEMS[split] if num_items is None else num_items
     items: dict[str, Item] = {}
     for _ in range(100 * num_items):
@@ -149,7 +162,7 @@ def recall_items(
     return tuple(items.values())
 
 
-class _Draw:
+class Draw:
     """Random choices that are the same on every Python version: only `random()` is promised to be."""
 
     def __init__(self, key: str) -> None:
@@ -171,14 +184,14 @@ class _Draw:
         return out
 
 
-def _make_item(draw: _Draw, options: RecallOptions, split: str, number: int) -> Item:
+def _make_item(draw: Draw, options: RecallOptions, split: str, number: int) -> Item:
     answers = draw.sample(ANSWERS, options.num_facts)
     statements = draw.stretch(STATEMENTS, options.num_facts)
     facts: dict[str, str] = {}
     for answer, statement in zip(answers, statements):
-        thing = _draw_thing(draw, answer, split)
+        thing = draw_thing(draw, answer, split)
         while any(thing in begun for begun in facts):
-            thing = _draw_thing(draw, answer, split)
+            thing = draw_thing(draw, answer, split)
         facts[statement.format(thing)] = answer
     asked = list(facts)[draw.below(len(facts))]
     sentences = [f"{begun} {answer}." for begun, answer in facts.items()]
@@ -189,7 +202,7 @@ def _make_item(draw: _Draw, options: RecallOptions, split: str, number: int) -> 
     return Item(id=f"{split}:{number}", requests=(request,), row=row)
 
 
-def _draw_thing(draw: _Draw, answer: str, split: str) -> str:
+def draw_thing(draw: Draw, answer: str, split: str) -> str:
     """A colored object that may go with this answer in this split: each split has a third of all pairs."""
     color, thing = draw.below(len(COLORS)), draw.below(len(OBJECTS))
     shift = SPLITS.index(split) - ANSWERS.index(answer) - thing - color
