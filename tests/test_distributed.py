@@ -18,24 +18,31 @@ from dtr.distillation.trainer import distill
 SETTINGS = {"num_tokens": 5 * 32 * 12, "batch_size": 5, "learning_rate": 5e-3, "seed": 3, "checkpoint_every_steps": 6}
 
 WORKER = """
+import os
+import signal
 import sys
 import torch
 from tiny import pico_teacher, token_blocks
 from dtr.distillation import exchange
 from dtr.distillation.trainer import distill
 from dtr.distributed import join_world, leave_world
+from dtr.teacher import shard_teacher
 
 # Two buffers of two layers each.
 exchange.BUCKET_BYTES = 60_000
 torch.set_num_threads(1)
-folder, parallel, stop_after = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, parallel, stop_after, shard = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "shard"
 world, _ = join_world(torch.device("cpu"))
+teacher = pico_teacher()
+if shard:
+    teacher = shard_teacher(teacher, torch.device("cpu"))
+    assert all(p.to_local().numel() < p.numel() for p in teacher.model.model.parameters())
 
 def on_event(event):
     if stop_after and event["event"] == "distill" and event["step"] >= stop_after:
-        raise SystemExit(3)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-bank = distill(pico_teacher(), token_blocks(), parallel=parallel, checkpoint=folder + "/state.safetensors",
+bank = distill(teacher, token_blocks(), parallel=parallel, checkpoint=folder + "/state.safetensors",
                on_event=on_event, **{settings})
 if world.is_first:
     bank.save(folder)
@@ -44,22 +51,31 @@ leave_world()
 """
 
 
-def launch(folder: Path, parallel: str, num_processes: int, stop_after: int = 0) -> subprocess.CompletedProcess:
+def launch(
+    folder: Path, parallel: str, num_processes: int, stop_after: int = 0, teacher: str = "whole"
+) -> subprocess.CompletedProcess:
     script = folder / "worker.py"
     script.write_text(WORKER.replace("{settings}", repr(SETTINGS)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, str(script), str(folder), parallel, str(stop_after)], capture_output=True, text=True, env=env
+        [*command, str(script), str(folder), parallel, str(stop_after), teacher],
+        capture_output=True,
+        text=True,
+        env=env,
     )
 
 
-@pytest.mark.parametrize("parallel", ["data", "layers"])
-def test_two_ranks_give_the_bank_of_one(parallel, tmp_path):
-    # Batches of 5 and 4 layers: neither part is the same on both ranks.
+@pytest.mark.parametrize(
+    ("parallel", "num_processes", "teacher"), [("data", 2, "whole"), ("layers", 2, "whole"), ("data", 3, "shard")]
+)
+def test_several_ranks_give_the_bank_of_one(parallel, num_processes, teacher, tmp_path):
+    # Batches of 5, 4 layers and 2 batches to measure on: no part is the same on all ranks, and some have none.
     alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
-    done = launch(tmp_path, parallel, 2)
+    done = launch(tmp_path, parallel, num_processes, teacher=teacher)
     assert done.returncode == 0, done.stderr
     together = load_file(tmp_path / "mixers.safetensors")
     for layer, mixer in alone.mixers.items():
@@ -67,23 +83,43 @@ def test_two_ranks_give_the_bank_of_one(parallel, tmp_path):
             torch.testing.assert_close(together[f"layers.{layer}.{name}"], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_of_two_that_died_goes_on_with_one(tmp_path):
+def test_a_killed_rank_ends_all_and_one_goes_on(tmp_path):
     alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
     died = launch(tmp_path, "layers", 2, stop_after=10)
     assert died.returncode != 0
-    assert (tmp_path / "state.safetensors").exists()
-    steps = []
-    resumed = distill(
-        pico_teacher(),
-        token_blocks(),
-        checkpoint=tmp_path / "state.safetensors",
-        on_event=lambda event: steps.append(event.get("step")),
-        **SETTINGS,
-    )
+    assert "SIGKILL" in died.stderr
+    resumed, steps = resume(tmp_path)
     assert min(steps) > 6
     for layer, mixer in alone.mixers.items():
         for name, weight in mixer.state_dict().items():
             torch.testing.assert_close(resumed.mixers[layer].get_parameter(name), weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
+        died = launch(tmp_path, "data", 1, stop_after=10)
+        assert died.returncode != 0
+        resumed, steps = resume(tmp_path)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert min(steps) > 6
+    assert resumed.fingerprint == alone.fingerprint
+
+
+def resume(folder: Path):
+    """The bank of a run that goes on in this process, and the steps at which it told of itself."""
+    steps = []
+    bank = distill(
+        pico_teacher(),
+        token_blocks(),
+        checkpoint=folder / "state.safetensors",
+        on_event=lambda event: steps.append(event.get("step")),
+        **SETTINGS,
+    )
+    return bank, steps
 
 
 def test_the_command_line_under_torchrun(place, tmp_path):

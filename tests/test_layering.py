@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "dtr"
 ROOMS = (
     ["errors", "registry"],
-    ["distributed", "files", "interrupt", "pretrained", "recipe"],
+    ["allocation", "distributed", "files", "interrupt", "pretrained", "recipe"],
     ["runfolder", "ops"],
     ["arch"],
     ["teacher", "mixers"],

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dtr.ops import gated_delta, gated_linear
 from dtr.ops.chunking import chunk_length
+from dtr.ops.rotary import rotate, rotate_to_unit_length
 
 B, H, K, V = 2, 3, 16, 24
 DELTA, LINEAR = gated_delta, gated_linear
@@ -241,3 +242,19 @@ def test_splitting_the_batch_for_the_cache_changes_nothing(monkeypatch):
 def test_short_sequences_take_short_chunks():
     lengths = {n: chunk_length(n, 64) for n in (1, 16, 17, 33, 63, 64, 65, 1000)}
     assert lengths == {1: 16, 16: 16, 17: 32, 33: 64, 63: 64, 64: 64, 65: 64, 1000: 64}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rotation_to_unit_length_in_few_passes_equals_the_plain_form(dtype):
+    x = torch.randn(2, 5, 3, 8, dtype=dtype, requires_grad=True)
+    # Halves with angles of their own, which the library never has, so that a mix-up shows.
+    cos, sin = torch.randn(2, 5, 8, dtype=dtype), torch.randn(2, 5, 8, dtype=dtype)
+    grad = torch.randn(2, 5, 3, 8, dtype=dtype)
+    ours = rotate_to_unit_length(x, cos, sin)
+    plain = torch.nn.functional.normalize(rotate(x, cos, sin), dim=-1)
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(ours, plain, **tolerance)
+    (ours_grad,), (plain_grad,) = (torch.autograd.grad(y, x, grad) for y in (ours, plain))
+    torch.testing.assert_close(ours_grad, plain_grad, **tolerance)
+    # Where a vector has no length, neither form divides by zero.
+    assert rotate_to_unit_length(torch.zeros_like(x), cos, sin).abs().max() == 0

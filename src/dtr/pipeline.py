@@ -58,6 +58,13 @@ def run(
     Returns:
         the record that is in report.json; nothing on any but the first rank of several processes.
     """
+    if recipe.runtime.shard_teacher:
+        raise RecipeError(
+            "runtime.shard_teacher",
+            got="true",
+            expected="false, as the search needs the whole teacher on one device",
+            hint="Distil with 'dtr distill', then give its bank to 'dtr search' on a device that holds the teacher.",
+        )
     folder, clock = RunFolder(out), Clock()
     world, emit = open_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
     with clock("load"):
@@ -137,7 +144,11 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
     settings = recipe.teacher
     emit({"event": "stage", "text": f"loading {settings.source}"})
     return load_teacher(
-        settings.source, device=str(device), dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
+        settings.source,
+        device=str(device),
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        shard=recipe.runtime.shard_teacher,
     )
 
 

@@ -169,6 +169,9 @@ class RuntimeSection(Section):
     """Memory for hidden states that search reuses; 0 turns reuse off."""
     parallel: Literal["data", "layers"] = "data"
     """What several processes started by torchrun share out while distilling: sequences of a batch, or layers."""
+    shard_teacher: bool = False
+    """Spread the teacher's weights over the processes that torchrun started (FSDP2), for one larger than a GPU; for
+    `dtr distill`."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads; torch's own default when left out."""
 

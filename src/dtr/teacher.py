@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from dtr.arch import HYBRID_PREFIX, HeadGeometry, check_supported, read_geometry
+from dtr.arch import HYBRID_PREFIX, HeadGeometry, check_supported, decoder_layers, read_geometry
+from dtr.distributed import current_world
 from dtr.errors import DeviceError, ModelError, RecipeError, did_you_mean
 from dtr.pretrained import PACKAGED_MODELS, fetch_packaged_model
 
@@ -27,6 +30,8 @@ class Teacher:
     geometry: HeadGeometry
     fingerprint: str
     """Hash of the config and a sample of every weight, 16 hex digits."""
+    is_sharded: bool = False
+    """Whether each rank holds only its part of every weight; all ranks must then run the same passes together."""
 
     @property
     def num_layers(self) -> int:
@@ -42,7 +47,12 @@ class Teacher:
 
 
 def load_teacher(
-    source: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    shard: bool = False,
 ) -> Teacher:
     """Load a pretrained full-attention model, frozen and in evaluation mode.
 
@@ -51,13 +61,53 @@ def load_teacher(
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16; auto is bfloat16 where the device multiplies it fast.
         trust_remote_code: run Python code that comes with the model.
+        shard: spread every weight over the ranks that torchrun started (FSDP2), for a model larger than one GPU; such
+            a teacher can be distilled, not searched with. Does nothing in a world of one.
 
     Raises:
         ModelError: not found, damaged, or of a family whose attention we do not know.
         DeviceError: a GPU is asked for and there is none.
     """
+    place = pick_device(device)
+    shard = shard and current_world().size > 1
+    if shard:
+        # Read into main memory; each layer visits the GPU once as a whole and leaves this rank's part there.
+        device, dtype = "cpu", str(pick_dtype(dtype, place)).removeprefix("torch.")
     model, tokenizer = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    return as_teacher(model, tokenizer, source=str(source))
+    teacher = as_teacher(model, tokenizer, source=str(source))
+    return shard_teacher(teacher, place) if shard else teacher
+
+
+def shard_teacher(teacher: Teacher, device: torch.device) -> Teacher:
+    """Spread a teacher's weights over all ranks by FSDP2; its body only, as the LM head is not run in distillation.
+
+    A layer's weights come together while it runs and part again, so that a rank needs room for its part and one layer.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (current_world().size,))
+    body = teacher.model.model
+    for layer in decoder_layers(teacher.model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(body, mesh=mesh)
+    body.to(device)
+    return replace(teacher, is_sharded=True)
+
+
+@contextmanager
+def whole_weights(layer: Any) -> Iterator[None]:
+    """While open, a layer's weights are plain tensors on every rank, sharded or not."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(layer, FSDPModule):
+        yield
+        return
+    layer.unshard()
+    try:
+        yield
+    finally:
+        layer.reshard()
 
 
 def load_model(

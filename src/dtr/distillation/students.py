@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from dtr.allocation import keep_freed_memory
 from dtr.arch import capture_attention
 from dtr.distillation.exchange import GradientExchange
 from dtr.distillation.replay import Replay
@@ -37,7 +39,8 @@ def squared_sums(
     """
     out, _ = mixer(hidden_BTD, rotary)
     target = target_BTD.float()
-    return (out.float() - target).square().sum(), target.square().sum()
+    # Each one pass over memory, and one more backward.
+    return F.mse_loss(out.float(), target, reduction="sum"), torch.linalg.vector_norm(target).square()
 
 
 class Students:
@@ -59,6 +62,8 @@ class Students:
         world: World | None = None,
         parallel: ParallelKind = "data",
     ) -> None:
+        if teacher.device.type == "cpu":
+            keep_freed_memory()
         self._teacher, self.mixers = teacher, mixers
         self._max_grad_norm = max_grad_norm
         self._world = world or World()
@@ -73,7 +78,8 @@ class Students:
         )
         # One compiled graph serves all layers: their parameters are its inputs.
         self._sums = torch.compile(squared_sums, dynamic=False) if fast else squared_sums
-        self._replay = Replay(self._step) if fast else None
+        # A sharded teacher gathers its weights from Python, layer by layer.
+        self._replay = Replay(self._step) if fast and not teacher.is_sharded else None
         self._groups = [self._trained(index) for index in self.active]
         self._exchange = self._make_exchange()
         self.optimizer = torch.optim.AdamW(
@@ -171,6 +177,8 @@ class Students:
             sums[index] += torch.stack([error, target.float().square().sum(dtype=torch.float64)])
 
         batches = list(blocks.split(batch_size))
+        # As many passes on every rank, some with nothing to measure.
+        batches += [blocks[:0]] * (-len(batches) % self._world.size)
         for batch in self._world.share(batches) if self.splits_batch else batches:
             self._teacher_pass(batch.to(self._teacher.device, torch.long), self.own, visit)
         if self.splits_batch:
@@ -181,10 +189,13 @@ class Students:
 
     @torch.no_grad()
     def _teacher_pass(self, input_ids: torch.Tensor, layers: list[int], visit: Any) -> None:
-        # With more processes than sequences some have nothing to do but to take part in the exchange.
         if len(input_ids) and layers:
             with capture_attention(self._teacher.model, layers, visit):
                 self._teacher.model.model(input_ids=input_ids, use_cache=False)
+        elif self._teacher.is_sharded:
+            # With more processes than sequences some have nothing to do but to bring their part of the weights.
+            idle = torch.zeros(1, 1, dtype=torch.long, device=self._teacher.device)
+            self._teacher.model.model(input_ids=idle, use_cache=False)
 
     @torch.no_grad()
     def _normalise_and_clip(self, powers: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ from dtr.distributed import World, current_world
 from dtr.errors import DeviceError, Interrupted, RecipeError
 from dtr.interrupt import stop_at_safe_point
 from dtr.mixers import mixer_from_teacher
-from dtr.teacher import Teacher
+from dtr.teacher import Teacher, whole_weights
 
 Text = TokenBlocks | StreamedBlocks
 
@@ -254,8 +254,12 @@ def _start(teacher: Teacher, kind: str, options: dict | None, layers: list[int],
     # Some start values are random; the caller's own random state stays as it is.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
-        return {i: mixer_from_teacher(kind, teacher.geometry, i, attention[i], options) for i in layers}
+        stack, mixers = decoder_layers(teacher.model), {}
+        for index in layers:
+            layer: Any = stack[index]
+            with whole_weights(layer):
+                mixers[index] = mixer_from_teacher(kind, teacher.geometry, index, layer.self_attn, options)
+        return mixers
 
 
 def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:

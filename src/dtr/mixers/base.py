@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
-from dtr.ops.rotary import rotate
+from dtr.ops.rotary import rotate, rotate_to_unit_length
 from dtr.ops.short_convolution import short_convolution
 from dtr.ops.window_attention import attend_window, kept_bytes
 
@@ -240,13 +239,15 @@ class LinearMixer(Mixer):
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         if g.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         near: torch.Tensor | None = None
         kept: tuple[torch.Tensor, ...] = ()
         if self.window:
             past = None if memory is None else memory.read_window()
+            q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
             near, kept = attend_window(q, k, v, token_mask, past, window=self.window, sinks=self.sinks)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
+        else:
+            q, k = (rotate_to_unit_length(x, *position_embeddings) for x in (q, k))
         out, state = self.recur(hidden_states, q, k, v, mask, None if memory is None else memory.read())
         if memory is not None:
             memory.write(state, num_tokens, conv_inputs, kept)
