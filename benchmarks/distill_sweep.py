@@ -63,5 +63,9 @@ def describe(trial: str, bank) -> dict:
     }
 
 
+def _print(event: dict) -> None:
+    print(json.dumps(event), flush=True)
+
+
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +83,49 @@ def test_two_processes_are_timed_against_one_in_one_run(place):
     assert record["num_processes"] == size["together"]["num_processes"] == 2
     rates = size["together"]["distill_tokens_per_second"], size["distill_tokens_per_second"]
     assert size["together"]["speedup"] == pytest.approx(rates[0] / rates[1])
+
+
+def test_records_are_gathered_part_by_part(tmp_path):
+    program = Path(__file__).parent.parent / "benchmarks" / "distil_speed.py"
+    out = tmp_path / "results" / "distil_speed.json"
+
+    def gather(device: str, num_processes: int, sizes: list[dict]) -> dict:
+        record = {
+            "hardware": {"device": device},
+            "num_processes": num_processes,
+            "command": f"dtr on {device}",
+            "commit": "abc",
+            "sizes": sizes,
+        }
+        text = "a table\n" + json.dumps(record)
+        command = [sys.executable, str(program), "--out", str(out)]
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(out.read_text())
+
+    gather("cpu", 1, [{"distill_tokens_per_second": 900.0}, {"distill_tokens_per_second": 1000.0}])
+    gather("cuda", 2, [{"together": {"speedup": 1.9}}, {"together": {"speedup": 1.85}}])
+    size = {
+        "ratio_to_teacher_forward": 0.5,
+        "distill_tokens_per_second": 1.0,
+        "teacher_forward_tokens_per_second": 2.0,
+        "cold_start_seconds": 3.0,
+        "backend_check_seconds": 2.0,
+        "peak_bytes_beyond_model_students_and_optimizer": 7,
+    }
+    merged = gather("cuda", 1, [size | {"seq_len_tokens": 512}, size | {"seq_len_tokens": 2048}])
+    sources = {key: merged.pop(key) for key in ("command", "hardware", "commit")}
+    assert merged == {
+        "ratio_to_teacher_forward": {"512": 0.5, "2048": 0.5},
+        "distill_tokens_per_second": {"512": 1.0, "2048": 1.0},
+        "teacher_forward_tokens_per_second": {"512": 2.0, "2048": 2.0},
+        "cold_start_seconds": 5.0,
+        "peak_bytes": 7,
+        "two_gpu_speedup": 1.85,
+        "cpu_tokens_per_second": 1000.0,
+    }
+    assert sources["command"] == {"cpu": "dtr on cpu", "two_gpus": "dtr on cuda", "one_gpu": "dtr on cuda"}
+    assert json.loads(out.with_name("distil_speed_cpu.json").read_text())["commit"] == "abc"
+    done = subprocess.run([sys.executable, str(program), "--out", str(out)], input="", capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "nothing was written" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,11 +54,14 @@ def bench_distill(
         DeviceError: the backend's results are wrong on this machine.
     """
     world = world or World()
+    began = time.perf_counter()
     check_backend(teacher.device, teacher.dtype)
+    check_seconds = time.perf_counter() - began
     fast = teacher.device.type == "cuda" if fast is None else fast
     ceiling = matmul_flops_per_second(teacher.device, teacher.dtype) if world.is_first else 0.0
     for batch, tokens in sizes:
-        size: dict[str, Any] = {"batch": batch, "seq_len_tokens": tokens}
+        # Kernels are compiled and tuned by the check, which is part of a cold start.
+        size: dict[str, Any] = {"batch": batch, "seq_len_tokens": tokens, "backend_check_seconds": check_seconds}
         if world.is_first:
             size |= _alone(teacher, mixer, batch, tokens, num_steps, fast, ceiling)
         if world.is_first and baseline:

@@ -9,8 +9,8 @@ Margins stay normal, so the true accuracy of any hybrid is known exactly:
 The preset `arc_easy` follows SmolLM2-135M with Gated DeltaNet on ARC-easy, an exact search to the end on 500 items: the
 teacher has 0.47; one layer alone changes 1.6 % of the items, 28 layers 8 %; single layers move the likelihood of the
 right answers up and down, by 0.012 in standard deviation; test is 0.465, 0.468, 0.458, 0.452, 0.435 and 0.402 with 0,
-9, 20, 25, 28 and 30 layers; validation is 0.02 too good with 5 to 15 layers and 0.01 with 25. Beside it a harder task, a
-task of hidden pairs and an easy one.
+9, 20, 25, 28 and 30 layers; validation is 0.02 too good with 5 to 15 layers and 0.01 with 25. Beside it a harder task,
+a task of hidden pairs and an easy one.
 """
 
 from __future__ import annotations
