@@ -36,7 +36,7 @@ def main() -> None:
         recipe = read_recipe(args.recipe, [*args.set, *trial.split()])
         length = recipe.distill.seq_len_tokens
         if length not in texts:
-            texts[length], _ = prepare_text(recipe, teacher, emit=lambda event: None)
+            texts[length], _ = prepare_text(recipe, teacher, _print)
         bank = distill(
             teacher,
             texts[length],

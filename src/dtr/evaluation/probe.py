@@ -2,9 +2,9 @@
 
 Source: "Distill-then-Replace" (https://arxiv.org/abs/2601.11667). A probe reads from what the layer hands on at the
 last token whether an answer is the right one. A_full: trained and tested with the layer's full attention; A_linear:
-trained and tested with its mixer; A_cross: trained with full attention, tested with the mixer. The paper leaves open what is
-probed and how; here it is ridge regression on features centred within each question, and the share of questions whose
-right answer ranks first, by two-fold cross-fitting over questions.
+trained and tested with its mixer; A_cross: trained with full attention, tested with the mixer. The paper leaves open
+what is probed and how; here it is ridge regression on features centred within each question, and the share of
+questions whose right answer ranks first, by two-fold cross-fitting over questions.
 """
 
 from __future__ import annotations
