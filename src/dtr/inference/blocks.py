@@ -145,10 +145,9 @@ class MixerBlock:
 
     def __init__(self, mixer: Mixer, batch: int) -> None:
         self._mixer = mixer
-        weight = mixer.output_projection.weight
+        g, weight = mixer.geometry, next(mixer.parameters())
         # One token of zeros tells the shapes of what this mixer keeps.
-        hidden = torch.zeros(1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)
-        angles = torch.zeros(1, 1, mixer.geometry.head_dim, dtype=weight.dtype, device=weight.device)
+        hidden, angles = (weight.new_zeros(1, 1, dim) for dim in (g.hidden_dim, g.head_dim))
         sample = RecurrentStateLayer()
         with torch.no_grad():
             mixer(hidden, (angles, angles), past_key_values=self._as_cache(sample))
