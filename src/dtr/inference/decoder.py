@@ -52,7 +52,7 @@ class Decoder:
         attend: Attend = decoding.attend,
     ) -> None:
         device, geometry = model.device, read_geometry(model.config)
-        check_fast(model.config, [type(layer.self_attn) for layer in decoder_layers(model)], capacity_tokens)
+        check_fast(model, capacity_tokens)
         _check_head_dim(geometry.head_dim, device)
         self.batch_size, self.capacity_tokens, self.length_tokens = batch_size, capacity_tokens, 0
         self._embedding, self._lm_head = model.model.embed_tokens.weight, model.lm_head
@@ -222,16 +222,23 @@ class Decoder:
         self._begin(0, 0)
 
 
-def check_fast(config: Any, kinds: list[type], capacity_tokens: int) -> None:
-    """Raise ModelError unless every layer is one that the fast path runs."""
+def check_fast(model: Any, capacity_tokens: int) -> None:
+    """Raise ModelError unless this is a language model whose every layer the fast path runs."""
+    config = model.config
+    if not hasattr(model, "lm_head"):
+        raise ModelError("model", got=type(model).__name__, expected="a causal language model, which writes tokens")
     window = getattr(config, "sliding_window", None) or capacity_tokens
-    for index, kind in enumerate(kinds):
-        is_windowed = not issubclass(kind, Mixer) and layer_kind(config, index) == "sliding_attention"
-        if is_windowed and window < capacity_tokens:
+    for index, layer in enumerate(decoder_layers(model)):
+        module: Any = layer.self_attn
+        if isinstance(module, Mixer):
+            is_windowed = not module.is_pure_linear
+        else:
+            is_windowed = layer_kind(config, index) == "sliding_attention" and window < capacity_tokens
+        if is_windowed:
             raise ModelError(
                 f"layer {index}",
-                got=f"attention over a window of {window} tokens",
-                expected="full attention or a linear mixer",
+                got="attention over a window",
+                expected="full attention or a purely linear mixer",
                 hint="Use model.generate, which keeps windows; the fast path does not.",
             )
     if config.hidden_act != "silu":
