@@ -71,6 +71,8 @@ def test_commands_on_pages_are_known(page):
 def check_usage(words: list[str]) -> None:
     """Every flag is one of the verb's, and every --set names a setting."""
     verb = typer.main.get_command(app).commands[words[1]]
+    if hasattr(verb, "commands"):
+        verb, words = verb.commands[words[2]], words[1:]
     flags = {name: option for option in verb.params for name in option.opts}
     unknown = [word for word in words[2:] if word.startswith("--") and word not in flags]
     assert not unknown, words

@@ -15,7 +15,7 @@ from dtr.corpus import StreamedBlocks, TokenBlocks, load_text, stream_text
 from dtr.corpus.faults import Faults
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
-from dtr.distributed import World, current_world, join_world
+from dtr.distributed import World, current_world, join_world, leave_world
 from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
 from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import evaluate
@@ -364,6 +364,7 @@ def bench_distillation(
             world=world,
         )
     )
+    leave_world()
     if not world.is_first:
         return {}
     return {
