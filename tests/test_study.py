@@ -126,7 +126,7 @@ def test_the_list_of_the_study_names_known_teachers_and_settings(tmp_path):
 
 
 def test_the_example_goes_from_fine_tuning_to_serving(place, labels, tmp_path, capsys):
-    example = load_script(ROOT / "examples" / "02_labels.py")
+    example = load_script(ROOT / "examples" / "03_labels.py")
     settings = [
         *("teacher.dtype=float32", "distill.num_tokens=2048", "distill.seq_len_tokens=64", "distill.batch_size=4"),
         *("text.num_held_out_tokens=512", "runtime.device=cpu", "search.strategy=exact", "search.p_min=0.5"),

@@ -1,6 +1,6 @@
 """Sort texts into labels, the whole way: fine-tune with transformers' Trainer, distil, search, save, serve.
 
-    python examples/02_labels.py data/banking77 --text data/text --out runs/banking77 --serve 8000
+    python examples/03_labels.py data/banking77 --text data/text --out runs/banking77 --serve 8000
 
 The folder holds train.jsonl, validation.jsonl and test.jsonl with text, label and label_text, as banking77 or ag_news.
 On one GPU this takes some minutes. What is finished in `--out` is not done again.
