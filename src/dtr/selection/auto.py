@@ -51,16 +51,16 @@ def auto(search: Search) -> None:
     limit = min(search.budget.num_linear or len(every), len(every))
     if limit == len(every) and search.threshold.is_met_by(top) and search.keeps_guards(every, search.layers):
         search.reason = "The model with every layer linear reaches P_min, so there was nothing to choose."
-        search.take(search.layers, top)
+        # The order still matters: a certificate tests beginnings of the path, the safest first.
+        search.take(_rank_from_the_top(search)[0], top)
         return
     search.reason = (
         f"With every layer linear {top.metric} is {top.value:.4g}, beyond the limit of {search.threshold.value:.4g} or "
         "of what was asked for: layers were ranked from both ends on a part of the items and committed in leaps."
     )
-    gain_of_attention = _gains(search, every, (every - {layer} for layer in search.layers), search.layers, block=0)
+    ranked, gain_of_attention = _rank_from_the_top(search)
     if limit == len(every):
         _descend(search, gain_of_attention, top)
-    ranked = sorted(search.layers, key=lambda layer: (gain_of_attention[layer], layer))
     num_at_once = len(every)
     while search.goes_on() and search.stop_reason is None:
         ranked = _race(search, gain_of_attention, ranked)
@@ -70,6 +70,13 @@ def auto(search: Search) -> None:
             search.stop("budget", f"After {search.passes:.1f} passes, with {len(search.m_opt.layers)} layers linear.")
     for layer in [layer for layer in ranked if layer in search.remaining()] if search.goes_on() else ():
         search.take([layer], search.candidate(layer))
+
+
+def _rank_from_the_top(search: Search) -> tuple[list[int], dict[int, float]]:
+    """Layers by what their attention adds to the all-linear model, least first, and these gains."""
+    every = frozenset(search.layers)
+    gains = _gains(search, every, (every - {layer} for layer in search.layers), search.layers, block=0)
+    return sorted(search.layers, key=lambda layer: (gains[layer], layer)), gains
 
 
 def _descend(search: Search, gain_of_attention: Mapping[int, float], top: Score) -> None:
