@@ -36,7 +36,7 @@ def main() -> None:
         recipe = read_recipe(args.recipe, [*args.set, *trial.split()])
         length = recipe.distill.seq_len_tokens
         if length not in texts:
-            texts[length], _ = prepare_text(recipe, teacher, _print)
+            texts[length], _ = prepare_text(recipe, teacher, emit=lambda event: None)
         bank = distill(
             teacher,
             texts[length],
@@ -61,10 +61,6 @@ def describe(trial: str, bank) -> dict:
         "curve": [[point["num_tokens"], round(point["mean_nmse"], 5)] for point in bank.curve],
         "tokens_per_second": bank.num_tokens / bank.seconds,
     }
-
-
-def _print(event: dict) -> None:
-    print(json.dumps(event), flush=True)
 
 
 if __name__ == "__main__":

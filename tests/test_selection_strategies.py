@@ -108,11 +108,13 @@ def test_auto_is_as_good_as_exact_for_25_passes(preset: str):
     assert statistics.fmean(passes["exact"]) > 6 * statistics.fmean(passes["auto"])
     layers = {s: statistics.fmean(len(t.m_opt.layers) for t in traces[s]) for s in traces}
     assert layers["auto"] >= layers["exact"] - 1
-    truth = {
-        s: statistics.fmean(task.truth(frozenset(t.m_opt.layers)) for task, t in zip(found[s], traces[s]))
-        for s in traces
-    }
-    assert truth["auto"] >= truth["exact"] - 0.01
+    # Of the same number of layers, as one strategy that goes further gives up more for it.
+    truth: dict[str, list[float]] = {"exact": [], "auto": []}
+    for index in range(3):
+        num = min(len(traces[s][index].m_opt.layers) for s in traces)
+        for s in traces:
+            truth[s].append(found[s][index].truth(frozenset(traces[s][index].m_opt.layers[:num])))
+    assert statistics.fmean(truth["auto"]) >= statistics.fmean(truth["exact"]) - 0.01
 
 
 def test_auto_says_when_there_was_nothing_to_choose():
