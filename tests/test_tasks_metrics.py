@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -39,6 +40,9 @@ NUMBER = 7
 def functions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("own_scores.py").write_text(FUNCTIONS)
+    # Another test of this process may have imported a module of this name.
+    monkeypatch.delitem(sys.modules, "own_scores", raising=False)
+    importlib.invalidate_caches()
     yield tmp_path
     sys.modules.pop("own_scores", None)
 
