@@ -23,7 +23,7 @@ from dtr.environment import hardware, own_commit
 from dtr.evaluation.evaluator import Evaluator
 from dtr.files import write_json
 from dtr.ops.dispatch import use_backend
-from dtr.pipeline import prepare_text
+from dtr.preparation import prepare_text
 from dtr.recipe import Recipe, read_recipe
 from dtr.replace import search
 from dtr.tasks.base import Task

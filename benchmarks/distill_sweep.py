@@ -14,7 +14,7 @@ from pathlib import Path
 from dtr.distillation.trainer import distill
 from dtr.environment import hardware, own_commit
 from dtr.ops.dispatch import use_backend
-from dtr.pipeline import prepare_text
+from dtr.preparation import prepare_text
 from dtr.recipe import read_recipe
 from dtr.teacher import load_teacher, pick_device
 

@@ -68,7 +68,7 @@ def read_arguments() -> argparse.Namespace:
 def measure(args: argparse.Namespace, record: dict[str, Any]) -> None:
     """All strategies on every task; with a confidence first `auto` under it."""
     from dtr.errors import DtrError
-    from dtr.pipeline import prepare_teacher
+    from dtr.preparation import prepare_teacher
     from dtr.recipe import read_recipe
 
     record.setdefault("tasks", {})
@@ -104,7 +104,7 @@ def measure_task(
     deadline: float | None,
 ) -> None:
     """Add the rows of these strategies to `rows`; the file is written after every one of them."""
-    from dtr.pipeline import bench_strategies
+    from dtr.measure import bench_strategies
 
     def keep(found: dict[str, Any]) -> None:
         rows.update({label or key: row for key, row in found["strategies"].items()})

@@ -27,8 +27,10 @@ ROOMS = (
     ["replace"],
     ["bench"],
     ["reporting"],
-    ["environment", "record", "stages"],
+    ["environment", "record", "stages", "preparation"],
     ["pipeline", "measure", "display", "board"],
+    ["cli_options", "console"],
+    ["cli_bench"],
     ["cli"],
     ["__main__"],
 )

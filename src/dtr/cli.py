@@ -8,15 +8,29 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dtr.errors import DtrError, Interrupted
+from dtr.cli_bench import bench
+from dtr.cli_options import (
+    BoardOpt,
+    DebugOpt,
+    LogOpt,
+    ModelOpt,
+    OutOpt,
+    OverwriteOpt,
+    PMinOpt,
+    RecipeArg,
+    ResumeOpt,
+    SetOpt,
+    TaskOpt,
+    make_recipe,
+)
+from dtr.console import Stopped, conclude, say, show_table, watched
+from dtr.errors import DtrError
 
 app = typer.Typer(
     help="Distil linear attention layers from a pretrained Transformer, then replace as many as a task allows.",
@@ -24,25 +38,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RecipeArg = Annotated[Path | None, typer.Argument(help="YAML recipe; see recipes/ for examples.", metavar="RECIPE")]
-OutOpt = Annotated[Path, typer.Option("--out", help="Run folder.")]
-SetOpt = Annotated[list[str] | None, typer.Option("--set", help="Change one setting: section.key=value. Repeatable.")]
-ModelOpt = Annotated[str | None, typer.Option("--model", help="Teacher: hub name, folder or GGUF file.")]
-TaskOpt = Annotated[str | None, typer.Option("--task", help="Task: recall, or a folder with JSONL splits.")]
-PMinOpt = Annotated[float | None, typer.Option("--p-min", help="Share of the teacher's score to keep, as 0.95.")]
-ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
-OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in --out first.")]
-LogOpt = Annotated[str, typer.Option("--progress", help="What to show meanwhile: rich, json or quiet.")]
-BoardOpt = Annotated[bool, typer.Option("--tensorboard", help="Write OUT/tensorboard as well (extra tensorboard).")]
-DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+app.add_typer(bench, name="bench")
 
 
 def _print_version(asked: bool) -> None:
     if asked:
         from dtr.environment import own_version
 
-        _say(f"dtr {own_version()}")
+        say(f"dtr {own_version()}")
         raise typer.Exit
 
 
@@ -73,10 +76,10 @@ def run(
     """Distil, search, save the hybrids and write the report."""
     from dtr.pipeline import run as run_pipeline
 
-    plan = _recipe(recipe, model, task, p_min, settings)
-    with _display(log, out / "tensorboard" if board else None) as show:
+    plan = make_recipe(recipe, model, task, p_min, settings)
+    with watched(log, out / "tensorboard" if board else None) as show:
         record = run_pipeline(plan, out, resume=resume, overwrite=overwrite, on_event=show)
-    _conclude(record, out, log)
+    conclude(record, out, log)
 
 
 @app.command()
@@ -109,10 +112,10 @@ def distill(
     """Phase 1 alone: train one linear mixer per layer; leaves OUT/bank."""
     from dtr.pipeline import distill_only
 
-    plan = _recipe(recipe, model, None, None, settings)
-    with _display(log, out / "tensorboard" if board else None) as show:
+    plan = make_recipe(recipe, model, None, None, settings)
+    with watched(log, out / "tensorboard" if board else None) as show:
         bank = distill_only(plan, out, resume=resume, overwrite=overwrite, on_event=show)
-    _say(f"{len(bank.layers)} mixers, mean NMSE {bank.mean_nmse:.4f}: {out / 'bank'}")
+    say(f"{len(bank.layers)} mixers, mean NMSE {bank.mean_nmse:.4f}: {out / 'bank'}")
 
 
 @app.command()
@@ -133,10 +136,10 @@ def search(
     """Phase 2 alone: replace layers with a bank that is there already."""
     from dtr.pipeline import run as run_pipeline
 
-    plan = _recipe(recipe, model, task, p_min, settings)
-    with _display(log, out / "tensorboard" if board else None) as show:
+    plan = make_recipe(recipe, model, task, p_min, settings)
+    with watched(log, out / "tensorboard" if board else None) as show:
         record = run_pipeline(plan, out, bank=bank, resume=resume, overwrite=overwrite, on_event=show)
-    _conclude(record, out, log)
+    conclude(record, out, log)
 
 
 @app.command("eval")
@@ -150,7 +153,7 @@ def evaluate(
     """Score any model, teacher or hybrid, on a task; prints one JSON line."""
     from dtr.pipeline import evaluate_model
 
-    plan = _recipe(None, model, task, None, settings)
+    plan = make_recipe(None, model, task, None, settings)
     print(json.dumps(evaluate_model(plan, split)))
 
 
@@ -168,11 +171,11 @@ def report(
     if compare:
         page = out or Path("compare.html")
         write_text(page, reporting.compare(folders))
-        _say(str(page))
+        say(str(page))
         return
     for folder in folders:
         record = reporting.read_report(folder)
-        _conclude(record, reporting.write_report(folder, record).parent, "rich")
+        conclude(record, reporting.write_report(folder, record).parent, "rich")
 
 
 @app.command()
@@ -194,105 +197,6 @@ def export(
     print(json.dumps(export_hybrid(hybrid, out, to=to, layer_types=layer_types)))
 
 
-bench = typer.Typer(help="Measure speed; each ends in one JSON line.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.command("distill")
-def bench_distill(
-    model: Annotated[str, typer.Argument(help="Teacher: hub name, folder, GGUF file or smollm2-demo.")],
-    sizes: Annotated[str, typer.Option("--sizes", help="Sequences x tokens of a step, by commas.")] = "32x512,8x2048",
-    mixer: Annotated[str, typer.Option("--mixer", help="Kind of mixer.")] = "gated_deltanet",
-    backend: Annotated[str, typer.Option("--backend", help="auto, torch, triton or fla.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    steps: Annotated[int, typer.Option("--steps", help="Timed steps per size.", min=1)] = 10,
-    slow: Annotated[bool, typer.Option("--slow", help="Neither compile nor replay the step.")] = False,
-    baseline: Annotated[bool, typer.Option("--baseline", help="Time the plain float32 loop as well.")] = False,
-    debug: DebugOpt = False,
-) -> None:
-    """Time distillation against the teacher's bare forward pass; under torchrun also all processes against one."""
-    from dtr.bench.distillation import parse_sizes
-    from dtr.display import speed_table
-    from dtr.pipeline import bench_distillation
-
-    record = bench_distillation(
-        model,
-        parse_sizes(sizes),
-        mixer=mixer,
-        backend=backend,
-        device=device,
-        num_steps=steps,
-        slow=slow,
-        baseline=baseline,
-    )
-    if record:
-        _print(speed_table(record))
-        print(json.dumps(record))
-
-
-@bench.command("generate")
-def bench_generate(
-    model: Annotated[str, typer.Argument(help="Saved hybrid, or teacher: hub name, folder, GGUF file, smollm2-demo.")],
-    num_linear: Annotated[int | None, typer.Option("--num-linear", help="Of a teacher, layers to make linear.")] = None,
-    mixer: Annotated[str, typer.Option("--mixer", help="Kind of mixer.")] = "gated_deltanet",
-    keep: Annotated[str | None, typer.Option("--keep", help="Layers that stay as they are, by commas.")] = None,
-    contexts: Annotated[str, typer.Option("--contexts", help="Tokens, by commas.")] = "512,2048,8192,32768,65536",
-    batch: Annotated[
-        str, typer.Option("--batch", help="Sequences, by commas; fill: as many as the teacher's cache lets in.")
-    ] = "1,16,fill",
-    steps: Annotated[int, typer.Option("--steps", help="Decoded tokens per measurement.", min=1)] = 16,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this PNG, SVG or PDF.")] = None,
-    debug: DebugOpt = False,
-) -> None:
-    """Prefill, decoding and cache of a hybrid against its teacher, at several lengths and batch sizes."""
-    from dtr.bench.speedups import draw, numbers
-    from dtr.display import generation_table
-    from dtr.measure import bench_generation
-
-    record = bench_generation(
-        model,
-        num_linear=num_linear,
-        mixer=mixer,
-        keep=None if keep is None else numbers("--keep", keep, least=0),
-        contexts=numbers("--contexts", contexts),
-        batches=numbers("--batch", batch, words=("fill",)),
-        num_steps=steps,
-        device=device,
-        dtype=dtype,
-    )
-    if plot is not None:
-        draw(record, plot)
-    _print(generation_table(record))
-    print(json.dumps(record))
-
-
-@bench.command("search")
-def bench_search(
-    bank: Annotated[Path, typer.Option("--bank", help="Folder of a bank from 'dtr distill' or another run.")],
-    recipe: RecipeArg = None,
-    model: ModelOpt = None,
-    task: TaskOpt = None,
-    p_min: PMinOpt = None,
-    strategies: Annotated[
-        str, typer.Option("--strategies", help="Names, by commas.")
-    ] = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,impact,uniform,random",
-    settings: SetOpt = None,
-    log: LogOpt = "quiet",
-    debug: DebugOpt = False,
-) -> None:
-    """All search strategies on one bank and task: what each finds, holds on test and costs."""
-    from dtr.display import strategy_table
-    from dtr.pipeline import bench_strategies
-
-    plan = _recipe(recipe, model, task, p_min, settings)
-    with _display(log) as show:
-        record = bench_strategies(plan, bank, strategies.split(","), on_event=show)
-    _print(strategy_table(record))
-    print(json.dumps(record))
-
-
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: DebugOpt = False
@@ -305,7 +209,7 @@ def doctor(
     if as_json:
         print(json.dumps(facts))
     else:
-        _print(doctor_table(facts))
+        show_table(doctor_table(facts))
 
 
 def main() -> None:
@@ -317,7 +221,7 @@ def main() -> None:
     except DtrError as error:
         _fail(error, debug)
         raise SystemExit(error.exit_code) from None
-    except _Stopped as stopped:
+    except Stopped as stopped:
         kept = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
         command = shlex.join(["dtr", *kept, "--resume"])
         print(f"\n{stopped}\nGo on with: {command}", file=sys.stderr)
@@ -334,58 +238,3 @@ def _fail(error: DtrError, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     print(f"dtr: {error}", file=sys.stderr)
-
-
-def _recipe(
-    path: Path | None, model: str | None, task: str | None, p_min: float | None, settings: list[str] | None
-) -> Any:
-    """A recipe from a file, the few flags and --set, later ones winning."""
-    from dtr.recipe import read_recipe
-
-    flags = {"teacher.source": model, "task.source": task, "search.p_min": p_min}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    return read_recipe(path, [*overrides, *(settings or [])])
-
-
-@contextmanager
-def _display(log: str, board: Path | None = None) -> Iterator[Any]:
-    from transformers.utils import logging
-
-    from dtr.board import open_board
-    from dtr.display import open_display
-
-    # Bars of the library would run across our own, and between the lines of a JSON log.
-    logging.disable_progress_bar()
-    try:
-        with open_display(log) as show, open_board(board) if board else nullcontext() as draw:
-            yield show if draw is None else lambda event: (show(event), draw(event))
-    except KeyboardInterrupt as error:
-        text = str(error) if isinstance(error, Interrupted) else "Stopped. Every finished candidate is saved."
-        raise _Stopped(text) from None
-
-
-class _Stopped(Exception):
-    """Ctrl-C with the state saved; typer would end a KeyboardInterrupt without a word."""
-
-
-def _conclude(record: dict[str, Any], out: Path, log: str) -> None:
-    if log != "rich" or not record:
-        return
-    from dtr.reporting import summary_table
-
-    _print(summary_table(record))
-    if sample := record.get("sample"):
-        _say(f"The hybrid writes: {sample['prompt']} {' '.join(sample['hybrid'].split())}")
-    _say(f"Report: {(out / 'report.html').resolve()}")
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    # Piped output has no width of its own; 100 columns keep tables whole.
-    (console if console.is_terminal else Console(width=100)).print(renderable)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

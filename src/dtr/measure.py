@@ -1,15 +1,24 @@
-"""What `dtr bench generate` prints: the figures with what they were measured on."""
+"""What the verbs of `dtr bench` print: the figures with what they were measured on."""
 
 from __future__ import annotations
 
-import shlex
-import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from dtr.bench.distillation import bench_distill
 from dtr.bench.generation import bench_generate
 from dtr.bench.speedups import speedups
+from dtr.bench.strategies import compare_strategies
 from dtr.bench.subjects import load_subjects
-from dtr.environment import hardware, library_versions, own_commit
+from dtr.binding import check_search
+from dtr.distillation.bank import load_bank
+from dtr.distributed import join_world, leave_world
+from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
+from dtr.ops.dispatch import use_backend
+from dtr.preparation import Listener, prepare_guards, prepare_task, prepare_teacher
+from dtr.recipe import Recipe
+from dtr.teacher import Teacher, load_teacher, pick_device
 
 
 def bench_generation(
@@ -29,7 +38,7 @@ def bench_generation(
     hybrid = subjects.hybrid
     rows = list(bench_generate(subjects, contexts=contexts, batches=batches, num_steps=num_steps))
     return {
-        "command": shlex.join(["dtr", *sys.argv[1:]]),
+        "command": command_line(),
         "hardware": hardware(hybrid.device),
         "versions": library_versions(),
         "commit": own_commit(),
@@ -42,4 +51,111 @@ def bench_generation(
         "max_position_embeddings": hybrid.config.max_position_embeddings,
         **speedups(rows),
         "rows": rows,
+    }
+
+
+def bench_strategies(
+    recipe: Recipe,
+    bank: str | Path,
+    strategies: list[str],
+    *,
+    teacher: Teacher | None = None,
+    time_limit_seconds: float | None = None,
+    on_event: Listener | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """`dtr bench search`: each strategy on the recipe's task, with what it was measured on.
+
+    Args:
+        recipe: teacher, task and limits.
+        bank: folder of the bank.
+        strategies: names.
+        teacher: one that is loaded already, to compare on several tasks.
+        time_limit_seconds: as in `compare_strategies`.
+        on_event: called with the events of every search.
+        on_row: called with the record so far after every strategy.
+    """
+    emit = on_event or (lambda event: None)
+    task = prepare_task(recipe)
+    for strategy in strategies:
+        check_search(task, **{**recipe.search.model_dump(), "strategy": strategy})
+    guards = prepare_guards(recipe)
+    teacher = teacher or prepare_teacher(recipe, emit)
+    record: dict[str, Any] = {
+        "hardware": hardware(teacher.device),
+        "versions": library_versions(),
+        "commit": own_commit(),
+        "teacher": teacher.source,
+        "num_layers": teacher.num_layers,
+        "task": task.name,
+        "metric": task.metric,
+        "num_validation": len(task.splits["validation"]),
+        "num_test": len(task.splits["test"]),
+        "p_min": recipe.search.p_min,
+        "strategies": {},
+    }
+    for row in compare_strategies(
+        teacher,
+        load_bank(bank, teacher=teacher),
+        task,
+        strategies=strategies,
+        time_limit_seconds=time_limit_seconds,
+        on_event=emit,
+        **recipe.search.model_dump(exclude={"guards", "strategy", "run_to_end", "test_curve"}),
+        guards=guards,
+        seed=recipe.seed,
+        batch_tokens=recipe.runtime.eval_batch_tokens,
+        cache_bytes=recipe.runtime.cache_bytes,
+    ):
+        record["strategies"][row["strategy"]] = row
+        if on_row is not None:
+            on_row(record)
+    return record
+
+
+def bench_distillation(
+    source: str,
+    sizes: list[tuple[int, int]],
+    *,
+    mixer: str,
+    backend: str,
+    device: str,
+    num_steps: int,
+    slow: bool,
+    baseline: bool = False,
+) -> dict[str, Any]:
+    """`dtr bench distill`: the figures of every size, with what they were measured on.
+
+    Under torchrun every rank takes part; nothing is returned on any but the first.
+    """
+    caches = compile_caches()
+    world, place = join_world(pick_device(device))
+    choice = use_backend(backend, place.type)
+    teacher = load_teacher(source, device=str(place))
+    results = list(
+        bench_distill(
+            teacher,
+            sizes=sizes,
+            mixer=mixer,
+            num_steps=num_steps,
+            fast=False if slow or place.type != "cuda" else None,
+            baseline=baseline,
+            world=world,
+        )
+    )
+    leave_world()
+    if not world.is_first:
+        return {}
+    return {
+        "hardware": hardware(teacher.device),
+        "versions": library_versions(),
+        "commit": own_commit(),
+        "command": command_line(),
+        "teacher": teacher.source,
+        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "mixer": mixer,
+        "backend": {"name": choice.name, "reason": choice.reason},
+        "num_processes": world.size,
+        "compile_caches": caches,
+        "sizes": results,
     }

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dtr.bench.distillation import bench_distill
-from dtr.bench.strategies import compare_strategies
 from dtr.binding import GuardFloor, check_search
-from dtr.corpus import StreamedBlocks, TokenBlocks, load_text, stream_text
-from dtr.corpus.faults import Faults
+from dtr.corpus import StreamedBlocks, TokenBlocks
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
-from dtr.distributed import World, current_world, join_world, leave_world
-from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
+from dtr.distributed import World, current_world, join_world
 from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.examples import differing_items, write_sample
 from dtr.evaluation.speed import measure_speed
 from dtr.files import write_json
-from dtr.ops.dispatch import use_backend
-from dtr.recipe import Recipe, TaskSection
+from dtr.preparation import Listener, prepare_guards, prepare_task, prepare_teacher, prepare_text
+from dtr.recipe import Recipe
 from dtr.record import make_record
 from dtr.replace import SearchResult, search
 from dtr.reporting import render_model_card, write_report
 from dtr.runfolder import RunFolder
 from dtr.stages import Clock, memory_advice
-from dtr.tasks import load_task
 from dtr.tasks.base import Task
-from dtr.teacher import Teacher, load_model, load_teacher, pick_device
-
-Listener = Callable[[dict[str, Any]], None]
+from dtr.teacher import Teacher, load_model, pick_device
 
 
 def run(
@@ -134,59 +124,6 @@ def open_run(
     return world, _to_log_and(folder, on_event) if world.is_first else lambda event: None
 
 
-def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
-    """Set threads and backend, then load the teacher."""
-    if recipe.runtime.num_threads:
-        torch.set_num_threads(recipe.runtime.num_threads)
-    _, device = join_world(pick_device(recipe.runtime.device))
-    backend = use_backend(recipe.runtime.backend, device.type)
-    emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
-    settings = recipe.teacher
-    emit({"event": "stage", "text": f"loading {settings.source}"})
-    return load_teacher(
-        settings.source,
-        device=str(device),
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        shard=recipe.runtime.shard_teacher,
-    )
-
-
-def prepare_task(recipe: Recipe) -> Task:
-    return _load(recipe.task, recipe.seed)
-
-
-def prepare_guards(recipe: Recipe) -> list[GuardFloor]:
-    """The guard tasks, loaded before any work so that missing data is found at once."""
-    return [
-        GuardFloor(task=_load(guard.task, recipe.seed), p_min=guard.p_min, p_min_kind=guard.p_min_kind)
-        for guard in recipe.search.guards
-    ]
-
-
-def _load(task: TaskSection, seed: int) -> Task:
-    settings = task.model_dump()
-    return load_task(settings.pop("source"), **settings, seed=seed)
-
-
-def prepare_text(recipe: Recipe, teacher: Teacher, emit: Listener) -> tuple[TokenBlocks | StreamedBlocks, Faults]:
-    """Text as blocks; what cannot be read of it is told and passed over, as long as something is left."""
-    source = recipe.text.source
-    shown = source if isinstance(source, str) else f"{len(source)} sources"
-    emit({"event": "stage", "text": f"reading and tokenizing {shown}"})
-    faults = Faults(emit)
-    settings: dict[str, Any] = {
-        "tokenizer": teacher.tokenizer,
-        "seq_len_tokens": recipe.distill.seq_len_tokens,
-        "num_held_out_tokens": recipe.text.num_held_out_tokens,
-        "seed": recipe.seed,
-        "faults": faults,
-    }
-    if recipe.text.streaming:
-        return stream_text(recipe.text.source, **settings), faults
-    return load_text(recipe.text.source, max_tokens=recipe.distill.num_tokens, **settings), faults
-
-
 def prepare_bank(
     recipe: Recipe, teacher: Teacher, text: TokenBlocks | StreamedBlocks, folder: RunFolder, emit: Listener
 ) -> MixerBank:
@@ -273,110 +210,3 @@ def evaluate_model(recipe: Recipe, split: str) -> dict[str, Any]:
         model, prepare_task(recipe), split=split, tokenizer=tokenizer, batch_tokens=recipe.runtime.eval_batch_tokens
     )
     return {"model": settings.source, "task": recipe.task.source, "split": split, **score.to_dict()}
-
-
-def bench_strategies(
-    recipe: Recipe,
-    bank: str | Path,
-    strategies: list[str],
-    *,
-    teacher: Teacher | None = None,
-    time_limit_seconds: float | None = None,
-    on_event: Listener | None = None,
-    on_row: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """`dtr bench search`: each strategy on the recipe's task, with what it was measured on.
-
-    Args:
-        recipe: teacher, task and limits.
-        bank: folder of the bank.
-        strategies: names.
-        teacher: one that is loaded already, to compare on several tasks.
-        time_limit_seconds: as in `compare_strategies`.
-        on_event: called with the events of every search.
-        on_row: called with the record so far after every strategy.
-    """
-    emit = on_event or (lambda event: None)
-    task = prepare_task(recipe)
-    for strategy in strategies:
-        check_search(task, **{**recipe.search.model_dump(), "strategy": strategy})
-    guards = prepare_guards(recipe)
-    teacher = teacher or prepare_teacher(recipe, emit)
-    record: dict[str, Any] = {
-        "hardware": hardware(teacher.device),
-        "versions": library_versions(),
-        "commit": own_commit(),
-        "teacher": teacher.source,
-        "num_layers": teacher.num_layers,
-        "task": task.name,
-        "metric": task.metric,
-        "num_validation": len(task.splits["validation"]),
-        "num_test": len(task.splits["test"]),
-        "p_min": recipe.search.p_min,
-        "strategies": {},
-    }
-    for row in compare_strategies(
-        teacher,
-        load_bank(bank, teacher=teacher),
-        task,
-        strategies=strategies,
-        time_limit_seconds=time_limit_seconds,
-        on_event=emit,
-        **recipe.search.model_dump(exclude={"guards", "strategy", "run_to_end", "test_curve"}),
-        guards=guards,
-        seed=recipe.seed,
-        batch_tokens=recipe.runtime.eval_batch_tokens,
-        cache_bytes=recipe.runtime.cache_bytes,
-    ):
-        record["strategies"][row["strategy"]] = row
-        if on_row is not None:
-            on_row(record)
-    return record
-
-
-def bench_distillation(
-    source: str,
-    sizes: list[tuple[int, int]],
-    *,
-    mixer: str,
-    backend: str,
-    device: str,
-    num_steps: int,
-    slow: bool,
-    baseline: bool = False,
-) -> dict[str, Any]:
-    """`dtr bench distill`: the figures of every size, with what they were measured on.
-
-    Under torchrun every rank takes part; nothing is returned on any but the first.
-    """
-    caches = compile_caches()
-    world, place = join_world(pick_device(device))
-    choice = use_backend(backend, place.type)
-    teacher = load_teacher(source, device=str(place))
-    results = list(
-        bench_distill(
-            teacher,
-            sizes=sizes,
-            mixer=mixer,
-            num_steps=num_steps,
-            fast=False if slow or place.type != "cuda" else None,
-            baseline=baseline,
-            world=world,
-        )
-    )
-    leave_world()
-    if not world.is_first:
-        return {}
-    return {
-        "hardware": hardware(teacher.device),
-        "versions": library_versions(),
-        "commit": own_commit(),
-        "command": command_line(),
-        "teacher": teacher.source,
-        "dtype": str(teacher.dtype).removeprefix("torch."),
-        "mixer": mixer,
-        "backend": {"name": choice.name, "reason": choice.reason},
-        "num_processes": world.size,
-        "compile_caches": caches,
-        "sizes": results,
-    }

@@ -39,7 +39,7 @@ def curve_figure(report: dict, path: str | Path) -> Path:
             label="validation, 1 standard error",
         )
     if is_number(p_min):
-        axes.axhline(p_min, color=_RED, linewidth=1, linestyle=":", label="P_min")
+        axes.axhline(p_min, color=_RED, linewidth=1, linestyle=":", label="P_min (validation)")
     if tests:
         x, y = [p.num_replaced for p in tests], [p.value for p in tests]
         axes.plot(x, y, "D", color=_ORANGE, markersize=4, label="test")

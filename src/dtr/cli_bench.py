@@ -1,0 +1,109 @@
+"""The verbs of `dtr bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtr.cli_options import DebugOpt, LogOpt, ModelOpt, PMinOpt, RecipeArg, SetOpt, TaskOpt, make_recipe
+from dtr.console import show_table, watched
+
+bench = typer.Typer(help="Measure speed; each ends in one JSON line.", no_args_is_help=True)
+
+
+@bench.command("distill")
+def bench_distill(
+    model: Annotated[str, typer.Argument(help="Teacher: hub name, folder, GGUF file or smollm2-demo.")],
+    sizes: Annotated[str, typer.Option("--sizes", help="Sequences x tokens of a step, by commas.")] = "32x512,8x2048",
+    mixer: Annotated[str, typer.Option("--mixer", help="Kind of mixer.")] = "gated_deltanet",
+    backend: Annotated[str, typer.Option("--backend", help="auto, torch, triton or fla.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    steps: Annotated[int, typer.Option("--steps", help="Timed steps per size.", min=1)] = 10,
+    slow: Annotated[bool, typer.Option("--slow", help="Neither compile nor replay the step.")] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Time the plain float32 loop as well.")] = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Time distillation against the teacher's bare forward pass; under torchrun also all processes against one."""
+    from dtr.bench.distillation import parse_sizes
+    from dtr.display import speed_table
+    from dtr.measure import bench_distillation
+
+    record = bench_distillation(
+        model,
+        parse_sizes(sizes),
+        mixer=mixer,
+        backend=backend,
+        device=device,
+        num_steps=steps,
+        slow=slow,
+        baseline=baseline,
+    )
+    if record:
+        show_table(speed_table(record))
+        print(json.dumps(record))
+
+
+@bench.command("generate")
+def bench_generate(
+    model: Annotated[str, typer.Argument(help="Saved hybrid, or teacher: hub name, folder, GGUF file, smollm2-demo.")],
+    num_linear: Annotated[int | None, typer.Option("--num-linear", help="Of a teacher, layers to make linear.")] = None,
+    mixer: Annotated[str, typer.Option("--mixer", help="Kind of mixer.")] = "gated_deltanet",
+    keep: Annotated[str | None, typer.Option("--keep", help="Layers that stay as they are, by commas.")] = None,
+    contexts: Annotated[str, typer.Option("--contexts", help="Tokens, by commas.")] = "512,2048,8192,32768,65536",
+    batch: Annotated[
+        str, typer.Option("--batch", help="Sequences, by commas; fill: as many as the teacher's cache lets in.")
+    ] = "1,16,fill",
+    steps: Annotated[int, typer.Option("--steps", help="Decoded tokens per measurement.", min=1)] = 16,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this PNG, SVG or PDF.")] = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Prefill, decoding and cache of a hybrid against its teacher, at several lengths and batch sizes."""
+    from dtr.bench.speedups import draw, numbers
+    from dtr.display import generation_table
+    from dtr.measure import bench_generation
+
+    record = bench_generation(
+        model,
+        num_linear=num_linear,
+        mixer=mixer,
+        keep=None if keep is None else numbers("--keep", keep, least=0),
+        contexts=numbers("--contexts", contexts),
+        batches=numbers("--batch", batch, words=("fill",)),
+        num_steps=steps,
+        device=device,
+        dtype=dtype,
+    )
+    if plot is not None:
+        draw(record, plot)
+    show_table(generation_table(record))
+    print(json.dumps(record))
+
+
+@bench.command("search")
+def bench_search(
+    bank: Annotated[Path, typer.Option("--bank", help="Folder of a bank from 'dtr distill' or another run.")],
+    recipe: RecipeArg = None,
+    model: ModelOpt = None,
+    task: TaskOpt = None,
+    p_min: PMinOpt = None,
+    strategies: Annotated[
+        str, typer.Option("--strategies", help="Names, by commas.")
+    ] = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,impact,uniform,random",
+    settings: SetOpt = None,
+    log: LogOpt = "quiet",
+    debug: DebugOpt = False,
+) -> None:
+    """All search strategies on one bank and task: what each finds, holds on test and costs."""
+    from dtr.display import strategy_table
+    from dtr.measure import bench_strategies
+
+    plan = make_recipe(recipe, model, task, p_min, settings)
+    with watched(log) as show:
+        record = bench_strategies(plan, bank, strategies.split(","), on_event=show)
+    show_table(strategy_table(record))
+    print(json.dumps(record))
