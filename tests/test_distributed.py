@@ -31,7 +31,7 @@ from dtr.teacher import shard_teacher
 # Two buffers of two layers each.
 exchange.BUCKET_BYTES = 60_000
 torch.set_num_threads(1)
-folder, parallel, stop_after, shard = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "shard"
+folder, kinds, stop_after, shard = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "shard"
 world, _ = join_world(torch.device("cpu"))
 teacher = pico_teacher()
 if shard:
@@ -42,17 +42,18 @@ def on_event(event):
     if stop_after and event["event"] == "distill" and event["step"] >= stop_after:
         os.kill(os.getpid(), signal.SIGKILL)
 
-bank = distill(teacher, token_blocks(), parallel=parallel, checkpoint=folder + "/state.safetensors",
-               on_event=on_event, **{settings})
-if world.is_first:
-    bank.save(folder)
-assert world.collect(bank.fingerprint) == [bank.fingerprint] * world.size
+for parallel in kinds.split(","):
+    bank = distill(teacher, token_blocks(), parallel=parallel, checkpoint=f"{folder}/{parallel}.safetensors",
+                   on_event=on_event, **{settings})
+    if world.is_first:
+        bank.save(f"{folder}/{parallel}")
+    assert world.collect(bank.fingerprint) == [bank.fingerprint] * world.size
 leave_world()
 """
 
 
 def launch(
-    folder: Path, parallel: str, num_processes: int, stop_after: int = 0, teacher: str = "whole"
+    folder: Path, kinds: str, num_processes: int, stop_after: int = 0, teacher: str = "whole"
 ) -> subprocess.CompletedProcess:
     script = folder / "worker.py"
     script.write_text(WORKER.replace("{settings}", repr(SETTINGS)))
@@ -62,7 +63,7 @@ def launch(
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, str(script), str(folder), parallel, str(stop_after), teacher],
+        [*command, str(script), str(folder), kinds, str(stop_after), teacher],
         capture_output=True,
         text=True,
         env=env,
@@ -70,17 +71,18 @@ def launch(
 
 
 @pytest.mark.parametrize(
-    ("parallel", "num_processes", "teacher"), [("data", 2, "whole"), ("layers", 2, "whole"), ("data", 3, "shard")]
+    ("kinds", "num_processes", "teacher"), [(("data", "layers"), 2, "whole"), (("data",), 3, "shard")]
 )
-def test_several_ranks_give_the_bank_of_one(parallel, num_processes, teacher, tmp_path):
+def test_several_ranks_give_the_bank_of_one(kinds, num_processes, teacher, tmp_path):
     # Batches of 5, 4 layers and 2 batches to measure on: no part is the same on all ranks, and some have none.
     alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
-    done = launch(tmp_path, parallel, num_processes, teacher=teacher)
+    done = launch(tmp_path, ",".join(kinds), num_processes, teacher=teacher)
     assert done.returncode == 0, done.stderr
-    together = load_file(tmp_path / "mixers.safetensors")
-    for layer, mixer in alone.mixers.items():
-        for name, weight in mixer.state_dict().items():
-            torch.testing.assert_close(together[f"layers.{layer}.{name}"], weight, rtol=1e-3, atol=1e-4)
+    for kind in kinds:
+        together = load_file(tmp_path / kind / "mixers.safetensors")
+        for layer, mixer in alone.mixers.items():
+            for name, weight in mixer.state_dict().items():
+                torch.testing.assert_close(together[f"layers.{layer}.{name}"], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_a_killed_rank_ends_all_and_one_goes_on(tmp_path):
@@ -88,7 +90,7 @@ def test_a_killed_rank_ends_all_and_one_goes_on(tmp_path):
     died = launch(tmp_path, "layers", 2, stop_after=10)
     assert died.returncode != 0
     assert "SIGKILL" in died.stderr
-    resumed, steps = resume(tmp_path)
+    resumed, steps = resume(tmp_path / "layers.safetensors")
     assert min(steps) > 6
     for layer, mixer in alone.mixers.items():
         for name, weight in mixer.state_dict().items():
@@ -102,20 +104,20 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
         alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
         died = launch(tmp_path, "data", 1, stop_after=10)
         assert died.returncode != 0
-        resumed, steps = resume(tmp_path)
+        resumed, steps = resume(tmp_path / "data.safetensors")
     finally:
         torch.set_num_threads(num_threads)
     assert min(steps) > 6
     assert resumed.fingerprint == alone.fingerprint
 
 
-def resume(folder: Path):
+def resume(checkpoint: Path):
     """The bank of a run that goes on in this process, and the steps at which it told of itself."""
     steps = []
     bank = distill(
         pico_teacher(),
         token_blocks(),
-        checkpoint=folder / "state.safetensors",
+        checkpoint=checkpoint,
         on_event=lambda event: steps.append(event.get("step")),
         **SETTINGS,
     )

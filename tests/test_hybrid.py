@@ -196,12 +196,12 @@ def test_misuse_is_told(ids):
 @pytest.mark.parametrize(
     "first",
     [
-        "transformers.models.llama.modeling_llama",
         "transformers.models.auto.modeling_auto",
-        "transformers.models.auto.configuration_auto",
-        "transformers.cache_utils",
-        "transformers.pipelines",
         "transformers.trainer",
+        *(
+            pytest.param(f"transformers.{name}", marks=pytest.mark.slow)
+            for name in ("models.llama.modeling_llama", "models.auto.configuration_auto", "cache_utils", "pipelines")
+        ),
     ],
 )
 def test_our_import_hook_disturbs_no_other_import(first):

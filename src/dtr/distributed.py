@@ -98,6 +98,7 @@ def current_world() -> World:
 
 
 def leave_world() -> None:
-    """Part from the other processes."""
+    """Part from the other processes, once all are here: one that leaves early can abort those still talking to it."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
