@@ -3,7 +3,7 @@
     python examples/03_labels.py data/banking77 --text data/text --out runs/banking77 --serve 8000
 
 The folder holds train.jsonl, validation.jsonl and test.jsonl with text, label and label_text, as banking77 or ag_news.
-On one GPU this takes some minutes. What is finished in `--out` is not done again.
+What is finished in `--out` is not done again.
 """
 
 from __future__ import annotations

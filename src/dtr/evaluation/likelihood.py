@@ -26,8 +26,8 @@ from dtr.tasks.base import Likelihood
 LOGIT_ROWS = {"cpu": 1024, "cuda": 8192}
 """Scored positions per slice of the LM head: logits in float32 for a large vocabulary are the biggest tensor here."""
 BATCH_OVERHEAD_TOKENS = {"cpu": 256, "cuda": 4096}
-"""Padded tokens that take as long as starting the kernels of one more batch: what a split by length must save. On an
-H100 a layer takes about 50 ns a token, and starting its kernels about 0.2 ms beyond what is hidden."""
+"""Padded tokens that take as long as starting the kernels of one more batch: what a split by length must save.
+An estimate, not measured: 50 ns a token and layer on an H100, and 0.2 ms to start a layer's kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)

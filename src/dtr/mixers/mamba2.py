@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
-from dtr.mixers.base import Mixer
-from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, fit_channel_scales, start_taps
+from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, NativeMixer, fit_channel_scales, start_taps
 from dtr.ops.short_convolution import short_convolution
 from dtr.ops.state_space import chunked
 
@@ -42,7 +41,7 @@ class GatedNorm(nn.Module):
         return self.weight * x.flatten(-2).to(x_BTC.dtype)
 
 
-class Mamba2(Mixer):
+class Mamba2(NativeMixer):
     """S_t = exp(-dt_t a) S_{t-1} + dt_t B_t x_t^T, y_t = S_t^T C_t + D x_t with a rate a and a step size dt_t per head.
 
     Args:
@@ -140,23 +139,6 @@ class Mamba2(Mixer):
         nn.init.ones_(self.norm.weight)
         heads = self._heads(hidden_BTD, None, None)[0]
         self.norm.weight.copy_(fit_channel_scales(heads, self.out_proj.weight, target_BTD - self.out_proj.bias))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        token_mask: torch.Tensor | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """As `Mixer.forward`; positions are not used."""
-        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        mask = None if token_mask is None else token_mask[:, -hidden_states.shape[1] :, None]
-        heads_BTC, state, conv_inputs = self._heads(hidden_states, mask, memory)
-        if memory is not None:
-            memory.write(state, hidden_states.shape[1], conv_inputs)
-        return self.out_proj(heads_BTC), None
 
     def _heads(
         self, hidden_BTD: torch.Tensor, token_mask_BT1: torch.Tensor | None, memory: Any

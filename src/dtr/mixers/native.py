@@ -5,13 +5,47 @@ Shapes: B batch, T tokens, D hidden dim, C channels of all heads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
+
+from dtr.mixers.base import Mixer
 
 CONV_TOKENS = 4
 """Tokens that the short convolution sees, the current one among them."""
 VALUE_SCALE, SCORE_SCALE = 0.25, 0.5
 """Size of what SiLU gets at the start for values, and for queries and keys: where it is small, SiLU(u) is nearly u / 2.
 A norm follows on each, so that the size itself has no effect."""
+
+
+class NativeMixer(Mixer):
+    """A mixer without rotary positions: a convolution, a recurrence, a norm and a gate, then `out_proj`."""
+
+    out_proj: nn.Linear
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        token_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """As `Mixer.forward`; positions are not used."""
+        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        mask = None if token_mask is None else token_mask[:, -hidden_states.shape[1] :, None]
+        heads_BTC, state, conv_inputs = self._heads(hidden_states, mask, memory)
+        if memory is not None:
+            memory.write(state, hidden_states.shape[1], conv_inputs)
+        return self.out_proj(heads_BTC), None
+
+    def _heads(
+        self, hidden_BTD: torch.Tensor, token_mask_BT1: torch.Tensor | None, memory: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gated heads side by side (B, T, C), the last state and the convolution's last inputs."""
+        raise NotImplementedError
 
 
 def start_taps(weight_CD: torch.Tensor, head_dim: int, size: float) -> torch.Tensor:

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
-from dtr.mixers.base import HeadNorm, Mixer
-from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, fit_channel_scales, start_taps
+from dtr.mixers.base import HeadNorm
+from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, NativeMixer, fit_channel_scales, start_taps
 from dtr.ops.dispatch import gated_delta_rule
 from dtr.ops.short_convolution import short_convolution
 
@@ -30,7 +30,7 @@ GATE_START = 1.0
 """The output gate at the start, before SiLU."""
 
 
-class Qwen35GatedDeltaNet(Mixer):
+class Qwen35GatedDeltaNet(NativeMixer):
     """S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T; a_t = exp(-A softplus(.)), b_t = sigmoid(.) per head.
 
     Args:
@@ -112,23 +112,6 @@ class Qwen35GatedDeltaNet(Mixer):
         self.in_proj_z.weight.copy_((GATE_START * direction).expand_as(self.in_proj_z.weight))
         heads = self._heads(hidden_BTD, None, None)[0]
         self.out_proj.weight.mul_(fit_channel_scales(heads, self.out_proj.weight, target_BTD))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        token_mask: torch.Tensor | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """As `Mixer.forward`; positions are not used."""
-        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        mask = None if token_mask is None else token_mask[:, -hidden_states.shape[1] :, None]
-        heads_BTC, state, conv_inputs = self._heads(hidden_states, mask, memory)
-        if memory is not None:
-            memory.write(state, hidden_states.shape[1], conv_inputs)
-        return self.out_proj(heads_BTC), None
 
     def _heads(
         self, hidden_BTD: torch.Tensor, token_mask_BT1: torch.Tensor | None, memory: Any
