@@ -174,6 +174,7 @@ BAD = {
         "p_min",
     ),
     "no such model": (["--model", "nothing/here"], "teacher.source"),
+    "a mistyped path": (["--model", "./nothing/here"], "FileNotFoundError: no such file or folder"),
     "no GPU": (["--set", "runtime.device=cuda"], "runtime.device=cpu"),
     "unknown device": (["--set", "runtime.device=cdua"], "cuda"),
     "unknown mixer": (["--set", "mixer.kind=gated_deltanett"], "Did you mean 'gated_deltanet'"),

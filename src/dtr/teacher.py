@@ -206,6 +206,10 @@ def _guarded(source: Any, load: Any) -> Any:
         return load()
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if _is_path(source) and not Path(source).expanduser().exists():
+            # The hub's complaint about the name would hide that a path is mistyped.
+            first = "no such file or folder"
+            error = FileNotFoundError(first)
         raise ModelError(
             f"teacher.source {source}",
             got=f"{type(error).__name__}: {first}",
@@ -225,3 +229,8 @@ def _fingerprint(model: Any) -> str:
         sample = flat[:: max(1, flat.numel() // 1024)].bfloat16().float()
         digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _is_path(source: Any) -> bool:
+    """Whether a source cannot be a hub name, which has one slash at most, and not at its start."""
+    return str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1
