@@ -74,6 +74,15 @@ def test_a_wrong_fast_path_is_not_timed(monkeypatch, place):
         list(bench_generate(Subjects(teacher=model, hybrid=model, note=""), contexts=[8], batches=[1]))
 
 
+def test_in_16_bits_the_fast_path_is_judged_by_the_rounding_of_the_plain_one(monkeypatch):
+    model = pico_teacher().model.bfloat16()
+    assert 1e-4 < check_decoder(model) < 0.1
+    right = generation.Decoder.decode
+    monkeypatch.setattr(generation.Decoder, "decode", lambda *args: right(*args) * 1.2)
+    with pytest.raises(DeviceError, match="Nothing was timed"):
+        check_decoder(model)
+
+
 def test_sizes_and_layers_of_generation_are_checked(place):
     assert numbers("--batch", "1, 16,fill", words=("fill",)) == [1, 16, "fill"]
     for text in ("", "0", "1,x", "1.5", "-1"):

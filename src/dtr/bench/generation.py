@@ -7,6 +7,7 @@ kernel (`graph`), the same with the attention of torch (`graph_sdpa`), and the l
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import statistics
@@ -27,8 +28,13 @@ from dtr.inference.decoder import PREFILL_TOKENS, Decoder
 
 FILL = "fill"
 """As a batch: the largest with which the teacher's cache fits at that context."""
-MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Largest relative error of logits that the fast path may have against the plain model and still be timed."""
+MAX_ERROR = 1e-3
+"""Largest relative error of the fast path's float32 logits with which it is still timed."""
+MAX_ERROR_RATIO = 1.5
+"""In 16-bit types the fast path may be this much further from float32 than the plain model is in its own type.
+
+Rounding grows through the layers, by how much depends on the weights: 0.01 for a teacher, 0.3 for an untrained hybrid.
+"""
 _FILLED = 0.9
 _TIMED_SECONDS = 0.3
 _SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -74,10 +80,10 @@ def bench_generate(
 
 @torch.no_grad()
 def check_decoder(model: Any) -> float:
-    """Relative error of the fast path's logits, over a prompt and four steps, against the plain model's.
+    """Relative error of the fast path's logits against the model in float32, over a prompt and four steps.
 
     Raises:
-        DeviceError: it is above `MAX_ERROR`.
+        DeviceError: it is above `MAX_ERROR`, in 16-bit types above `MAX_ERROR_RATIO` times that of the plain model.
     """
     # Long enough for a prefill in segments.
     ids = torch.randint(0, model.config.vocab_size, (2, 1100), generator=torch.Generator().manual_seed(0))
@@ -85,16 +91,28 @@ def check_decoder(model: Any) -> float:
     ids = ids.to(model.device)
     decoder = Decoder(model, batch_size=2, capacity_tokens=ids.shape[1])
     ours = [decoder.prefill(ids[:, :-4]).clone()] + [decoder.decode(ids[:, i]).clone() for i in range(-4, 0)]
-    plain = model(ids, use_cache=False, logits_to_keep=5).logits.transpose(0, 1).float()
-    error = ((torch.stack(ours).float() - plain).norm() / plain.norm()).item()
-    if not error <= MAX_ERROR[model.dtype]:
+
+    def forward(plain: Any) -> torch.Tensor:
+        return plain(ids, use_cache=False, logits_to_keep=5).logits.transpose(0, 1).float()
+
+    limit = MAX_ERROR
+    exact = forward(model)
+    if model.dtype != torch.float32:
+        plain, exact = exact, forward(copy.deepcopy(model).float())
+        limit = MAX_ERROR + MAX_ERROR_RATIO * _relative_error(plain, exact)
+    error = _relative_error(torch.stack(ours).float(), exact)
+    if not error <= limit:
         raise DeviceError(
             "dtr.inference",
             got=f"a relative error of {error:.2g} in the logits",
-            expected="a fast path that is right on this machine",
+            expected=f"at most {limit:.2g}: a fast path that is right on this machine",
             hint="Nothing was timed. Report this with what 'dtr doctor' says.",
         )
     return error
+
+
+def _relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
 
 
 def fill_batch(teacher: Any, num_tokens: int) -> int:

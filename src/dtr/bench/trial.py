@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ class Trial:
     ) -> None:
         self._teacher, self._input_ids, self._fast = teacher, input_ids, fast
         device = teacher.device
+        # What an earlier trial left in reference cycles would be counted as held, and then vanish.
+        gc.collect()
         held_before = _allocated(device)
         attention = [layer.self_attn for layer in decoder_layers(teacher.model)][:num_layers]
         mixers = {i: mixer_from_teacher(kind, teacher.geometry, i, a) for i, a in enumerate(attention)}
