@@ -8,6 +8,7 @@ exchange does nothing.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -101,4 +102,7 @@ def leave_world() -> None:
     """Part from the other processes, once all are here: one that leaves early can abort those still talking to it."""
     if dist.is_initialized():
         dist.barrier()
+        # NCCL waits for ever for the end of a CUDA graph that holds its exchanges, and a recorded step lives in a
+        # reference cycle with its students.
+        gc.collect()
         dist.destroy_process_group()
