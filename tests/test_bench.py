@@ -62,12 +62,22 @@ def test_sizes():
 
 def test_the_verb_prints_a_table_and_one_json_line(place):
     command = [sys.executable, "-m", "dtr", "bench", "distill", str(place / "model"), "--sizes", "2x24", "--steps", "1"]
-    done = subprocess.run([*command, "--device", "cpu", "--baseline"], capture_output=True, text=True)
+    command += ["--device", "cpu", "--baseline", "--mixer-option", "head_copies=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 x 24" in done.stdout
     record = json.loads(done.stdout.strip().splitlines()[-1])
     assert record["backend"]["name"] == "torch"
+    assert record["mixer_options"] == {"head_copies": 2}
     assert len(record["sizes"]) == 1
+
+
+def test_an_unknown_option_of_the_mixer_is_one_line(place):
+    command = [sys.executable, "-m", "dtr", "bench", "distill", str(place / "model"), "--mixer-option", "head_copy=2"]
+    done = subprocess.run([*command, "--device", "cpu", "--sizes", "2x24"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "head_copies" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_two_processes_are_timed_against_one_in_one_run(place):

@@ -99,9 +99,8 @@ def test_sizes_and_layers_of_generation_are_checked(place):
 
 def test_the_command_takes_a_saved_hybrid(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generation, "_TIMED_SECONDS", 0.0)
-    subjects = load_subjects(
-        str(place / "model"), num_linear=2, mixer="gated_deltanet", keep=None, device="cpu", dtype="float32"
-    )
+    options = {"device": "cpu", "dtype": "float32", "options": {"head_copies": 2}}
+    subjects = load_subjects(str(place / "model"), num_linear=2, mixer="gated_deltanet", keep=None, **options)
     subjects.hybrid.tokenizer = byte_tokenizer()
     subjects.hybrid.save_pretrained(tmp_path / "hybrid")
     command = ["dtr", "bench", "generate", str(tmp_path / "hybrid"), "--contexts", "8", "--batch", "2", "--steps", "2"]
@@ -113,5 +112,6 @@ def test_the_command_takes_a_saved_hybrid(place, tmp_path, monkeypatch, capsys):
     assert plot.stat().st_size > 1000
     record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert record["linear_layers"] == [0, 2]
+    assert record["mixers"] == [{"kind": "gated_deltanet", "head_copies": 2}]
     assert record["decode_speedup"]["8"]["2"] > 0
     assert record["cache_ratio"]["8"] > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,11 +14,18 @@ from dtr.console import show_table, watched
 bench = typer.Typer(help="Measure speed; each ends in one JSON line.", no_args_is_help=True)
 
 
+MixerOpt = Annotated[str, typer.Option("--mixer", help="Kind of mixer.")]
+MixerOptionsOpt = Annotated[
+    list[str] | None, typer.Option("--mixer-option", metavar="NAME=VALUE", help="An option of the mixer; repeatable.")
+]
+
+
 @bench.command("distill")
 def bench_distill(
     model: Annotated[str, typer.Argument(help="Teacher: hub name, folder, GGUF file or smollm2-demo.")],
     sizes: Annotated[str, typer.Option("--sizes", help="Sequences x tokens of a step, by commas.")] = "32x512,8x2048",
-    mixer: Annotated[str, typer.Option("--mixer", help="Kind of mixer.")] = "gated_deltanet",
+    mixer: MixerOpt = "gated_deltanet",
+    mixer_option: MixerOptionsOpt = None,
     backend: Annotated[str, typer.Option("--backend", help="auto, torch, triton or fla.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     steps: Annotated[int, typer.Option("--steps", help="Timed steps per size.", min=1)] = 10,
@@ -35,6 +42,7 @@ def bench_distill(
         model,
         parse_sizes(sizes),
         mixer=mixer,
+        options=_options(model, mixer_option),
         backend=backend,
         device=device,
         num_steps=steps,
@@ -50,7 +58,8 @@ def bench_distill(
 def bench_generate(
     model: Annotated[str, typer.Argument(help="Saved hybrid, or teacher: hub name, folder, GGUF file, smollm2-demo.")],
     num_linear: Annotated[int | None, typer.Option("--num-linear", help="Of a teacher, layers to make linear.")] = None,
-    mixer: Annotated[str, typer.Option("--mixer", help="Kind of mixer.")] = "gated_deltanet",
+    mixer: MixerOpt = "gated_deltanet",
+    mixer_option: MixerOptionsOpt = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Layers that stay as they are, by commas.")] = None,
     contexts: Annotated[str, typer.Option("--contexts", help="Tokens, by commas.")] = "512,2048,8192,32768,65536",
     batch: Annotated[
@@ -71,6 +80,7 @@ def bench_generate(
         model,
         num_linear=num_linear,
         mixer=mixer,
+        options=_options(model, mixer_option),
         keep=None if keep is None else numbers("--keep", keep, least=0),
         contexts=numbers("--contexts", contexts),
         batches=numbers("--batch", batch, words=("fill",)),
@@ -107,3 +117,10 @@ def bench_search(
         record = bench_strategies(plan, bank, strategies.split(","), on_event=show)
     show_table(strategy_table(record))
     print(json.dumps(record))
+
+
+def _options(model: str, pairs: list[str] | None) -> dict[str, Any]:
+    from dtr.recipe import read_recipe
+
+    given = [f"teacher.source={model}", *(f"mixer.options.{pair}" for pair in pairs or [])]
+    return read_recipe(None, given).mixer.options

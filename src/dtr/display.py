@@ -198,7 +198,8 @@ def strategy_table(record: dict[str, Any]) -> Table:
 def generation_table(record: dict[str, Any]) -> Table:
     """`dtr bench generate` for people."""
     machine = record["hardware"]
-    linear = f"{len(record['linear_layers'])} of {record['num_layers']} layers {', '.join(record['mixers'])}"
+    kinds = ", ".join(spec["kind"] for spec in record["mixers"])
+    linear = f"{len(record['linear_layers'])} of {record['num_layers']} layers {kinds}"
     table = Table(title=f"{record['model']}, {linear}, {record['dtype']}")
     table.caption = f"{machine.get('gpu') or machine['cpu']}; teacher, hybrid and their ratio, each model's fastest way"
     for name in ("context", "batch", "decode tok/s", "", "x", "prefill tok/s", "", "x", "first token", "cache"):

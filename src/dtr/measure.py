@@ -26,6 +26,7 @@ def bench_generation(
     *,
     num_linear: int | None,
     mixer: str,
+    options: dict[str, Any],
     keep: list[int] | None,
     contexts: list[int],
     batches: list[int | str],
@@ -34,8 +35,11 @@ def bench_generation(
     dtype: str,
 ) -> dict[str, Any]:
     """`dtr bench generate`: teacher and hybrid at every size, their ratios, and what they were measured on."""
-    subjects = load_subjects(source, num_linear=num_linear, mixer=mixer, keep=keep, device=device, dtype=dtype)
+    subjects = load_subjects(
+        source, num_linear=num_linear, mixer=mixer, options=options, keep=keep, device=device, dtype=dtype
+    )
     hybrid = subjects.hybrid
+    specs = [spec for spec in hybrid.config.mixers if spec]
     rows = list(bench_generate(subjects, contexts=contexts, batches=batches, num_steps=num_steps))
     return {
         "command": command_line(),
@@ -47,7 +51,7 @@ def bench_generation(
         "dtype": str(hybrid.dtype).removeprefix("torch."),
         "num_layers": hybrid.config.num_hidden_layers,
         "linear_layers": hybrid.linear_layers,
-        "mixers": sorted({spec["kind"] for spec in hybrid.config.mixers if spec}),
+        "mixers": [spec for i, spec in enumerate(specs) if spec not in specs[:i]],
         "max_position_embeddings": hybrid.config.max_position_embeddings,
         **speedups(rows),
         "rows": rows,
@@ -118,6 +122,7 @@ def bench_distillation(
     sizes: list[tuple[int, int]],
     *,
     mixer: str,
+    options: dict[str, Any],
     backend: str,
     device: str,
     num_steps: int,
@@ -137,6 +142,7 @@ def bench_distillation(
             teacher,
             sizes=sizes,
             mixer=mixer,
+            options=options,
             num_steps=num_steps,
             fast=False if slow or place.type != "cuda" else None,
             baseline=baseline,
@@ -154,6 +160,7 @@ def bench_distillation(
         "teacher": teacher.source,
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "mixer": mixer,
+        "mixer_options": options,
         "backend": {"name": choice.name, "reason": choice.reason},
         "num_processes": world.size,
         "compile_caches": caches,

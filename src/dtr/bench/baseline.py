@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from dtr.arch import capture_attention, decoder_layers
-from dtr.bench.trial import LEARNING_RATE, median_seconds
-from dtr.mixers import mixer_from_teacher
+from dtr.bench.trial import LEARNING_RATE, MixerMaker, median_seconds
 from dtr.teacher import Teacher
 
 
-def baseline_tokens_per_second(teacher: Teacher, kind: str, input_ids: torch.Tensor, *, num_steps: int) -> float:
+def baseline_tokens_per_second(teacher: Teacher, make: MixerMaker, input_ids: torch.Tensor, *, num_steps: int) -> float:
     """Speed of the straightforward loop over all layers at (B, T) tokens.
 
     It keeps every attention's input and output from one float32 pass of the teacher, then takes the layers one after
@@ -22,7 +21,7 @@ def baseline_tokens_per_second(teacher: Teacher, kind: str, input_ids: torch.Ten
     """
     model = copy.deepcopy(teacher.model).float()
     attention = [layer.self_attn for layer in decoder_layers(model)]
-    mixers = {i: mixer_from_teacher(kind, teacher.geometry, i, a) for i, a in enumerate(attention)}
+    mixers = {i: make(teacher.geometry, i, a) for i, a in enumerate(attention)}
     optimizers = {i: torch.optim.AdamW(m.parameters(), lr=LEARNING_RATE, foreach=False) for i, m in mixers.items()}
     ids = input_ids.to(model.device)
 

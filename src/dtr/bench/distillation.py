@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from dtr.bench.baseline import baseline_tokens_per_second
-from dtr.bench.trial import Trial, median_seconds
+from dtr.bench.trial import MixerMaker, Trial, median_seconds
 from dtr.distributed import World
 from dtr.errors import DeviceError, RecipeError
+from dtr.mixers import mixer_from_teacher
 from dtr.ops import gated_delta
 from dtr.ops.dispatch import gated_delta_rule
 from dtr.teacher import Teacher
@@ -25,6 +27,7 @@ def bench_distill(
     *,
     sizes: list[tuple[int, int]],
     mixer: str = "gated_deltanet",
+    options: dict[str, Any] | None = None,
     num_steps: int = 10,
     fast: bool | None = None,
     baseline: bool = False,
@@ -39,6 +42,7 @@ def bench_distill(
         teacher: from `load_teacher`.
         sizes: (sequences, tokens each) of a step of one process.
         mixer: kind of mixer.
+        options: that mixer's.
         num_steps: timed steps per size.
         fast: compile the students and replay the step as a CUDA graph; by default on a GPU.
         baseline: time the straightforward float32 loop as well (`bench/baseline.py`).
@@ -54,6 +58,7 @@ def bench_distill(
         DeviceError: the backend's results are wrong on this machine.
     """
     world = world or World()
+    make = partial(mixer_from_teacher, mixer, options=options)
     began = time.perf_counter()
     check_backend(teacher.device, teacher.dtype)
     check_seconds = time.perf_counter() - began
@@ -63,14 +68,14 @@ def bench_distill(
         # Kernels are compiled and tuned by the check, which is part of a cold start.
         size: dict[str, Any] = {"batch": batch, "seq_len_tokens": tokens, "backend_check_seconds": check_seconds}
         if world.is_first:
-            size |= _alone(teacher, mixer, batch, tokens, num_steps, fast, ceiling)
+            size |= _alone(teacher, make, batch, tokens, num_steps, fast, ceiling)
         if world.is_first and baseline:
             size["baseline_tokens_per_second"] = baseline_tokens_per_second(
-                teacher, mixer, _random_ids(teacher, batch, tokens), num_steps=num_steps
+                teacher, make, _random_ids(teacher, batch, tokens), num_steps=num_steps
             )
         world.wait()
         if world.size > 1:
-            size["together"] = _together(teacher, mixer, batch, tokens, num_steps, fast, world)
+            size["together"] = _together(teacher, make, batch, tokens, num_steps, fast, world)
             if world.is_first:
                 size["together"]["speedup"] = (
                     size["together"]["distill_tokens_per_second"] / size["distill_tokens_per_second"]
@@ -132,10 +137,10 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _alone(
-    teacher: Teacher, kind: str, batch: int, tokens: int, num_steps: int, fast: bool, ceiling: float
+    teacher: Teacher, make: MixerMaker, batch: int, tokens: int, num_steps: int, fast: bool, ceiling: float
 ) -> dict[str, Any]:
     ids = _random_ids(teacher, batch, tokens).to(teacher.device)
-    trial = Trial(teacher, kind, ids, num_layers=teacher.num_layers, fast=fast, world=World())
+    trial = Trial(teacher, make, ids, num_layers=teacher.num_layers, fast=fast, world=World())
 
     @torch.no_grad()
     def forward() -> None:
@@ -159,7 +164,7 @@ def _alone(
     if trial.peak_bytes is not None:
         num_layers = max(1, teacher.num_layers // 2)
         del trial
-        half = Trial(teacher, kind, ids, num_layers=num_layers, fast=fast, world=World())
+        half = Trial(teacher, make, ids, num_layers=num_layers, fast=fast, world=World())
         result["half_of_the_layers"] = {
             "num_layers": num_layers,
             "peak_bytes_beyond_model_students_and_optimizer": half.peak_bytes,
@@ -169,11 +174,11 @@ def _alone(
 
 
 def _together(
-    teacher: Teacher, kind: str, batch: int, tokens: int, num_steps: int, fast: bool, world: World
+    teacher: Teacher, make: MixerMaker, batch: int, tokens: int, num_steps: int, fast: bool, world: World
 ) -> dict[str, Any]:
     """All ranks on one batch that grows with their number; the slowest rank counts."""
     ids = _random_ids(teacher, batch * world.size, tokens)
-    trial = Trial(teacher, kind, ids.to(teacher.device), num_layers=teacher.num_layers, fast=fast, world=world)
+    trial = Trial(teacher, make, ids.to(teacher.device), num_layers=teacher.num_layers, fast=fast, world=world)
     world.wait()
     step = max(world.collect(median_seconds(teacher.device, trial.step, num_steps)))
     refusals = world.collect(trial.students.refusal)

@@ -25,7 +25,14 @@ class Subjects:
 
 
 def load_subjects(
-    source: str, *, num_linear: int | None, mixer: str, keep: list[int] | None, device: str, dtype: str
+    source: str,
+    *,
+    num_linear: int | None,
+    mixer: str,
+    keep: list[int] | None,
+    device: str,
+    dtype: str,
+    options: dict[str, Any] | None = None,
 ) -> Subjects:
     """Teacher and hybrid from a saved hybrid, or from a teacher and a number of linear layers.
 
@@ -33,6 +40,7 @@ def load_subjects(
         source: saved hybrid, or teacher (hub name, folder, GGUF file, packaged model).
         num_linear: layers to make linear, untrained; by default 9 of 10. Not for a saved hybrid.
         mixer: kind of those layers.
+        options: that mixer's.
         keep: layers that keep their attention; by default spread evenly.
         device: as for `load_teacher`; `dtype` likewise.
 
@@ -53,10 +61,10 @@ def load_subjects(
     teacher = as_teacher(model, None, source=source)
     linear = [i for i in range(teacher.num_layers) if i not in kept]
     attention = [layer.self_attn for layer in decoder_layers(model)]
-    mixers = {i: mixer_from_teacher(mixer, teacher.geometry, i, attention[i]) for i in linear}
+    mixers = {i: mixer_from_teacher(mixer, teacher.geometry, i, attention[i], options) for i in linear}
     for made in mixers.values():
         made.to(model.dtype).eval().requires_grad_(False)
-    hybrid = make_hybrid(model, dict(mixers), {i: {"kind": mixer} for i in linear})
+    hybrid = make_hybrid(model, dict(mixers), {i: {"kind": mixer, **(options or {})} for i in linear})
     return Subjects(teacher=model, hybrid=hybrid, note="linear layers untrained")
 
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-from dtr.arch import decoder_layers
+from dtr.arch import HeadGeometry, decoder_layers
 from dtr.distillation.replay import WARMUP_STEPS, Replay
 from dtr.distillation.students import Students
 from dtr.distributed import World
-from dtr.mixers import mixer_from_teacher
+from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
 
 LEARNING_RATE = 1e-4
+
+MixerMaker = Callable[[HeadGeometry, int, Any], Mixer]
 
 
 class Trial:
@@ -25,7 +27,7 @@ class Trial:
 
     Args:
         teacher: from `load_teacher`.
-        kind: mixer by name.
+        make: gives a mixer from the teacher's geometry, a layer's number and its attention.
         input_ids: the global batch (B, T).
         num_layers: how many layers are trained.
         fast: compile the students and replay the step as a CUDA graph.
@@ -33,7 +35,7 @@ class Trial:
     """
 
     def __init__(
-        self, teacher: Teacher, kind: str, input_ids: torch.Tensor, *, num_layers: int, fast: bool, world: World
+        self, teacher: Teacher, make: MixerMaker, input_ids: torch.Tensor, *, num_layers: int, fast: bool, world: World
     ) -> None:
         self._teacher, self._input_ids, self._fast = teacher, input_ids, fast
         device = teacher.device
@@ -41,7 +43,7 @@ class Trial:
         gc.collect()
         held_before = _allocated(device)
         attention = [layer.self_attn for layer in decoder_layers(teacher.model)][:num_layers]
-        mixers = {i: mixer_from_teacher(kind, teacher.geometry, i, a) for i, a in enumerate(attention)}
+        mixers = {i: make(teacher.geometry, i, a) for i, a in enumerate(attention)}
         self._params = [p for mixer in mixers.values() for p in mixer.parameters()]
         self.students = Students(
             teacher,

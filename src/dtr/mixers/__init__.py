@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from dtr.arch import HeadGeometry
-from dtr.errors import RecipeError
+from dtr.errors import RecipeError, did_you_mean
 from dtr.mixers.base import Mixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.mixers.gated_linear_attention import GatedLinearAttention
@@ -32,12 +33,22 @@ def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[
     Raises:
         RecipeError: unknown kind, or an option that this kind does not have.
     """
-    try:
-        return MIXERS[kind](geometry, layer_idx, **(options or {}))
-    except TypeError as error:
-        raise RecipeError(
-            "mixer.options", got=str(error).split("__init__() ")[-1], expected=f"options of {kind}"
-        ) from None
+    known = options_of(MIXERS[kind])
+    for name, value in (options or {}).items():
+        if name not in known:
+            raise RecipeError(
+                "mixer.options", got=f"'{name}'", expected=f"an option of {kind}", hint=did_you_mean(name, known)
+            )
+        if not isinstance(value, (int, float)):
+            raise RecipeError(f"mixer.options.{name}", got=repr(value), expected="a number")
+    return MIXERS[kind](geometry, layer_idx, **(options or {}))
+
+
+def options_of(mixer: type[Mixer]) -> list[str]:
+    """Names of the options that a mixer and the classes it is built on take."""
+    classes = [c for c in mixer.__mro__ if issubclass(c, Mixer) and "__init__" in vars(c)]
+    parameters = [p for c in classes for p in inspect.signature(c.__init__).parameters.values()]
+    return sorted({p.name for p in parameters if p.kind is p.KEYWORD_ONLY})
 
 
 def mixer_from_teacher(

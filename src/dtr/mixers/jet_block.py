@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
+from dtr.errors import RecipeError
 from dtr.mixers.base import check_number
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.ops.short_convolution import dynamic_convolution
@@ -33,7 +34,14 @@ class JetBlock(GatedDeltaNet):
     """
 
     def __init__(self, geometry: HeadGeometry, layer_idx: int, *, dynamic_tokens: int = 4, **options: Any) -> None:
-        super().__init__(geometry, layer_idx, **options, conv_tokens=0)
+        if options.get("conv_tokens"):
+            raise RecipeError(
+                "mixer.options.conv_tokens",
+                got=str(options["conv_tokens"]),
+                expected="none, as jet_block has a convolution of its own",
+                hint="Set dynamic_tokens.",
+            )
+        super().__init__(geometry, layer_idx, **options)
         check_number("dynamic_tokens", dynamic_tokens, 1)
         self.dynamic_tokens = dynamic_tokens
         width = max(1, geometry.hidden_dim // REDUCTION)
