@@ -12,9 +12,10 @@ from tiny import pico_teacher
 
 from dtr.arch import LayerRunner, decoder_layers, with_mixer
 from dtr.errors import DataError
+from dtr.evaluation.batches import TokenPair, group_by_length
 from dtr.evaluation.evaluator import Evaluator, evaluate
 from dtr.evaluation.generation import cut, generate_texts
-from dtr.evaluation.likelihood import LikelihoodScorer, TokenPair, group_by_length
+from dtr.evaluation.likelihood import LikelihoodScorer
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import mixer_from_teacher
 from dtr.tasks import load_task

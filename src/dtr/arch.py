@@ -229,6 +229,43 @@ class LayerRunner:
             masks={kind: makers[kind](**common) for kind in kinds},
         )
 
+    @property
+    def can_branch(self) -> bool:
+        """Whether attention takes the masks of `surroundings` and angles depend on the position alone."""
+        rope = getattr(self._model.model.rotary_emb, "rope_type", "default")
+        return self._model.config._attn_implementation in ("sdpa", "eager") and rope not in ("dynamic", "longrope")
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The first layer's input."""
+        return self._model.model.embed_tokens(input_ids)
+
+    def surroundings(
+        self, hidden: torch.Tensor, positions_BT: torch.Tensor, keys_BS: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+        """Rotary tables and attention masks by layer kind, for tokens at any positions that see keys at any positions.
+
+        Args:
+            hidden: any tensor of the model's dtype and device.
+            positions_BT: the tokens' places in their sequences; -1 for padding, which may see anything.
+            keys_BS: the keys' places; -1 for padding, which no token sees.
+        """
+        distance = positions_BT[:, :, None] - keys_BS[:, None]
+        # A row that sees nothing would be 0 / 0.
+        is_padding = (positions_BT < 0)[:, :, None]
+        causal = (distance >= 0) & (keys_BS >= 0)[:, None]
+        masks: dict[str, Any] = {}
+        for kind in {layer_kind(self._model.config, i) for i in range(len(self.layers))}:
+            seen = causal if kind == "full_attention" else causal & (distance < self._model.config.sliding_window)
+            mask = (seen | is_padding)[:, None]
+            if self._model.config._attn_implementation == "eager":
+                mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+            masks[kind] = mask
+        return self._model.model.rotary_emb(hidden, positions_BT.clamp(min=0)), masks
+
+    def kind(self, index: int) -> str:
+        """full_attention or sliding_attention: what the teacher's own attention of that layer sees."""
+        return layer_kind(self._model.config, index)
+
     def run_layer(self, index: int, layer: nn.Module, hidden_BTD: torch.Tensor, batch: Prepared) -> torch.Tensor:
         """One decoder layer; `layer` may be the teacher's own or a twin of it with a mixer."""
         return layer(

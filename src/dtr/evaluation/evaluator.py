@@ -12,8 +12,9 @@ from torch import nn
 
 from dtr.arch import LayerRunner, is_classifier, with_mixer
 from dtr.errors import DataError
+from dtr.evaluation.batches import TokenPair
 from dtr.evaluation.generation import encode_context, generate_texts
-from dtr.evaluation.likelihood import LikelihoodScorer, TokenPair
+from dtr.evaluation.likelihood import LikelihoodScorer
 from dtr.evaluation.probe import impact
 from dtr.evaluation.score import Grade, Score
 from dtr.hybrid.modeling import make_hybrid
@@ -86,6 +87,7 @@ class Evaluator:
             batch_tokens=batch_tokens,
             cache_bytes=cache_bytes,
             groups=None if blocks is None else [self._pairs_in(block) for block in blocks],
+            questions=self._pairs_of,
         )
 
     @property

@@ -4,8 +4,7 @@ A candidate that differs from its base first at layer l needs layers l and above
 kept at layer boundaries, within a memory budget; where they do not all fit, every n-th boundary is kept and the layers
 between are run again. Work is counted in layer-tokens, so that the saving can be reported.
 
-Choices of one question repeat its prompt. Running it once for all of them would need every mixer to go on from a state
-in the middle of a sequence, at the same rounding; it is not done, and the repeated tokens are counted.
+Choices of one question share its prompt, which runs once where that saves time (`dtr.evaluation.batches`).
 
 Shapes: B batch, T tokens, D hidden dim.
 """
@@ -14,52 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 
+from dtr.allocation import keep_freed_memory
 from dtr.arch import LayerRunner, Prepared
+from dtr.evaluation.batches import Batch, TokenPair, make_batches
+from dtr.evaluation.branching import with_branches
 from dtr.tasks.base import Likelihood
 
 LOGIT_ROWS = {"cpu": 1024, "cuda": 8192}
 """Scored positions per slice of the LM head: logits in float32 for a large vocabulary are the biggest tensor here."""
-BATCH_OVERHEAD_TOKENS = {"cpu": 256, "cuda": 4096}
-"""Padded tokens that take as long as starting the kernels of one more batch: what a split by length must save.
-An estimate, not measured: 50 ns a token and layer on an H100, and 0.2 ms to start a layer's kernels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenPair:
-    """A context and what follows it, as token ids; neither is empty."""
-
-    context: tuple[int, ...]
-    target: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.context) + len(self.target) - 1
-
-
-@dataclass(kw_only=True)
-class _Batch:
-    """Pairs of similar length, right-padded, and the boundaries that are known of the current base."""
-
-    members: list[int]
-    prepared: Prepared
-    rows: torch.Tensor
-    """Flat positions (into B * T) whose next token is scored."""
-    targets: torch.Tensor
-    owners: torch.Tensor
-    """Which member each scored position belongs to; on the CPU."""
-    ends: torch.Tensor
-    """Flat position of each member's last token."""
-    num_tokens: int
-    """Real tokens, without padding."""
-    boundaries: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Hidden state (B, T, D) before layer l, under the current base."""
-    teacher_rows: torch.Tensor | None = None
-    """The teacher's last hidden states at `rows`, once a divergence was asked for."""
 
 
 class LikelihoodScorer:
@@ -76,6 +42,7 @@ class LikelihoodScorer:
         batch_tokens: int = 16_384,
         cache_bytes: int = 4_000_000_000,
         groups: Sequence[Sequence[int]] | None = None,
+        questions: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Args:
 
@@ -84,21 +51,26 @@ class LikelihoodScorer:
         cache_bytes: memory for hidden states of the base.
         groups: pairs that may be asked for alone; no batch holds pairs of two groups, so that a pair's result does
             not depend on which others are asked for. One group of all when left out.
+        questions: pairs that may begin alike; each within one group. Every pair is one when left out.
         """
+        if device.type == "cpu":
+            keep_freed_memory()
         self._runner, self._linear = runner, linear_layers
         self._num_layers = len(runner.layers)
         self._device = device
         self._base: frozenset[int] = frozenset()
-        overhead = BATCH_OVERHEAD_TOKENS.get(device.type, 256)
+        self._branching: dict[nn.Module, nn.Module] = {}
+        """Decoder layers to those that take branches."""
+        parts = groups if groups is not None else [range(len(pairs))]
+        group_of = {index: number for number, members in enumerate(parts) for index in members}
+        in_group: list[list[Sequence[int]]] = [[] for _ in parts]
+        for members in questions if questions is not None else [[index] for index in group_of]:
+            if members:
+                in_group[group_of[members[0]]].append(members)
+        common: dict[str, Any] = {"pad_token_id": pad_token_id, "device": device, "batch_tokens": batch_tokens}
         with torch.no_grad():
-            self._batches = [
-                self._prepare(pairs, members, pad_token_id)
-                for group in (groups if groups is not None else [range(len(pairs))])
-                for members in group_by_length(
-                    [len(pair) for pair in pairs], group, batch_tokens, overhead_tokens=overhead
-                )
-            ]
-        per_boundary = sum(b.prepared.hidden_BTD.numel() * b.prepared.hidden_BTD.element_size() for b in self._batches)
+            self._batches = [batch for own in in_group for batch in make_batches(runner, pairs, own, **common)]
+        per_boundary = sum(b.hidden.numel() * b.hidden.element_size() for b in self._batches)
         num_kept = max(1, min(self._num_layers, cache_bytes // max(per_boundary, 1)))
         self._stride = math.ceil(self._num_layers / num_kept)
         self._tokens_per_pass = sum(len(pair) for pair in pairs)
@@ -106,7 +78,7 @@ class LikelihoodScorer:
 
     @property
     def pass_equivalents(self) -> float:
-        """Layer-tokens run so far, in units of one full pass over all pairs."""
+        """Layer-tokens run so far, in units of one full pass over all pairs, each with its whole context."""
         return self._layer_tokens / (self._num_layers * max(self._tokens_per_pass, 1))
 
     @torch.no_grad()
@@ -156,13 +128,15 @@ class LikelihoodScorer:
             if batch.teacher_rows is None:
                 batch.teacher_rows = self._last_hidden(batch, teacher, teacher).flatten(0, 1)[batch.rows]
             rows = self._last_hidden(batch, linear, teacher).flatten(0, 1)[batch.rows]
-            for theirs, ours in zip(batch.teacher_rows.split(step), rows.split(step)):
+            # A position counts as often as a target is asked of it, however many choices share it.
+            counts = batch.asked.bincount(minlength=len(rows))
+            for theirs, ours, weights in zip(batch.teacher_rows.split(step), rows.split(step), counts.split(step)):
                 reference, candidate = (self._runner.logits(part).float().log_softmax(dim=1) for part in (theirs, ours))
-                total += ((reference - candidate) * reference.exp()).sum().item()
-            num_positions += len(rows)
+                total += (((reference - candidate) * reference.exp()).sum(dim=1) * weights).sum().item()
+            num_positions += len(batch.targets)
         return total / max(num_positions, 1)
 
-    def _batches_of(self, only: Collection[int] | None) -> list[_Batch]:
+    def _batches_of(self, only: Collection[int] | None) -> list[Batch]:
         if only is None:
             return self._batches
         wanted = set(only)
@@ -170,7 +144,7 @@ class LikelihoodScorer:
         assert sum(len(batch.members) for batch in chosen) == len(wanted), "only whole groups can be asked for"
         return chosen
 
-    def _last_hidden(self, batch: _Batch, linear: frozenset[int], base: frozenset[int]) -> torch.Tensor:
+    def _last_hidden(self, batch: Batch, linear: frozenset[int], base: frozenset[int]) -> torch.Tensor:
         self._rebase(base)
         start = min(linear ^ base, default=self._num_layers)
         return self._run(batch, self._hidden_before(batch, start), range(start, self._num_layers), linear)
@@ -184,92 +158,41 @@ class LikelihoodScorer:
             batch.boundaries = {at: hidden for at, hidden in batch.boundaries.items() if at <= first_change}
         self._base = base
 
-    def _hidden_before(self, batch: _Batch, layer: int) -> torch.Tensor:
+    def _hidden_before(self, batch: Batch, layer: int) -> torch.Tensor:
         """The base's hidden state before `layer`, from the nearest known boundary below."""
         known = max((at for at in batch.boundaries if at <= layer), default=0)
-        hidden = batch.boundaries.get(known, batch.prepared.hidden_BTD)
+        hidden = batch.boundaries.get(known, batch.hidden)
         for index in range(known, layer):
             hidden = self._run(batch, hidden, range(index, index + 1), self._base)
             if (index + 1) % self._stride == 0 and index + 1 < self._num_layers:
                 batch.boundaries[index + 1] = hidden
         return hidden
 
-    def _run(self, batch: _Batch, hidden: torch.Tensor, layers: range, linear: frozenset[int]) -> torch.Tensor:
+    def _run(self, batch: Batch, hidden: torch.Tensor, layers: range, linear: frozenset[int]) -> torch.Tensor:
         for index in layers:
             layer = self._linear[index] if index in linear else self._runner.layers[index]
-            hidden = self._runner.run_layer(index, layer, hidden, batch.prepared)
+            hidden = self._run_layer(index, layer, hidden, batch)
         self._layer_tokens += len(layers) * batch.num_tokens
         return hidden
 
-    def _prepare(self, pairs: Sequence[TokenPair], members: list[int], pad_token_id: int) -> _Batch:
-        longest = max(len(pairs[i]) for i in members)
-        ids = torch.full((len(members), longest), pad_token_id)
-        rows: list[int] = []
-        targets: list[int] = []
-        owners: list[int] = []
-        for place, index in enumerate(members):
-            pair = pairs[index]
-            tokens = pair.context + pair.target
-            ids[place, : len(pair)] = torch.tensor(tokens[:-1])
-            rows += [place * longest + at for at in range(len(pair.context) - 1, len(pair))]
-            targets += pair.target
-            owners += [place] * len(pair.target)
-        device = self._device
-        return _Batch(
-            members=members,
-            prepared=self._runner.prepare(ids.to(device)),
-            rows=torch.tensor(rows, device=device),
-            targets=torch.tensor(targets, device=device),
-            owners=torch.tensor(owners),
-            ends=torch.tensor([at * longest + len(pairs[i]) - 1 for at, i in enumerate(members)], device=device),
-            num_tokens=sum(len(pairs[i]) for i in members),
-        )
+    def _run_layer(self, index: int, layer: nn.Module, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if isinstance(batch.prepared, Prepared):
+            return self._runner.run_layer(index, layer, hidden, batch.prepared)
+        if layer not in self._branching:
+            self._branching[layer] = with_branches(self._runner, index, layer)
+        return self._branching[layer](hidden, branches=batch.prepared)
 
-    def _read(self, batch: _Batch, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each scored position's token, and whether another token is likelier."""
-        scored = hidden_BTD.flatten(0, 1)[batch.rows]
+    def _read(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each target, and whether another token is likelier."""
+        scored = hidden.flatten(0, 1)[batch.rows]
         log_probs, misses = [], []
         step = LOGIT_ROWS.get(self._device.type, 1024)
-        for part, targets in zip(scored.split(step), batch.targets.split(step)):
-            logits = self._runner.logits(part).float()
-            log_probs.append(logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1))
-            misses.append(logits.argmax(dim=1) != targets)
+        for first in range(0, len(scored), step):
+            last = min(first + step, len(scored))
+            here = slice(batch.ends_of_rows[first], batch.ends_of_rows[last])
+            logits = self._runner.logits(scored[first:last]).float()
+            # Several targets may be asked of one row, the first tokens of a question's choices.
+            asked, targets = batch.asked[here] - first, batch.targets[here]
+            log_probs.append(logits[asked, targets] - logits.logsumexp(dim=1)[asked])
+            misses.append(logits.argmax(dim=1)[asked] != targets)
         return torch.cat(log_probs), torch.cat(misses)
-
-
-def group_by_length(
-    lengths: Sequence[int], members: Sequence[int], batch_tokens: int, *, overhead_tokens: int = 0
-) -> list[list[int]]:
-    """Batches of similar length, longest first, with the least work: padded tokens, and an overhead for each batch.
-
-    The best cut of the lengths into ranges, by dynamic programming over the lengths that occur; a range that exceeds
-    `batch_tokens` is dealt out in even batches.
-    """
-    order = sorted(members, key=lambda i: (-lengths[i], i))
-    starts = [at for at in range(len(order)) if at == 0 or lengths[order[at]] != lengths[order[at - 1]]]
-    starts.append(len(order))
-
-    def num_batches(first: int, last: int) -> int:
-        return math.ceil((last - first) / max(1, batch_tokens // lengths[order[first]]))
-
-    best: list[tuple[float, int]] = [(0.0, 0)] * len(starts)
-    for end in range(1, len(starts)):
-        best[end] = min(
-            (
-                best[begin][0]
-                + lengths[order[starts[begin]]] * (starts[end] - starts[begin])
-                + overhead_tokens * num_batches(starts[begin], starts[end]),
-                begin,
-            )
-            for begin in range(end)
-        )
-    cuts = [len(starts) - 1]
-    while cuts[0] > 0:
-        cuts.insert(0, best[cuts[0]][1])
-    batches = []
-    for begin, end in pairwise(cuts):
-        first, last = starts[begin], starts[end]
-        num = num_batches(first, last)
-        edges = [first + (last - first) * at // num for at in range(num + 1)]
-        batches += [order[low:high] for low, high in pairwise(edges)]
-    return batches
