@@ -23,6 +23,7 @@ ROOMS = (
     ["tasks"],
     ["evaluation"],
     ["selection"],
+    ["spreading"],
     ["binding"],
     ["replace"],
     ["bench"],

@@ -199,10 +199,9 @@ def test_a_budget_of_layers_ends_the_search(strategy: str):
     assert (trace.stop_reason, trace.stop_text) == ("budget", "11 layers are linear, the cache fits.")
 
 
-def test_a_budget_of_seconds_keeps_what_is_in_hand(monkeypatch):
-    clock = iter(range(10**6))
-    monkeypatch.setattr("dtr.selection.state.time.monotonic", lambda: next(clock))
-    trace = run(additive_table([0.01, 0.02, 0.03]), "exact", layers=range(3), p_min=0.5, budget=Budget(seconds=4))
+def test_a_budget_of_seconds_keeps_what_is_in_hand():
+    options = {"budget": Budget(seconds=4), "clock": iter(range(10**6)).__next__}
+    trace = run(additive_table([0.01, 0.02, 0.03]), "exact", layers=range(3), p_min=0.5, **options)
     assert trace.m_opt.layers == (0,)
     assert (trace.stop_reason, trace.stop_text) == ("budget", "The budget of 4 seconds is spent.")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dtr.distillation.bank import MixerBank
+from dtr.distributed import World, current_world
 from dtr.errors import BankError, RecipeError
 from dtr.evaluation.evaluator import Evaluator
 from dtr.hybrid.cache import decode_cache_bytes
@@ -20,6 +21,7 @@ from dtr.selection.journal import Journal
 from dtr.selection.state import Budget
 from dtr.selection.strategies import STRATEGIES, GuardTask, select_layers
 from dtr.selection.trace import SearchTrace
+from dtr.spreading import SpreadEvaluator, clock_of, shared_journal
 from dtr.tasks.base import Task, fingerprint
 from dtr.teacher import Teacher
 
@@ -73,9 +75,9 @@ def check_search(
         )
 
 
-def make_evaluator(teacher: Teacher, bank: MixerBank, task: Task, split: str, **options: Any) -> Evaluator:
-    """An evaluator that knows the bank's mixers; `options` as `Evaluator` takes them."""
-    return Evaluator(
+def make_evaluator(teacher: Teacher, bank: MixerBank, task: Task, split: str, **options: Any) -> SpreadEvaluator:
+    """An evaluator that knows the bank's mixers, spread over the ranks; `options` as `Evaluator` takes them."""
+    own = Evaluator(
         teacher.model,
         teacher.tokenizer,
         task,
@@ -84,6 +86,7 @@ def make_evaluator(teacher: Teacher, bank: MixerBank, task: Task, split: str, **
         specs={layer: bank.spec() for layer in bank.layers},
         **options,
     )
+    return SpreadEvaluator(own, current_world())
 
 
 def find_layers(
@@ -127,7 +130,8 @@ def find_layers(
     )
     started = time.monotonic()
     options = {"batch_tokens": batch_tokens, "cache_bytes": cache_bytes}
-    with _open_journal(journal, teacher, bank, task, guards, seed) as book:
+    world = current_world()
+    with _open_journal(world, journal, teacher, bank, task, guards, seed) as book:
         validation = make_evaluator(teacher, bank, task, "validation", **options, blocks=items.groups)
         options["cache_bytes"] = 0
         guarding = [make_evaluator(teacher, bank, guard.task, "validation", **options) for guard in guards]
@@ -147,13 +151,14 @@ def find_layers(
             facts=_facts(bank, validation, items),
             run_to_end=run_to_end,
             seed=seed,
+            clock=clock_of(world),
             journal=book,
             on_event=on_event,
         )
     return Selection(
         trace=trace,
-        pass_equivalents=validation.pass_equivalents,
-        guard_pass_equivalents=sum(score.pass_equivalents for score in guarding),
+        pass_equivalents=validation.pass_equivalents(),
+        guard_pass_equivalents=sum(score.pass_equivalents() for score in guarding),
         seconds=time.monotonic() - started,
     )
 
@@ -193,12 +198,12 @@ def _budget(
     return Budget(num_linear=num_wanted, num_linear_text=text, seconds=max_seconds)
 
 
-def _facts(bank: MixerBank, validation: Evaluator, items: ItemSplit) -> Callable[[str], Mapping[int, float]]:
+def _facts(bank: MixerBank, validation: SpreadEvaluator, items: ItemSplit) -> Callable[[str], Mapping[int, float]]:
     def facts(name: str) -> Mapping[int, float]:
         if name == "nmse":
             return bank.nmse_after
-        if measure := {"kl": validation.divergence, "impact": validation.impact}.get(name):
-            found = {layer: measure(layer, items.selection) for layer in bank.layers}
+        if name in ("kl", "impact"):
+            found = validation.measure({"kl": "divergence"}.get(name, name), bank.layers, items.selection)
             return {layer: value for layer, value in found.items() if value is not None}
         return {}
 
@@ -206,7 +211,13 @@ def _facts(bank: MixerBank, validation: Evaluator, items: ItemSplit) -> Callable
 
 
 def _open_journal(
-    path: str | Path | None, teacher: Teacher, bank: MixerBank, task: Task, guards: Sequence[GuardFloor], seed: int
+    world: World,
+    path: str | Path | None,
+    teacher: Teacher,
+    bank: MixerBank,
+    task: Task,
+    guards: Sequence[GuardFloor],
+    seed: int,
 ) -> Any:
     if path is None:
         return nullcontext()
@@ -219,4 +230,4 @@ def _open_journal(
         "guards": {guard.task.name: fingerprint(guard.task) for guard in guards},
         "seed": seed,
     }
-    return Journal(path, identity=identity, resume=True)
+    return shared_journal(world, lambda: Journal(path, identity=identity, resume=True))

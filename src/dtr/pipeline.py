@@ -9,7 +9,7 @@ from dtr.binding import GuardFloor, check_search
 from dtr.corpus import StreamedBlocks, TokenBlocks
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
-from dtr.distributed import World, current_world, join_world
+from dtr.distributed import World, current_world, join_world, leave_world
 from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.examples import differing_items, write_sample
@@ -66,11 +66,12 @@ def run(
         text, faults = prepare_text(recipe, teacher, emit)
     with clock("distill"), memory_advice("distill.batch_size"):
         mixers = load_bank(bank, teacher=teacher) if bank else prepare_bank(recipe, teacher, text, folder, emit)
-    if not world.is_first:
-        # Only distillation is shared out; the first rank does the rest.
-        return {}
     with clock("search"), memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
         result = prepare_search(recipe, teacher, mixers, task, guards, folder, emit)
+    leave_world()
+    if not world.is_first:
+        # All ranks know the result; the first one measures speed and writes.
+        return {}
     emit({"event": "stage", "text": "measuring speed, writing samples"})
     with clock("report"):
         sample = write_sample(teacher, result.m_opt)
@@ -172,7 +173,8 @@ def prepare_search(
         journal=folder.journal,
         on_event=emit,
     )
-    write_json(folder.search, result.trace.to_dict(with_items=True))
+    if current_world().is_first:
+        write_json(folder.search, result.trace.to_dict(with_items=True))
     return result
 
 

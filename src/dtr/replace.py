@@ -123,6 +123,8 @@ def search(
             scores[linear] = test(linear)
         return scores[linear]
 
+    wanted = [(), trace.m_opt.layers, trace.m_best.layers, *(step.linear for step in trace.steps if test_curve)]
+    test.expect([frozenset(layers) for layers in wanted])
     mixers, spec = bank.in_dtype(teacher.dtype), bank.spec()
 
     def hybrid(layers: tuple[int, ...]) -> Any:

@@ -108,6 +108,8 @@ def _gains(
 ) -> dict[int, float]:
     """Estimated gain over `base` of the hybrid that differs from it in each layer."""
     blocks = (block,) if len(search.blocks) > 1 else None
+    hybrids = list(hybrids)
+    search.expect([base, *hybrids], base=base, blocks=blocks)
     before = search.score(base, base=base, blocks=blocks)
     scores = [search.score(hybrid, base=base, blocks=blocks) for hybrid in hybrids]
     return estimate_gains(before, dict(zip(layers, scores)))

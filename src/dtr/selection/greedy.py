@@ -12,4 +12,6 @@ from dtr.selection.state import Search
 def exact(search: Search) -> None:
     """Replace one layer after another, always the one whose replacement scores best."""
     while search.goes_on():
-        search.take_best({layer: search.candidate(layer) for layer in search.remaining()})
+        remaining = search.remaining()
+        search.expect_candidates(remaining)
+        search.take_best({layer: search.candidate(layer) for layer in remaining})

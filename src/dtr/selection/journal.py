@@ -23,7 +23,35 @@ _MAX_DIFFERENCES_SHOWN = 8
 _MAX_VALUE_CHARS = 100
 
 
-class Journal:
+class ScoreBook:
+    """Scores by set of linear layers, kept in memory."""
+
+    def __init__(self, scores: Mapping[ScoreKey, Score] | None = None) -> None:
+        self._scores: dict[ScoreKey, Score] = dict(scores or {})
+
+    def __len__(self) -> int:
+        """Number of scores held."""
+        return len(self._scores)
+
+    @property
+    def scores(self) -> dict[ScoreKey, Score]:
+        """A copy of all that is held."""
+        return dict(self._scores)
+
+    def find(self, linear: frozenset[int], *, items: tuple[int, ...] | None = None, task: str = "") -> Score | None:
+        """The score of a hybrid over these items, or None if it is not there; other items are another score."""
+        return self._scores.get((linear, items, task))
+
+    def record(
+        self, linear: frozenset[int], score: Score, *, items: tuple[int, ...] | None = None, task: str = ""
+    ) -> None:
+        """Keep one score that is not there yet."""
+        key = (linear, items, task)
+        assert key not in self._scores, f"{sorted(linear)} is in the journal already"
+        self._scores[key] = score
+
+
+class Journal(ScoreBook):
     """Scores by set of linear layers, kept in a file. Use as a context manager, or call `close`.
 
     Args:
@@ -37,8 +65,8 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, *, identity: Mapping[str, Any], resume: bool = False) -> None:
+        super().__init__()
         self.path = Path(path)
-        self._scores: dict[ScoreKey, Score] = {}
         header = _to_line({"journal": "search", "format": FORMAT, "identity": identity})
         try:
             existing = self.path.read_bytes() if self.path.exists() else b""
@@ -61,14 +89,6 @@ class Journal:
             self._append(header)
         elif existing[num_good_bytes - 1 : num_good_bytes] != b"\n":
             self._append(b"\n")
-
-    def __len__(self) -> int:
-        """Number of scores held."""
-        return len(self._scores)
-
-    def find(self, linear: frozenset[int], *, items: tuple[int, ...] | None = None, task: str = "") -> Score | None:
-        """The score of a hybrid over these items, or None if it is not there; other items are another score."""
-        return self._scores.get((linear, items, task))
 
     def record(
         self, linear: frozenset[int], score: Score, *, items: tuple[int, ...] | None = None, task: str = ""

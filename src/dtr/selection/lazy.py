@@ -16,14 +16,15 @@ from dtr.selection.state import Search
 class StaleScores:
     """Gains of candidates over the hybrid that they were scored on, the newest known of each."""
 
-    def __init__(self, score: Callable[[int], Score]) -> None:
-        self._score = score
+    def __init__(self, score: Callable[[int], Score], expect: Callable[[Iterable[int]], None]) -> None:
+        self._score, self._expect = score, expect
         self._gains: dict[int, tuple[float, float]] = {}
 
     def best(self, candidates: Iterable[int], current: Score) -> dict[int, Score]:
         """Scores made now, in order of asking; the one that is on top of all, stale ones included, is among them."""
         left = set(candidates)
         fresh: dict[int, Score] = {}
+        self._expect(sorted(left - set(self._gains)))
         while left - set(fresh):
             unknown = sorted(left - set(self._gains))
             layer = unknown[0] if unknown else min(left, key=self._rank)
@@ -41,11 +42,13 @@ class StaleScores:
 
 def lazy(search: Search) -> None:
     """Greedy replacement with stale scores; before it stops, all layers left are scored anew."""
-    stale = StaleScores(search.candidate)
+    stale = StaleScores(search.candidate, search.expect_candidates)
     while search.goes_on():
         fresh = stale.best(search.remaining(), search.current)
         if not any(search.threshold.is_met_by(score) for score in fresh.values()):
-            fresh |= {layer: search.candidate(layer) for layer in search.remaining() if layer not in fresh}
+            others = [layer for layer in search.remaining() if layer not in fresh]
+            search.expect_candidates(others)
+            fresh |= {layer: search.candidate(layer) for layer in others}
         search.take_best(fresh)
 
 
@@ -53,7 +56,10 @@ def restore(search: Search) -> None:
     """Start with every layer linear and give attention back to the layer that gains most, until P_min is reached."""
     linear = frozenset(search.layers)
     score, restored = search.score(linear), []
-    stale = StaleScores(lambda layer: search.score(linear - {layer}, base=linear))
+    stale = StaleScores(
+        lambda layer: search.score(linear - {layer}, base=linear),
+        lambda layers: search.expect([linear - {layer} for layer in layers], base=linear),
+    )
     limit = search.budget.num_linear or len(search.layers)
     while linear and not (
         search.threshold.is_met_by(score) and len(linear) <= limit and search.keeps_guards(linear, sorted(linear))

@@ -40,6 +40,7 @@ def impact(search: Search) -> None:
 
 def one_shot(search: Search) -> None:
     """By the score of each layer alone in the teacher: the first step of `exact`, never updated."""
+    search.expect_candidates(search.layers)
     alone = {layer: search.candidate(layer) for layer in search.layers}
     follow(search, sorted(alone, key=lambda layer: (-alone[layer].goodness, -alone[layer].log_likelihood, layer)))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from dtr.evaluation.score import Score
-from dtr.selection.journal import Journal
+from dtr.selection.journal import ScoreBook
 
 EventListener = Callable[[dict[str, Any]], None]
 
@@ -17,6 +17,9 @@ class ScoreFunction(Protocol):
     It must be deterministic. `base` is the hybrid that the candidate was derived from, a hint that lets an evaluator
     reuse hidden states; it never changes the score. A function that is given blocks of items also takes
     `items: Sequence[int]`, the ascending indices of the items to score, always a union of blocks.
+
+    A function that can work on several hybrids at once has a method `expect(hybrids, *, base, items)` besides, which is
+    told of a round of scores before they are asked for.
     """
 
     def __call__(self, linear: frozenset[int], *, base: frozenset[int]) -> Score: ...
@@ -42,7 +45,7 @@ class Scorer:
         score: ScoreFunction,
         *,
         max_candidates: int,
-        journal: Journal | None = None,
+        journal: ScoreBook | None = None,
         on_event: EventListener | None = None,
         task: str = "",
     ) -> None:
@@ -80,6 +83,14 @@ class Scorer:
         )
         return score
 
+    def expect(
+        self, hybrids: Sequence[frozenset[int]], *, base: frozenset[int], items: Sequence[int] | None = None
+    ) -> None:
+        """Announce scores that will be asked for next, to a function that wants to know."""
+        expect = getattr(self._score, "expect", None)
+        if expect is not None:
+            expect([one for one in hybrids if self._find(one, items) is None], base=base, items=items)
+
     def emit(self, event: str, **fields: Any) -> None:
         if self._on_event is not None:
             self._on_event({"event": event, **fields})
@@ -88,11 +99,17 @@ class Scorer:
         self, linear: frozenset[int], *, base: frozenset[int], items: Sequence[int] | None = None
     ) -> tuple[Score, bool]:
         """The score, and whether it came from the journal; neither counted nor announced."""
-        key = None if items is None else tuple(items)
-        if self._journal is not None and (known := self._journal.find(linear, items=key, task=self._task)) is not None:
+        if (known := self._find(linear, items)) is not None:
             return known, True
         # Score functions without blocks need not know of items.
         score = self._score(linear, base=base, **({} if items is None else {"items": items}))
         if self._journal is not None:
-            self._journal.record(linear, score, items=key, task=self._task)
+            self._journal.record(linear, score, items=_key(items), task=self._task)
         return score, False
+
+    def _find(self, linear: frozenset[int], items: Sequence[int] | None) -> Score | None:
+        return None if self._journal is None else self._journal.find(linear, items=_key(items), task=self._task)
+
+
+def _key(items: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if items is None else tuple(items)

@@ -61,6 +61,7 @@ class Search:
         budget: other reasons to stop.
         facts: numbers per layer by name (`nmse`, `kl`, `impact`), looked up when a strategy needs them.
         seed: for strategies that draw.
+        clock: seconds, for the budget.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Search:
         budget: Budget | None = None,
         facts: Callable[[str], Mapping[int, float]] | None = None,
         seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layers, self.teacher, self.threshold, self.scorer = tuple(layers), teacher, threshold, scorer
         self.run_to_end, self.guards, self.seed = run_to_end, tuple(guards), seed
@@ -85,7 +87,8 @@ class Search:
         self.blocks = tuple(tuple(sorted(block)) for block in blocks)
         self._items = tuple(sorted(item for block in self.blocks for item in block))
         self._meter = PassMeter(num_layers=num_model_layers, num_items=teacher.num_items)
-        self._deadline = time.monotonic() + self.budget.seconds if self.budget.seconds else None
+        self._clock = clock
+        self._deadline = clock() + self.budget.seconds if self.budget.seconds else None
 
         self.order: tuple[int, ...] = ()
         self.current = teacher
@@ -128,21 +131,39 @@ class Search:
         Raises:
             OutOfTime: the budget of seconds is spent.
         """
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self._deadline is not None and self._clock() > self._deadline:
             raise OutOfTime
         return self._score(frozenset(linear), self.linear if base is None else base, blocks)
+
+    def expect(
+        self,
+        hybrids: Iterable[frozenset[int]],
+        *,
+        base: frozenset[int] | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> None:
+        """Announce a round: scores, as `score` gives them, that will all be asked for."""
+        self.scorer.expect(list(hybrids), base=self.linear if base is None else base, items=self._items_of(blocks))
+
+    def expect_candidates(self, layers: Iterable[int]) -> None:
+        """Announce a round of `candidate`."""
+        self.expect([self.linear | {layer} for layer in layers])
 
     def score_untimed(self, linear: Iterable[int]) -> Score:
         """Score over all items that search may look at, after a search whose time may be spent."""
         return self._score(frozenset(linear), frozenset(linear), None)
 
     def _score(self, linear: frozenset[int], base: frozenset[int], blocks: Sequence[int] | None) -> Score:
-        items = self._items or None
-        share = items is not None and blocks is not None and len(blocks) < len(self.blocks)
-        if share:
-            items = tuple(sorted(item for block in blocks or () for item in self.blocks[block]))
+        items = self._items_of(blocks)
+        share = items is not None and len(items) < len(self._items)
         self._meter.add(linear, base=base, items=range(self.teacher.num_items) if items is None else items)
         return self.scorer.hybrid(linear, base=base, step=len(self.order) + 1, items=items, share=share)
+
+    def _items_of(self, blocks: Sequence[int] | None) -> tuple[int, ...] | None:
+        """The items of some blocks, or of all; None where the score function knows only all."""
+        if blocks is None or not self._items:
+            return self._items or None
+        return tuple(sorted(item for block in blocks for item in self.blocks[block]))
 
     def candidate(self, layer: int) -> Score:
         """Score of the current hybrid with one more layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from dtr.selection.certificate import Certificate, check_num_items, confirm_path
 from dtr.selection.criteria import PMinKind, check_p_min, resolve_p_min
 from dtr.selection.greedy import exact
 from dtr.selection.items import ItemSplit
-from dtr.selection.journal import Journal
+from dtr.selection.journal import ScoreBook
 from dtr.selection.lazy import lazy, restore
 from dtr.selection.ranked import impact, kl, lowest_mse, one_shot, random_order, uniform
 from dtr.selection.scorer import EventListener, ScoreFunction, Scorer
@@ -61,7 +62,8 @@ def select_layers(
     budget: Budget | None = None,
     facts: Callable[[str], Mapping[int, float]] | None = None,
     seed: int = 0,
-    journal: Journal | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    journal: ScoreBook | None = None,
     on_event: EventListener | None = None,
 ) -> SearchTrace:
     """Find the hybrid with the most linear layers at or above P_min, and a path of hybrids that leads there.
@@ -82,6 +84,7 @@ def select_layers(
         budget: other reasons to stop.
         facts: numbers per layer by name, asked for by the baselines.
         seed: for strategies that draw.
+        clock: seconds, for the budget.
         journal: scores are read from here before they are computed, and written here once they are. A search that
             was interrupted (KeyboardInterrupt passes through) and goes on with its journal gives the same trace.
         on_event: called with small dicts: `teacher`, `candidate` (see `Scorer`), `step`, `refused` and `stop`.
@@ -117,6 +120,7 @@ def select_layers(
         budget=budget,
         facts=facts,
         seed=seed,
+        clock=clock,
     )
     try:
         run(search)
@@ -191,7 +195,7 @@ class _Confirmation:
         return self._scorer.look_up_or_score(linear, base=linear, items=self._items.confirmation)[0]
 
 
-def _resolve_guard(guard: GuardTask, journal: Journal | None) -> Guard:
+def _resolve_guard(guard: GuardTask, journal: ScoreBook | None) -> Guard:
     scorer = Scorer(guard.score, max_candidates=0, journal=journal, task=guard.name)
     teacher, _ = scorer.look_up_or_score(frozenset(), base=frozenset())
     threshold = resolve_p_min(guard.p_min, guard.p_min_kind, teacher, where=f"search.guards ({guard.name})")
