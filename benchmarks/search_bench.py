@@ -2,8 +2,9 @@
 
     python benchmarks/search_bench.py --model MODEL --bank BANK --task arc_easy=DATA/arc_easy --task recall=recall
     python benchmarks/search_bench.py --simulate 500
+    python benchmarks/search_bench.py --simulate-stops 240 --simulated-items 500
 
-Both write into one file: a run with tasks replaces those tasks and keeps the simulation, and the other way round. The
+All write into one file: a run with tasks replaces those tasks and keeps the simulations, and the other way round. The
 file is written after every strategy. The order in which layers fall is drawn beside it. The last line on stdout is the
 record as JSON.
 """
@@ -35,6 +36,13 @@ def main() -> None:
         found = simulate_certificates(args.simulate, num_items=args.simulated_items, confidence=args.confidence or 0.95)
         found |= {**provenance, "hardware": hardware(), "seconds": round(time.monotonic() - started, 1)}
         record["certificate_simulation"] = found
+    if args.simulate_stops:
+        from dtr.selection.trials import simulate_stops
+
+        started = time.monotonic()
+        found = simulate_stops(args.simulate_stops, num_items=args.simulated_items)
+        found |= {**provenance, "hardware": hardware(), "seconds": round(time.monotonic() - started, 1)}
+        record["stop_simulation"] = found
     if args.task:
         record |= provenance
         measure(args, record)
@@ -57,11 +65,14 @@ def read_arguments() -> argparse.Namespace:
         "--task-set", action="append", default=[], metavar="NAME:KEY=VALUE", help="the same, for one of the tasks"
     )
     parser.add_argument("--simulate", type=int, default=0, metavar="RUNS", help="simulate the certificate")
+    parser.add_argument(
+        "--simulate-stops", type=int, default=0, metavar="RUNS", help="simulate search.safety and confidences"
+    )
     parser.add_argument("--simulated-items", type=int, default=800)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    if not args.simulate and not (args.task and args.model and args.bank):
-        parser.error("give --simulate RUNS, or --model, --bank and at least one --task")
+    if not args.simulate and not args.simulate_stops and not (args.task and args.model and args.bank):
+        parser.error("give --simulate or --simulate-stops RUNS, or --model, --bank and at least one --task")
     return args
 
 

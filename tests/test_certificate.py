@@ -13,6 +13,7 @@ from dtr.errors import DataError
 from dtr.evaluation.paired import margins_over_limit, mean_lower_bound, score_statistic
 from dtr.evaluation.score import Grade, Score, mean_score, perplexity_score
 from dtr.selection.certificate import check_num_items, confirm_path, sizes_to_test
+from dtr.selection.criteria import Limits
 from dtr.selection.items import split_items
 from dtr.selection.simulation import PRESETS, SimulatedTask
 from dtr.selection.strategies import select_layers
@@ -134,8 +135,8 @@ def test_confirmation_items_are_looked_at_only_in_the_end():
         return task(linear, base=base, items=items)
 
     seen: list[int] = []
-    limit = {"p_min": 0.9, "p_min_kind": "relative", "p_min_confidence": 0.95}
-    trace = select_layers(score, layers=range(30), strategy="auto", items=split, **limit)
+    limits = Limits(p_min=0.9, p_min_confidence=0.95)
+    trace = select_layers(score, layers=range(30), limits=limits, strategy="auto", items=split)
     certificate = trace.certificate
     assert certificate is not None
     assert certificate.num_items == 500
@@ -150,9 +151,9 @@ def test_confirmation_items_are_looked_at_only_in_the_end():
 
 def test_too_few_confirmation_items_stop_the_search_before_any_candidate():
     task = SimulatedTask(PRESETS["arc_easy"], num_items=150, seed=1)
-    limit = {"p_min": 0.95, "p_min_kind": "relative", "p_min_confidence": 0.95}
+    limits = Limits(p_min=0.95, p_min_confidence=0.95)
     with pytest.raises(DataError, match="75 validation items to confirm with"):
-        select_layers(task, layers=range(30), items=split_items(150, confirmation_share=0.5), **limit)
+        select_layers(task, layers=range(30), limits=limits, items=split_items(150, confirmation_share=0.5))
     assert task.pass_equivalents <= 1
 
 

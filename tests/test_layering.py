@@ -23,7 +23,7 @@ ROOMS = (
     ["tasks"],
     ["evaluation"],
     ["selection"],
-    ["spreading"],
+    ["settings", "spreading"],
     ["binding"],
     ["replace"],
     ["bench"],

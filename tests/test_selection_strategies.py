@@ -13,6 +13,7 @@ from score_tables import Table, acc, ppl, table
 
 from dtr.errors import RecipeError
 from dtr.selection.auto import estimate_gains
+from dtr.selection.criteria import Limits
 from dtr.selection.items import split_items
 from dtr.selection.journal import Journal
 from dtr.selection.meter import PassMeter
@@ -25,10 +26,11 @@ NUM_LAYERS = 30
 
 
 def run(task: Any, strategy: str, *, num_items: int = 500, layers: Sequence[int] = range(NUM_LAYERS), **options: Any):
-    options = {"p_min": 0.95, "p_min_kind": "relative", "facts": lambda name: dict.fromkeys(range(99), 0.5), **options}
+    options = {"facts": lambda name: dict.fromkeys(range(99), 0.5), **options}
+    limits = Limits(p_min=options.pop("p_min", 0.95), p_min_kind=options.pop("p_min_kind", "relative"))
     if isinstance(task, SimulatedTask):
         options.setdefault("items", split_items(num_items, in_blocks=strategy == "auto"))
-    return select_layers(task, layers=layers, strategy=strategy, **options)
+    return select_layers(task, layers=layers, limits=limits, strategy=strategy, **options)
 
 
 def additive_table(damages: Sequence[float]) -> Table:
@@ -146,12 +148,12 @@ def test_interrupted_races_resume_from_the_journal(tmp_path: Path):
         first, second = Interrupted(at), Interrupted(10**6)
         with Journal(path, identity={"seed": 0}) as journal, pytest.raises(KeyboardInterrupt):
             select_layers(
-                first, layers=range(30), p_min=0.95, p_min_kind="relative", strategy="auto",
+                first, layers=range(30), limits=Limits(p_min=0.95), strategy="auto",
                 items=options["items"], journal=journal,
             )  # fmt: skip
         with Journal(path, identity={"seed": 0}, resume=True) as journal:
             found = select_layers(
-                second, layers=range(30), p_min=0.95, p_min_kind="relative", strategy="auto",
+                second, layers=range(30), limits=Limits(p_min=0.95), strategy="auto",
                 items=options["items"], journal=journal,
             )  # fmt: skip
         assert found == expected

@@ -25,16 +25,19 @@ if TYPE_CHECKING:
     from dtr.pipeline import run
     from dtr.recipe import Recipe, read_recipe
     from dtr.replace import SearchResult, search
+    from dtr.settings import GuardFloor, SearchSettings
     from dtr.tasks import load_task
     from dtr.teacher import Teacher, as_teacher, load_teacher
 
 _HOMES = {
     "Decoder": "dtr.inference.decoder",
     "DtrError": "dtr.errors",
+    "GuardFloor": "dtr.settings",
     "MixerBank": "dtr.distillation.bank",
     "Recipe": "dtr.recipe",
     "Score": "dtr.evaluation.score",
     "SearchResult": "dtr.replace",
+    "SearchSettings": "dtr.settings",
     "Teacher": "dtr.teacher",
     "TokenBlocks": "dtr.corpus",
     "as_teacher": "dtr.teacher",
@@ -55,10 +58,12 @@ _HOMES = {
 __all__ = [
     "Decoder",
     "DtrError",
+    "GuardFloor",
     "MixerBank",
     "Recipe",
     "Score",
     "SearchResult",
+    "SearchSettings",
     "Teacher",
     "TokenBlocks",
     "as_teacher",

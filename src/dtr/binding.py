@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +14,18 @@ from dtr.distributed import World, current_world
 from dtr.errors import BankError, RecipeError
 from dtr.evaluation.evaluator import Evaluator
 from dtr.hybrid.cache import decode_cache_bytes
-from dtr.selection.certificate import check_num_items
-from dtr.selection.criteria import PMinKind, check_p_min
 from dtr.selection.items import ItemSplit, split_items
 from dtr.selection.journal import Journal
 from dtr.selection.state import Budget
-from dtr.selection.strategies import STRATEGIES, GuardTask, select_layers
+from dtr.selection.strategies import STRATEGIES, GuardTask, check_limits, select_layers
 from dtr.selection.trace import SearchTrace
+from dtr.settings import SearchSettings
 from dtr.spreading import SpreadEvaluator, clock_of, shared_journal
 from dtr.tasks.base import Task, fingerprint
 from dtr.teacher import Teacher
 
 RACING = ("auto",)
 """Strategies that score portions of the items; for the others each portion would only be one more batch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardFloor:
-    """A task that must keep a share of the teacher's score, or a value of its metric, whatever the search gains."""
-
-    task: Task
-    p_min: float
-    p_min_kind: PMinKind = "relative"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,29 +40,15 @@ class Selection:
     seconds: float
 
 
-def check_search(
-    task: Task,
-    *,
-    p_min: float = 0.95,
-    p_min_kind: PMinKind = "relative",
-    p_min_confidence: float | None = None,
-    confirmation_share: float = 0.5,
-    strategy: str = "exact",
-    **_others: Any,
-) -> None:
+def check_search(task: Task, settings: SearchSettings) -> None:
     """Refuse a search that cannot end well, before anything is distilled; `search` does the same, later.
 
     Raises:
         RecipeError: an unknown strategy, or a P_min that no teacher reaches.
         DataError: too few validation items for the confidence asked for.
     """
-    STRATEGIES[strategy]
-    check_p_min(p_min, p_min_kind)
-    if p_min_confidence is not None:
-        split = split_items(len(task.splits["validation"]), confirmation_share=confirmation_share)
-        check_num_items(
-            len(split.confirmation), confidence=p_min_confidence, p_min=p_min, p_min_kind=p_min_kind, teacher=None
-        )
+    STRATEGIES[settings.strategy]
+    check_limits(settings.limits, num_confirmation=len(_split_items(task, settings).confirmation))
 
 
 def make_evaluator(teacher: Teacher, bank: MixerBank, task: Task, split: str, **options: Any) -> SpreadEvaluator:
@@ -93,21 +69,8 @@ def find_layers(
     teacher: Teacher,
     bank: MixerBank,
     task: Task,
+    settings: SearchSettings,
     *,
-    p_min: float = 0.95,
-    p_min_kind: PMinKind = "relative",
-    strategy: str = "exact",
-    p_min_confidence: float | None = None,
-    confirmation_share: float = 0.5,
-    guards: Sequence[GuardFloor] = (),
-    max_linear_layers: int | None = None,
-    max_cache_bytes: int | None = None,
-    cache_context_tokens: int = 2048,
-    max_seconds: float | None = None,
-    run_to_end: bool = False,
-    seed: int = 0,
-    batch_tokens: int = 16_384,
-    cache_bytes: int = 4_000_000_000,
     journal: str | Path | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Selection:
@@ -119,38 +82,31 @@ def find_layers(
             expected=f"one of {teacher.source} ({teacher.fingerprint})",
             hint="Give the teacher that the bank was made from, or distil again.",
         )
-    limits: dict[str, Any] = {"p_min": p_min, "p_min_kind": p_min_kind, "p_min_confidence": p_min_confidence}
-    check_search(task, **limits, confirmation_share=confirmation_share, strategy=strategy)
-    budget = _budget(teacher, bank, max_linear_layers, max_cache_bytes, cache_context_tokens, max_seconds)
-    items = split_items(
-        len(task.splits["validation"]),
-        confirmation_share=confirmation_share if p_min_confidence is not None else 0.0,
-        in_blocks=strategy in RACING,
-        seed=seed,
-    )
+    check_search(task, settings)
+    budget, items = _budget(teacher, bank, settings), _split_items(task, settings)
     started = time.monotonic()
-    options = {"batch_tokens": batch_tokens, "cache_bytes": cache_bytes}
+    options = {"batch_tokens": settings.batch_tokens, "cache_bytes": settings.cache_bytes}
     world = current_world()
-    with _open_journal(world, journal, teacher, bank, task, guards, seed) as book:
+    with _open_journal(world, journal, teacher, bank, task, settings) as book:
         validation = make_evaluator(teacher, bank, task, "validation", **options, blocks=items.groups)
         options["cache_bytes"] = 0
-        guarding = [make_evaluator(teacher, bank, guard.task, "validation", **options) for guard in guards]
+        guarding = [make_evaluator(teacher, bank, guard.task, "validation", **options) for guard in settings.guards]
         trace = select_layers(
             validation,
             layers=bank.layers,
             num_model_layers=teacher.num_layers,
-            **limits,
-            strategy=strategy,
+            limits=settings.limits,
+            strategy=settings.strategy,
             # Without portions and confirmation, all items need no names: the journal stays as short as it can be.
             items=items if len(items.groups) > 1 else None,
             guards=[
                 GuardTask(name=guard.task.name, score=score, p_min=guard.p_min, p_min_kind=guard.p_min_kind)
-                for guard, score in zip(guards, guarding)
+                for guard, score in zip(settings.guards, guarding)
             ],
             budget=budget,
             facts=_facts(bank, validation, items),
-            run_to_end=run_to_end,
-            seed=seed,
+            run_to_end=settings.run_to_end,
+            seed=settings.seed,
             clock=clock_of(world),
             journal=book,
             on_event=on_event,
@@ -163,16 +119,19 @@ def find_layers(
     )
 
 
-def _budget(
-    teacher: Teacher,
-    bank: MixerBank,
-    max_linear_layers: int | None,
-    max_cache_bytes: int | None,
-    context_tokens: int,
-    max_seconds: float | None,
-) -> Budget:
-    num_wanted, text = max_linear_layers, ""
-    if max_cache_bytes is not None:
+def _split_items(task: Task, settings: SearchSettings) -> ItemSplit:
+    return split_items(
+        len(task.splits["validation"]),
+        confirmation_share=settings.confirmation_share if settings.p_min_confidence is not None else 0.0,
+        in_blocks=settings.strategy in RACING,
+        seed=settings.seed,
+    )
+
+
+def _budget(teacher: Teacher, bank: MixerBank, settings: SearchSettings) -> Budget:
+    num_wanted, text = settings.max_linear_layers, ""
+    context_tokens = settings.cache_context_tokens
+    if settings.max_cache_bytes is not None:
         state_bytes = max(mixer.state_bytes(teacher.dtype.itemsize) for mixer in bank.mixers.values())
         sizes = {
             num: decode_cache_bytes(
@@ -184,18 +143,18 @@ def _budget(
             )
             for num in range(len(bank.layers) + 1)
         }
-        fitting = [num for num, size in sizes.items() if size <= max_cache_bytes]
+        fitting = [num for num, size in sizes.items() if size <= settings.max_cache_bytes]
         if not fitting:
             raise RecipeError(
                 "search.max_cache_bytes",
-                got=f"{max_cache_bytes:,} bytes at {context_tokens:,} tokens",
+                got=f"{settings.max_cache_bytes:,} bytes at {context_tokens:,} tokens",
                 expected=f"at least {min(sizes.values()):,}, with all {len(bank.layers)} layers of the bank linear",
                 hint="Raise the budget, or lower search.cache_context_tokens.",
             )
         if num_wanted is None or fitting[0] < num_wanted:
             num_wanted = max(1, fitting[0])
             text = f"the cache takes {sizes[fitting[0]]:,} bytes at {context_tokens:,} tokens, within the budget"
-    return Budget(num_linear=num_wanted, num_linear_text=text, seconds=max_seconds)
+    return Budget(num_linear=num_wanted, num_linear_text=text, seconds=settings.max_seconds)
 
 
 def _facts(bank: MixerBank, validation: SpreadEvaluator, items: ItemSplit) -> Callable[[str], Mapping[int, float]]:
@@ -216,8 +175,7 @@ def _open_journal(
     teacher: Teacher,
     bank: MixerBank,
     task: Task,
-    guards: Sequence[GuardFloor],
-    seed: int,
+    settings: SearchSettings,
 ) -> Any:
     if path is None:
         return nullcontext()
@@ -227,7 +185,7 @@ def _open_journal(
         "dtype": str(teacher.dtype),
         "bank": bank.fingerprint,
         "task": fingerprint(task),
-        "guards": {guard.task.name: fingerprint(guard.task) for guard in guards},
-        "seed": seed,
+        "guards": {guard.task.name: fingerprint(guard.task) for guard in settings.guards},
+        "seed": settings.seed,
     }
     return shared_journal(world, lambda: Journal(path, identity=identity, resume=True))

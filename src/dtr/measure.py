@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dtr.distillation.bank import load_bank
 from dtr.distributed import join_world, leave_world
 from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
 from dtr.ops.dispatch import use_backend
-from dtr.preparation import Listener, prepare_guards, prepare_task, prepare_teacher
+from dtr.preparation import Listener, prepare_guards, prepare_task, prepare_teacher, search_settings
 from dtr.recipe import Recipe
 from dtr.teacher import Teacher, load_teacher, pick_device
 
@@ -81,9 +82,10 @@ def bench_strategies(
     """
     emit = on_event or (lambda event: None)
     task = prepare_task(recipe)
+    settings = search_settings(recipe, [])
     for strategy in strategies:
-        check_search(task, **{**recipe.search.model_dump(), "strategy": strategy})
-    guards = prepare_guards(recipe)
+        check_search(task, replace(settings, strategy=strategy))
+    settings = replace(settings, guards=prepare_guards(recipe), run_to_end=False)
     teacher = teacher or prepare_teacher(recipe, emit)
     record: dict[str, Any] = {
         "hardware": hardware(teacher.device),
@@ -102,14 +104,10 @@ def bench_strategies(
         teacher,
         load_bank(bank, teacher=teacher),
         task,
+        settings,
         strategies=strategies,
         time_limit_seconds=time_limit_seconds,
         on_event=emit,
-        **recipe.search.model_dump(exclude={"guards", "strategy", "run_to_end", "test_curve"}),
-        guards=guards,
-        seed=recipe.seed,
-        batch_tokens=recipe.runtime.eval_batch_tokens,
-        cache_bytes=recipe.runtime.cache_bytes,
     ):
         record["strategies"][row["strategy"]] = row
         if on_row is not None:

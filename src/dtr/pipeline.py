@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dtr.binding import GuardFloor, check_search
+from dtr.binding import check_search
 from dtr.corpus import StreamedBlocks, TokenBlocks
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
@@ -15,12 +15,20 @@ from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.examples import differing_items, write_sample
 from dtr.evaluation.speed import measure_speed
 from dtr.files import write_json
-from dtr.preparation import Listener, prepare_guards, prepare_task, prepare_teacher, prepare_text
+from dtr.preparation import (
+    Listener,
+    prepare_guards,
+    prepare_task,
+    prepare_teacher,
+    prepare_text,
+    search_settings,
+)
 from dtr.recipe import Recipe
 from dtr.record import make_record
 from dtr.replace import SearchResult, search
 from dtr.reporting import render_model_card, write_report
 from dtr.runfolder import RunFolder
+from dtr.settings import SearchSettings
 from dtr.stages import Clock, memory_advice
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher, load_model, pick_device
@@ -62,12 +70,13 @@ def run(
         emit({"event": "stage", "text": f"reading the task {recipe.task.path or recipe.task.source}"})
         task = prepare_task(recipe)
         guards = prepare_guards(recipe)
-        check_search(task, **recipe.search.model_dump())
+        settings = search_settings(recipe, guards)
+        check_search(task, settings)
         text, faults = prepare_text(recipe, teacher, emit)
     with clock("distill"), memory_advice("distill.batch_size"):
         mixers = load_bank(bank, teacher=teacher) if bank else prepare_bank(recipe, teacher, text, folder, emit)
     with clock("search"), memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
-        result = prepare_search(recipe, teacher, mixers, task, guards, folder, emit)
+        result = prepare_search(recipe, teacher, mixers, task, settings, folder, emit)
     leave_world()
     if not world.is_first:
         # All ranks know the result; the first one measures speed and writes.
@@ -156,7 +165,7 @@ def prepare_search(
     teacher: Teacher,
     bank: MixerBank,
     task: Task,
-    guards: list[GuardFloor],
+    settings: SearchSettings,
     folder: RunFolder,
     emit: Listener,
 ) -> SearchResult:
@@ -165,11 +174,8 @@ def prepare_search(
         teacher,
         bank,
         task,
-        **recipe.search.model_dump(exclude={"guards"}),
-        guards=guards,
-        seed=recipe.seed,
-        batch_tokens=recipe.runtime.eval_batch_tokens,
-        cache_bytes=recipe.runtime.cache_bytes,
+        settings,
+        test_curve=recipe.search.test_curve,
         journal=folder.journal,
         on_event=emit,
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from dtr.binding import GuardFloor
 from dtr.corpus import StreamedBlocks, TokenBlocks, load_text, stream_text
 from dtr.corpus.faults import Faults
 from dtr.distributed import join_world
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
+from dtr.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher, load_teacher, pick_device
@@ -48,6 +48,17 @@ def prepare_guards(recipe: Recipe) -> list[GuardFloor]:
         GuardFloor(task=_load(guard.task, recipe.seed), p_min=guard.p_min, p_min_kind=guard.p_min_kind)
         for guard in recipe.search.guards
     ]
+
+
+def search_settings(recipe: Recipe, guards: Sequence[GuardFloor]) -> SearchSettings:
+    """What the recipe asks of a search, with the guard tasks that it names."""
+    return SearchSettings(
+        **recipe.search.model_dump(exclude={"guards", "test_curve"}),
+        guards=guards,
+        seed=recipe.seed,
+        batch_tokens=recipe.runtime.eval_batch_tokens,
+        cache_bytes=recipe.runtime.cache_bytes,
+    )
 
 
 def _load(task: TaskSection, seed: int) -> Task:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dtr.distillation.bank import MixerBank
 from dtr.errors import RecipeError
 from dtr.evaluation.paired import mean_confidence_interval, paired_difference
 from dtr.evaluation.score import Score
+from dtr.settings import SearchSettings
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher
 
@@ -25,39 +27,41 @@ def compare_strategies(
     teacher: Teacher,
     bank: MixerBank,
     task: Task,
+    settings: SearchSettings | None = None,
     *,
     strategies: Sequence[str] = DEFAULT_STRATEGIES,
     shares: Sequence[float] = SHARES,
     time_limit_seconds: float | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
-    **settings: Any,
+    **changes: Any,
 ) -> Iterator[dict[str, Any]]:
     """Search with each strategy, from nothing, and score what it finds on test.
 
     Args:
-        teacher, bank, task: as `search` takes them.
+        teacher, bank, task, settings: as `search` takes them; each strategy takes the place of the settings' own.
         strategies: names.
         shares: also score the first so many layers of each path on test (`at_share`), the path drawn to its end.
             That is done after the timed search and adds nothing to its account.
         time_limit_seconds: for all of them together, test scores included: a search is cut off at what is left, and
             no further one begins. Test scores that two strategies share are computed once.
         on_event: called with the events of every search.
-        settings: further arguments of `search`, the same for all.
+        changes: fields of `SearchSettings` by name.
 
     Yields:
         one dict per strategy, with the keys of `benchmarks/results/search.json`.
     """
-    test = TestScores(teacher, bank, task, settings.get("batch_tokens", 16_384))
+    settings = replace(settings or SearchSettings(), **changes)
+    test = TestScores(teacher, bank, task, settings.batch_tokens)
     deadline = time.monotonic() + time_limit_seconds if time_limit_seconds else None
     reference: Score | None = None
     for strategy in strategies:
-        common = {**settings, "strategy": strategy, "on_event": on_event}
         with tempfile.TemporaryDirectory() as folder:
-            common["journal"] = Path(folder) / "journal.jsonl"
-            if _is_over(deadline, common):
+            where: dict[str, Any] = {"journal": Path(folder) / "journal.jsonl", "on_event": on_event}
+            timed = _within(deadline, replace(settings, strategy=strategy))
+            if timed is None:
                 break
             try:
-                result = find_layers(teacher, bank, task, **common)
+                result = find_layers(teacher, bank, task, timed, **where)
             except RecipeError as error:
                 # Such as a ranking that this kind of task does not have; the other strategies can still be compared.
                 if on_event is not None:
@@ -66,10 +70,10 @@ def compare_strategies(
                     raise
                 continue
             order = list(result.trace.m_opt.layers)
-            if len(order) < max((_num_layers(share, teacher) for share in shares), default=0):
+            timed = _within(deadline, replace(settings, strategy=strategy, run_to_end=True))
+            if timed and len(order) < max((_num_layers(share, teacher) for share in shares), default=0):
                 # What was scored above is in the journal; only the rest of the path is new.
-                _is_over(deadline, common)
-                whole = find_layers(teacher, bank, task, **{**common, "run_to_end": True})
+                whole = find_layers(teacher, bank, task, timed, **where)
                 order = [layer for step in whole.trace.steps for layer in step.added]
         score = test(result.trace.m_opt.layers)
         reference = score if strategy == "exact" else reference
@@ -111,13 +115,12 @@ class TestScores:
         }
 
 
-def _is_over(deadline: float | None, settings: dict[str, Any]) -> bool:
-    """Whether the time is spent; otherwise what is left of it becomes the limit of the next search."""
+def _within(deadline: float | None, settings: SearchSettings) -> SearchSettings | None:
+    """The settings with what is left of the time as a limit, or None if nothing is."""
     if deadline is None:
-        return False
+        return settings
     left = deadline - time.monotonic()
-    settings["max_seconds"] = max(1e-3, min(left, settings.get("max_seconds") or left))
-    return left <= 0
+    return replace(settings, max_seconds=min(left, settings.max_seconds or left)) if left > 0 else None
 
 
 def _num_layers(share: float, teacher: Teacher) -> int:

@@ -111,6 +111,11 @@ def margins_over_limit(hybrid: Score, teacher: Score, *, p_min: float, p_min_kin
     ]
 
 
+def lowest_margin(hybrid: Score, p_min: float) -> float | None:
+    """The least that an item can add to the margins over P_min; None for metrics that are not between 0 and 1."""
+    return -p_min if hybrid.higher_is_better and all(0 <= value <= 1 for value in hybrid.per_item) else None
+
+
 def score_statistic(values: Sequence[float], *, above: float = 0.0, lowest: float | None = None) -> float:
     """How many standard errors the mean of `values` lies above a bound, for a one-sided test that it does.
 

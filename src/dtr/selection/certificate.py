@@ -27,7 +27,7 @@ from statistics import NormalDist
 from typing import Any
 
 from dtr.errors import DataError
-from dtr.evaluation.paired import margins_over_limit, mean_lower_bound, score_statistic
+from dtr.evaluation.paired import lowest_margin, margins_over_limit, mean_lower_bound, score_statistic
 from dtr.evaluation.score import Score
 
 MAX_TESTS = 6
@@ -123,7 +123,7 @@ def confirm_path(
     for num_linear in sizes_to_test(num_selected):
         hybrid = score(num_linear)
         margins = margins_over_limit(hybrid, teacher, p_min=p_min, p_min_kind=p_min_kind)
-        lowest = -p_min if hybrid.higher_is_better and all(0 <= v <= 1 for v in hybrid.per_item) else None
+        lowest = lowest_margin(hybrid, p_min)
         bound = mean_lower_bound(margins, confidence=confidence, lowest=lowest)
         passed = bound > 0
         tests.append(ConfirmedHybrid(num_linear=num_linear, value=hybrid.value, lower_bound=bound, passed=passed))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from dtr.errors import ModelError, RecipeError, with_article
+from dtr.errors import DataError, ModelError, RecipeError, with_article
+from dtr.evaluation.paired import lowest_margin, margins_over_limit, score_statistic
 from dtr.evaluation.score import Score
 
 PMinKind = Literal["relative", "absolute"]
@@ -38,6 +39,20 @@ def _number(x: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When a hybrid is good enough."""
+
+    p_min: float
+    """Smallest share of the teacher's score to keep, or a value of the metric; see `resolve_p_min`."""
+    p_min_kind: PMinKind = "relative"
+    """`relative` or `absolute`."""
+    p_min_confidence: float | None = None
+    """Commit only what the confirmation items certify, as 0.95; None for the plain limit."""
+    safety: float = 0.0
+    """Standard errors of the paired difference by which a hybrid must lie above P_min; see `with_safety`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Threshold:
     """P_min, resolved against the teacher."""
 
@@ -45,9 +60,16 @@ class Threshold:
     """In the metric's own unit: the lowest accuracy, or the highest perplexity, that is still accepted."""
     goodness: float
     """The same bound as `Score.goodness` compares it."""
+    safety: float = 0.0
+    """How many standard errors of the paired difference a score must lie above the bound as well."""
+    standing: Callable[[Score], float] | None = None
+    """How many it does lie above; there with a safety."""
 
     def is_met_by(self, score: Score) -> bool:
-        return at_least(score.goodness, self.goodness)
+        """Whether the score, over the same items as the teacher's, is high enough."""
+        if not at_least(score.goodness, self.goodness):
+            return False
+        return self.standing is None or self.standing(score) >= self.safety
 
 
 def check_p_min(p_min: float, p_min_kind: str, *, where: str = "search") -> None:
@@ -67,6 +89,34 @@ def check_p_min(p_min: float, p_min_kind: str, *, where: str = "search") -> None
             expected="a share of at most 1",
             hint=f"Write 0.95 to keep 95 %, or set {where}.p_min_kind to absolute to give a value of the metric.",
         )
+
+
+def with_safety(threshold: Threshold, limits: Limits, teacher: Score) -> Threshold:
+    """The threshold with a distance to keep, in standard errors of the paired difference to the bound.
+
+    The standard error is the one of the score test (`dtr.evaluation.paired.score_statistic`), from the items on which
+    hybrid and teacher differ; so the distance shrinks with the number of items, and a hybrid that answers like the
+    teacher needs little.
+
+    Raises:
+        DataError: so few items that even a hybrid with exactly the teacher's answers would not be far enough.
+    """
+    safety, p_min = limits.safety, limits.p_min
+    if not safety:
+        return threshold
+
+    def standing(score: Score) -> float:
+        margins = margins_over_limit(score, teacher, p_min=p_min, p_min_kind=limits.p_min_kind)
+        return score_statistic(margins, lowest=lowest_margin(score, p_min))
+
+    if standing(teacher) < safety:
+        raise DataError(
+            "search.safety",
+            got=f"{teacher.num_items} validation items, too few for {safety:g} standard errors even if nothing changed",
+            expected=f"a safety of at most {max(0.0, standing(teacher)):.2g} with these items",
+            hint="Give more validation items, a lower search.safety or a lower search.p_min.",
+        )
+    return replace(threshold, safety=safety, standing=standing)
 
 
 def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str = "search") -> Threshold:

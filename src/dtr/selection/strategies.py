@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dtr.errors import RecipeError
 from dtr.evaluation.score import Score
 from dtr.registry import Registry
 from dtr.selection.auto import auto
 from dtr.selection.certificate import Certificate, check_num_items, confirm_path
-from dtr.selection.criteria import PMinKind, check_p_min, resolve_p_min
+from dtr.selection.criteria import Limits, PMinKind, check_p_min, resolve_p_min, with_safety
 from dtr.selection.greedy import exact
 from dtr.selection.items import ItemSplit
 from dtr.selection.journal import ScoreBook
@@ -51,13 +52,11 @@ def select_layers(
     score: ScoreFunction,
     *,
     layers: Sequence[int],
-    p_min: float,
-    p_min_kind: PMinKind,
+    limits: Limits,
     strategy: str = "exact",
     run_to_end: bool = False,
     num_model_layers: int | None = None,
     items: ItemSplit | None = None,
-    p_min_confidence: float | None = None,
     guards: Sequence[GuardTask] = (),
     budget: Budget | None = None,
     facts: Callable[[str], Mapping[int, float]] | None = None,
@@ -71,15 +70,13 @@ def select_layers(
     Args:
         score: validation score of a hybrid.
         layers: layers that may become linear, in any order, each once.
-        p_min: smallest share of the teacher's score to keep, or a value of the metric; see `resolve_p_min`.
-        p_min_kind: `relative` or `absolute`.
+        limits: when a hybrid is good enough.
         strategy: a name in `STRATEGIES`.
         run_to_end: go on below P_min until every candidate layer is linear, to draw the whole curve. M_opt and M_best
             are not affected, even if a later hybrid should score well again.
         num_model_layers: layers of the model; the highest candidate layer plus one when left out.
         items: blocks of items that `score` can be asked for alone, and items kept for confirmation; without it `score`
             is only asked for all items.
-        p_min_confidence: commit only what the confirmation items certify, as 0.95; None for the plain limit.
         guards: floors on other tasks; a swap that breaks one is refused.
         budget: other reasons to stop.
         facts: numbers per layer by name, asked for by the baselines.
@@ -95,19 +92,12 @@ def select_layers(
         DataError: too few items to confirm with.
     """
     run = STRATEGIES[strategy]
-    check_p_min(p_min, p_min_kind)
     layers = _sorted_layers(layers)
-    if p_min_confidence is not None:
-        assert items is not None, "a certificate needs items of its own"
-        check_num_items(
-            len(items.confirmation), confidence=p_min_confidence, p_min=p_min, p_min_kind=p_min_kind, teacher=None
-        )
+    check_limits(limits, num_confirmation=len(items.confirmation) if items else 0)
     scorer = Scorer(score, max_candidates=len(layers) * (len(layers) + 1) // 2, journal=journal, on_event=on_event)
     teacher = scorer.teacher(items.selection if items else None)
-    threshold = resolve_p_min(p_min, p_min_kind, teacher)
-    certify = None
-    if p_min_confidence is not None and items is not None:
-        certify = _Confirmation(scorer, items, p_min_confidence, p_min, p_min_kind)
+    threshold = with_safety(resolve_p_min(limits.p_min, limits.p_min_kind, teacher), limits, teacher)
+    certify = _Confirmation(scorer, items, limits) if items and limits.p_min_confidence is not None else None
     search = Search(
         layers=layers,
         num_model_layers=num_model_layers or max(layers) + 1,
@@ -127,14 +117,23 @@ def select_layers(
     except OutOfTime:
         search.stop("budget", f"The budget of {search.budget.seconds:g} seconds is spent.")
     search.conclude()
-    return _conclude(
-        search, certify(search) if certify else None, p_min=p_min, p_min_kind=p_min_kind, strategy=strategy
-    )
+    return _conclude(search, certify(search) if certify else None, limits, strategy)
 
 
-def _conclude(
-    search: Search, certificate: Certificate | None, *, p_min: float, p_min_kind: PMinKind, strategy: str
-) -> SearchTrace:
+def check_limits(limits: Limits, *, num_confirmation: int) -> None:
+    """Refuse limits that no hybrid can be shown to keep, before anything is scored; errors as in `select_layers`."""
+    check_p_min(limits.p_min, limits.p_min_kind)
+    if limits.p_min_confidence is not None:
+        check_num_items(
+            num_confirmation,
+            confidence=limits.p_min_confidence,
+            p_min=limits.p_min,
+            p_min_kind=limits.p_min_kind,
+            teacher=None,
+        )
+
+
+def _conclude(search: Search, certificate: Certificate | None, limits: Limits, strategy: str) -> SearchTrace:
     """The trace of a finished search, cut back to what is certified."""
     m_opt, stop_reason, stop_text = search.m_opt, search.stop_reason, search.stop_text
     assert stop_reason is not None
@@ -147,8 +146,8 @@ def _conclude(
     )
     return SearchTrace(
         teacher=search.teacher,
-        p_min=p_min,
-        p_min_kind=p_min_kind,
+        p_min=limits.p_min,
+        p_min_kind=limits.p_min_kind,
         p_min_value=search.threshold.value,
         steps=tuple(replace(step, accepted=step.accepted and step.index <= len(m_opt.layers)) for step in search.steps),
         m_opt=m_opt,
@@ -174,11 +173,15 @@ def _conclude(
 class _Confirmation:
     """Scores over the confirmation items, asked for only once the path is settled."""
 
-    def __init__(self, scorer: Scorer, items: ItemSplit, confidence: float, p_min: float, p_min_kind: PMinKind) -> None:
+    def __init__(self, scorer: Scorer, items: ItemSplit, limits: Limits) -> None:
         self._scorer, self._items = scorer, items
-        self._limit = {"confidence": confidence, "p_min": p_min, "p_min_kind": p_min_kind}
+        self._limit: dict[str, Any] = {
+            "confidence": limits.p_min_confidence,
+            "p_min": limits.p_min,
+            "p_min_kind": limits.p_min_kind,
+        }
         self._teacher = self._score(frozenset())
-        check_num_items(len(items.confirmation), **self._limit, teacher=self._teacher)  # type: ignore[arg-type]
+        check_num_items(len(items.confirmation), **self._limit, teacher=self._teacher)
 
     def __call__(self, search: Search) -> Certificate:
         order = search.m_opt.layers
@@ -186,7 +189,7 @@ class _Confirmation:
             len(order),
             lambda num_linear: self._score(frozenset(order[:num_linear])),
             self._teacher,
-            **self._limit,  # type: ignore[arg-type]
+            **self._limit,
         )
         self._scorer.emit("certificate", text=certificate.text, num_certified=certificate.num_certified)
         return certificate

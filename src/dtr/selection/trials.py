@@ -1,10 +1,12 @@
-"""Does the certificate keep its word? Many simulated searches, each judged by the truth it could not see."""
+"""Do stops keep their word? Many simulated searches, each judged by the truth it could not see."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dtr.errors import DataError
+from dtr.selection.criteria import Limits
 from dtr.selection.items import split_items
 from dtr.selection.simulation import PRESETS, SimulatedTask
 from dtr.selection.strategies import select_layers
@@ -33,28 +35,21 @@ def simulate_certificates(
     names = list(presets)
     out: dict[str, Any] = {"runs": num_runs, "num_items": num_items, "confirmation_share": confirmation_share}
     out |= {"p_min": p_min, "confidence": confidence, "strategy": strategy, "presets": {}}
+    common: dict[str, Any] = {"num_layers": num_layers, "num_items": num_items, "strategy": strategy, "p_min": p_min}
     for index, name in enumerate(names):
         seeds = range(index, num_runs, len(names))
         counts = {"runs": len(seeds), "certified": 0, "violations": 0, "layers": 0, "layers_plain": 0}
         counts["violations_plain"] = 0
         for seed in seeds:
             for certify in (True, False):
-                task = SimulatedTask(PRESETS[name], num_layers=num_layers, num_items=num_items, seed=seed)
-                trace = select_layers(
-                    task,
-                    layers=range(num_layers),
-                    p_min=p_min,
-                    p_min_kind="relative",
-                    strategy=strategy,
-                    items=split_items(num_items, confirmation_share=confirmation_share if certify else 0.0, seed=seed),
-                    p_min_confidence=confidence if certify else None,
-                    seed=seed,
-                )
-                is_below = task.truth(frozenset(trace.m_opt.layers)) < p_min * task.truth(frozenset())
+                limits: dict[str, Any] = {}
+                if certify:
+                    limits = {"confidence": confidence, "confirmation_share": confirmation_share}
+                num_found, is_below = _search_once(name, seed=seed, **common, **limits)
                 kind = "" if certify else "_plain"
                 counts[f"violations{kind}"] += is_below
-                counts[f"layers{kind}"] += len(trace.m_opt.layers)
-                counts["certified"] += certify and bool(trace.m_opt.layers)
+                counts[f"layers{kind}"] += num_found
+                counts["certified"] += certify and num_found > 0
         out["presets"][name] = {
             **{key: counts[key] for key in ("runs", "certified", "violations", "violations_plain")},
             "mean_layers": counts["layers"] / max(len(seeds), 1),
@@ -63,3 +58,86 @@ def simulate_certificates(
     for key in ("certified", "violations", "violations_plain"):
         out[key] = sum(found[key] for found in out["presets"].values())
     return out
+
+
+def simulate_stops(
+    num_runs: int,
+    *,
+    safeties: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0),
+    confidences: Sequence[float] = (0.8, 0.9, 0.95),
+    strategy: str = "auto",
+    presets: Iterable[str] = ("arc_easy", "hard", "pairs", "easy"),
+    num_layers: int = 30,
+    num_items: int = 500,
+    p_min: float = 0.95,
+) -> dict[str, Any]:
+    """The same searches under each safety and each confidence: what share falls below P_min, and how many layers go.
+
+    All see the same tasks and the same number of validation items; a confidence gives half of them to confirmation.
+
+    Returns:
+        by the name of the stop, as `safety 1.5`: `violations` (share of runs) and `mean_layers`, in all and by preset.
+    """
+    names = list(presets)
+    stops: dict[str, dict[str, float]] = {f"safety {safety:g}": {"safety": safety} for safety in safeties}
+    stops |= {f"p_min_confidence {level:g}": {"confidence": level, "confirmation_share": 0.5} for level in confidences}
+    common: dict[str, Any] = {"num_layers": num_layers, "num_items": num_items, "strategy": strategy, "p_min": p_min}
+    out: dict[str, Any] = {"runs": num_runs, **common, "stops": {}}
+    for stop, limits in stops.items():
+        found: dict[str, list[tuple[int, bool]]] = {name: [] for name in names}
+        for seed in range(num_runs):
+            name = names[seed % len(names)]
+            found[name].append(
+                _search_once(
+                    name,
+                    seed=seed,
+                    num_layers=num_layers,
+                    num_items=num_items,
+                    strategy=strategy,
+                    p_min=p_min,
+                    **limits,
+                )
+            )
+        every = [run for runs in found.values() for run in runs]
+        out["stops"][stop] = {
+            **_summary(every),
+            "presets": {name: _summary(runs) for name, runs in found.items() if runs},
+        }
+    return out
+
+
+def _summary(runs: Sequence[tuple[int, bool]]) -> dict[str, float]:
+    return {
+        "violations": sum(is_below for _, is_below in runs) / len(runs),
+        "mean_layers": sum(num_found for num_found, _ in runs) / len(runs),
+    }
+
+
+def _search_once(
+    name: str,
+    *,
+    seed: int,
+    num_layers: int,
+    num_items: int,
+    strategy: str,
+    p_min: float,
+    safety: float = 0.0,
+    confidence: float | None = None,
+    confirmation_share: float = 0.0,
+) -> tuple[int, bool]:
+    """How many layers a search on a simulated task finds, and whether that hybrid is truly below P_min."""
+    task = SimulatedTask(PRESETS[name], num_layers=num_layers, num_items=num_items, seed=seed)
+    try:
+        trace = select_layers(
+            task,
+            layers=range(num_layers),
+            limits=Limits(p_min=p_min, p_min_confidence=confidence, safety=safety),
+            strategy=strategy,
+            items=split_items(num_items, confirmation_share=confirmation_share, seed=seed),
+            seed=seed,
+        )
+    except DataError:
+        # Too few items even for the teacher itself: nothing is replaced.
+        return 0, False
+    layers = trace.m_opt.layers
+    return len(layers), task.truth(frozenset(layers)) < p_min * task.truth(frozenset())
