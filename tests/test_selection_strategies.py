@@ -74,11 +74,22 @@ def test_lazy_asks_for_less_and_finds_the_same():
     assert len(lazy.calls) < 0.7 * len(exact.calls)
 
 
+def test_the_block_that_restore_commits_is_ranked_or_says_that_it_is_not():
+    damages = [0.3, 0.02, 0.11, 0.05, 0.01, 0.2]
+    trace = run(additive_table(damages), "restore", layers=range(6), p_min=0.75)
+    assert trace.steps[0].is_ranked
+    assert trace.m_opt.layers == (4, 1, 3, 2)
+    easy = run(additive_table([0.03, 0.01, 0.02]), "restore", layers=range(3), p_min=0.5)
+    assert easy.m_opt.layers == (0, 1, 2)
+    assert not easy.steps[0].to_dict()["is_ranked"]
+    assert "means nothing" in easy.reason
+
+
 def test_restore_keeps_only_the_layers_that_matter():
     score = additive_table([0.001, 0.2, 0.002, 0.15, 0.001])
     trace = run(score, "restore", layers=range(5), run_to_end=True)
-    assert trace.m_opt.layers == (0, 2, 4)
-    assert [(s.index, s.layer, s.accepted) for s in trace.steps] == [(3, 4, True), (4, 3, False), (5, 1, False)]
+    assert trace.m_opt.layers == (0, 4, 2)
+    assert [(s.index, s.layer, s.accepted) for s in trace.steps] == [(3, 2, True), (4, 3, False), (5, 1, False)]
     assert trace.stop_text == "With layer 3 linear as well, acc would be 0.646."
 
 

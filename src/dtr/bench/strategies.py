@@ -136,6 +136,7 @@ def _row(strategy: str, result: Selection, order: list[int], test: Score, teache
         "num_replaced": len(trace.m_opt.layers),
         "layers": list(trace.m_opt.layers),
         "order": order,
+        "order_is_ranked": all(step.is_ranked for step in trace.steps),
         "val": trace.m_opt.score.value,
         "teacher_val": trace.teacher.value,
         "p_min_value": trace.p_min_value,

@@ -34,6 +34,15 @@ class StaleScores:
             self._gains[layer] = (score.goodness - current.goodness, score.log_likelihood - current.log_likelihood)
         return fresh
 
+    def least_first(self, layers: Iterable[int]) -> list[int]:
+        """Layers by their newest known gain, least first; all must have been scored."""
+
+        def gain_then_index(layer: int) -> tuple[float, float, int]:
+            loss, unlikelihood, index = self._rank(layer)
+            return -loss, -unlikelihood, index
+
+        return sorted(layers, key=gain_then_index)
+
     def _rank(self, layer: int) -> tuple[float, float, int]:
         goodness, log_likelihood = self._gains[layer]
         # Rounded, as differences of equal scores are equal only up to rounding.
@@ -68,8 +77,12 @@ def restore(search: Search) -> None:
         layer = min(fresh, key=lambda one: (-fresh[one].goodness, -fresh[one].log_likelihood, one))
         restored.append((layer, score))
         linear, score = linear - {layer}, fresh[layer]
-    if linear:
-        search.take(sorted(linear), score)
+    if linear and restored:
+        # Those that gain least from their attention come first: a certificate tests beginnings of the path.
+        search.take(stale.least_first(linear), score)
+    elif linear:
+        search.reason = "Every layer could go at once, so nothing ranks them: the order of the block means nothing."
+        search.take(sorted(linear), score, is_ranked=False)
     if restored:
         layer, below = restored[-1]
         if len(linear) == limit and search.threshold.is_met_by(below):

@@ -189,8 +189,18 @@ class Search:
             del left[layer]
         return None
 
-    def take(self, layers: Sequence[int], score: Score, candidates: Mapping[int, Score] | None = None) -> None:
-        """Make layers linear. Guards have been asked; below P_min the step is kept for the curve, and search stops."""
+    def take(
+        self,
+        layers: Sequence[int],
+        score: Score,
+        candidates: Mapping[int, Score] | None = None,
+        *,
+        is_ranked: bool = True,
+    ) -> None:
+        """Make layers linear, in a measured order if `is_ranked`.
+
+        Guards have been asked; below P_min the step is kept for the curve, and search stops.
+        """
         self.order = (*self.order, *layers)
         self.current = score
         accepted = self.stop_reason is None and self.threshold.is_met_by(score)
@@ -202,6 +212,7 @@ class Search:
             accepted=accepted,
             candidates={layer: (candidates or {})[layer] for layer in sorted(candidates or {})},
             added=tuple(layers),
+            is_ranked=is_ranked,
         )
         self.steps.append(step)
         fields: dict[str, Any] = {"layers": list(layers)} if len(layers) > 1 else {}

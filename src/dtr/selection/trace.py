@@ -62,6 +62,8 @@ class SearchStep:
     """Score of each layer that was tried in this step, by ascending layer."""
     added: tuple[int, ...] = ()
     """Layers that became linear in this step, in order; one in Algorithm 1, more where a strategy commits several."""
+    is_ranked: bool = True
+    """Whether the order of `added` was measured; otherwise they are a block in ascending order."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON, without per-item lists; the keys of `candidates` are strings, as JSON has them."""
@@ -69,6 +71,7 @@ class SearchStep:
             "index": self.index,
             "layer": self.layer,
             "added": list(self.added),
+            "is_ranked": self.is_ranked,
             "linear": list(self.linear),
             "score": self.score.to_dict(),
             "accepted": self.accepted,
