@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from score_tables import Table, acc, ppl, table
 
-from dtr.errors import RecipeError
+from dtr.errors import DataError, RecipeError
 from dtr.selection.auto import estimate_gains
 from dtr.selection.criteria import Limits
 from dtr.selection.items import split_items
@@ -21,6 +22,7 @@ from dtr.selection.simulation import PRESETS, SimulatedTask
 from dtr.selection.state import Budget
 from dtr.selection.strategies import STRATEGIES, GuardTask, select_layers
 from dtr.selection.trace import SearchTrace
+from dtr.selection.trials import simulate_stops
 
 NUM_LAYERS = 30
 
@@ -28,6 +30,7 @@ NUM_LAYERS = 30
 def run(task: Any, strategy: str, *, num_items: int = 500, layers: Sequence[int] = range(NUM_LAYERS), **options: Any):
     options = {"facts": lambda name: dict.fromkeys(range(99), 0.5), **options}
     limits = Limits(p_min=options.pop("p_min", 0.95), p_min_kind=options.pop("p_min_kind", "relative"))
+    limits = options.pop("limits", limits)
     if isinstance(task, SimulatedTask):
         options.setdefault("items", split_items(num_items, in_blocks=strategy == "auto"))
     return select_layers(task, layers=layers, limits=limits, strategy=strategy, **options)
@@ -217,6 +220,46 @@ def test_a_budget_of_seconds_keeps_what_is_in_hand():
     trace = run(additive_table([0.01, 0.02, 0.03]), "exact", layers=range(3), p_min=0.5, **options)
     assert trace.m_opt.layers == (0,)
     assert (trace.stop_reason, trace.stop_text) == ("budget", "The budget of 4 seconds is spent.")
+
+
+def flipping(num_items: int, lost: dict[int, int]) -> Table:
+    """The teacher has all items right; each layer loses its own few."""
+    scores = {}
+    for bits in range(2 ** len(lost)):
+        chosen = tuple(layer for layer in lost if bits >> layer & 1)
+        num_lost = sum(lost[layer] for layer in chosen)
+        items = (0.0,) * num_lost + (1.0,) * (num_items - num_lost)
+        scores[chosen] = replace(acc(1 - num_lost / num_items, items=items), num_items=num_items)
+    return Table(scores)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "exact", "lazy", "restore", "one_shot"])
+def test_a_safety_keeps_its_distance_from_the_limit(strategy):
+    table = flipping(400, {0: 4, 1: 6, 2: 8})
+    sizes = []
+    for safety in (0, 1.5, 3):
+        trace = run(table, strategy, layers=range(3), limits=Limits(p_min=0.95, safety=safety))
+        sizes.append(len(trace.m_opt.layers))
+        assert trace.safety == safety
+    # 18, 10 and 4 of the 20 items that the limit allows: 0.5, 2.3 and 3.7 standard errors.
+    assert sizes == [3, 2, 1]
+    if strategy == "exact":
+        assert "standard errors from the limit of 0.95; search.safety asks for 3." in trace.stop_text
+
+
+def test_a_safety_needs_items():
+    with pytest.raises(DataError, match=r"search\.safety: got 400 validation items, too few for 9 standard errors"):
+        run(flipping(400, {0: 1}), "exact", layers=range(1), limits=Limits(p_min=0.95, safety=9))
+    with pytest.raises(RecipeError, match=r"search\.safety: got -1"):
+        run(flipping(400, {0: 1}), "exact", layers=range(1), limits=Limits(p_min=0.95, safety=-1))
+
+
+def test_a_safety_holds_more_often_than_the_plain_limit():
+    found = simulate_stops(16, safeties=(0, 2), confidences=(0.8,), presets=("hard",), num_layers=12, num_items=400)
+    plain, safe, sure = found["stops"].values()
+    assert safe["violations"] < 0.5 * plain["violations"]
+    assert 1 < safe["mean_layers"] < plain["mean_layers"]
+    assert sure["violations"] < plain["violations"]
 
 
 def test_unknown_strategy():

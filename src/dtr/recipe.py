@@ -135,6 +135,9 @@ class SearchSection(Section):
     """How much of the score must be kept on validation."""
     p_min_kind: Literal["relative", "absolute"] = "relative"
     """relative: a share of the teacher's score; absolute: a value of the metric itself."""
+    safety: float = Field(default=0.0, ge=0, le=10)
+    """Distance that a hybrid must keep from p_min on validation, in standard errors of its paired difference to it. The
+    plain limit breaks its promise on test about every second time; 1.5 or 2 seldom, for some layers less."""
     p_min_confidence: float | None = Field(default=None, gt=0.5, lt=1)
     """Commit only what validation items that selection never saw certify at this confidence, as 0.95; the plain
     comparison with p_min when left out."""

@@ -168,6 +168,7 @@ def _search(result: SearchResult) -> dict[str, Any]:
         "p_min": trace["p_min"],
         "p_min_kind": trace["p_min_kind"],
         "p_min_value": trace["p_min_value"],
+        "safety": trace["safety"],
         "candidate_evaluations": trace["num_candidate_evaluations"],
         "pass_equivalents": round(result.pass_equivalents, 2),
         "guard_pass_equivalents": round(result.guard_pass_equivalents, 2),

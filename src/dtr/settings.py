@@ -28,6 +28,8 @@ class SearchSettings:
     """Share of the teacher's validation score to keep, or a value of the metric (`p_min_kind`)."""
     p_min_kind: PMinKind = "relative"
     """`relative` or `absolute`."""
+    safety: float = 0.0
+    """Standard errors of the paired difference to P_min by which a hybrid must lie above it."""
     p_min_confidence: float | None = None
     """Commit only what is certified at this confidence on items that selection never saw, as 0.95."""
     confirmation_share: float = 0.5
@@ -54,4 +56,9 @@ class SearchSettings:
     @property
     def limits(self) -> Limits:
         """The part that says when a hybrid is good enough."""
-        return Limits(p_min=self.p_min, p_min_kind=self.p_min_kind, p_min_confidence=self.p_min_confidence)
+        return Limits(
+            p_min=self.p_min,
+            p_min_kind=self.p_min_kind,
+            p_min_confidence=self.p_min_confidence,
+            safety=self.safety,
+        )

@@ -250,6 +250,13 @@ class Search:
     def _below_p_min(self, step: SearchStep) -> str:
         metric, value = step.score.metric, step.score.value
         side = "below" if step.score.higher_is_better else "above"
+        threshold = self.threshold
+        if threshold.standing is not None and at_least(step.score.goodness, threshold.goodness):
+            return (
+                f"Step {step.index}: the best candidate, layer {step.layer}, has {metric} {value:.6g}, "
+                f"{threshold.standing(step.score):.2g} standard errors from the limit of {threshold.value:.6g}; "
+                f"search.safety asks for {threshold.safety:g}."
+            )
         return (
             f"Step {step.index}: the best candidate, layer {step.layer}, has {metric} {value:.6g}, "
             f"{side} the limit of {self.threshold.value:.6g}."

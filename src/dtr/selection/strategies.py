@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -123,6 +124,8 @@ def select_layers(
 def check_limits(limits: Limits, *, num_confirmation: int) -> None:
     """Refuse limits that no hybrid can be shown to keep, before anything is scored; errors as in `select_layers`."""
     check_p_min(limits.p_min, limits.p_min_kind)
+    if not (math.isfinite(limits.safety) and limits.safety >= 0):
+        raise RecipeError("search.safety", got=repr(limits.safety), expected="a number of standard errors, 0 or more")
     if limits.p_min_confidence is not None:
         check_num_items(
             num_confirmation,
@@ -155,6 +158,7 @@ def _conclude(search: Search, certificate: Certificate | None, limits: Limits, s
         num_candidate_evaluations=search.scorer.num_candidates,
         stop_reason=stop_reason,
         stop_text=stop_text,
+        safety=limits.safety,
         strategy=strategy,
         reason=search.reason,
         guards=tuple(
