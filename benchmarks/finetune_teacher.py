@@ -1,11 +1,11 @@
-"""Fine-tune a causal language model on a task's train split with transformers' Trainer, as a teacher for `dtr`.
+"""Fine-tune a language model on a task's train split with transformers' Trainer, as a teacher for `dtr`.
 
     python benchmarks/finetune_teacher.py RECIPE --out teachers/banking77 --epochs 3
 
 It learns to write exactly what the task will ask: each item's prompt, then the right answer and the end of text; only
-the answer counts in the loss. The recipe's teacher, task, prompt and target are those of the later run, whose
-`teacher.source` is then the folder given by `--out`. The train split must be there; validation and test are not read
-for training.
+the answer counts in the loss. With `task.options.head` it gets a classification head in place of the LM head and
+learns the label. The recipe's teacher, task, prompt and target are those of the later run, whose `teacher.source` is
+then the folder given by `--out`. The train split must be there; validation and test are not read for training.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from dtr.errors import DataError
 from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.generation import encode_context
 from dtr.recipe import Recipe, read_recipe
 from dtr.tasks import Item, Task, load_task
-from dtr.tasks.base import LikelihoodRequest
-from dtr.teacher import load_model, pick_device
+from dtr.tasks.base import LabelRequest, LikelihoodRequest
+from dtr.teacher import load_model, pick_device, pick_dtype
 
 
 def main() -> None:
@@ -51,14 +51,19 @@ def finetune(recipe: Recipe, out: Path, *, epochs: float, learning_rate: float, 
     device = pick_device(recipe.runtime.device)
     # Weights are updated in float32; in bfloat16 small steps would be lost.
     model, tokenizer = load_model(recipe.teacher.source, device=str(device), dtype="float32")
-    examples = [encode(item, learning, tokenizer) for item in learning.splits["validation"]]
+    items = learning.splits["validation"]
+    if labels := label_names(items):
+        model = with_head(model, tokenizer, labels)
+    examples = [encode(item, learning, tokenizer) for item in items]
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
         num_train_epochs=epochs,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, int(0.03 * epochs * len(examples) / batch_size)),
+        warmup_steps=max(1, int(0.05 * epochs * len(examples) / batch_size)),
+        # Little padding: a batch holds rows of about the same length.
+        train_sampling_strategy="group_by_length",
         bf16=device.type == "cuda",
         use_cpu=device.type == "cpu",
         seed=recipe.seed,
@@ -71,7 +76,8 @@ def finetune(recipe: Recipe, out: Path, *, epochs: float, learning_rate: float, 
     trainer = Trainer(model=model.train(), args=arguments, train_dataset=examples, data_collator=Padding(tokenizer))
     trainer.train()
     seconds = time.monotonic() - began
-    model.eval().save_pretrained(out)
+    # Saved as it will be loaded, so that the score below is that of the teacher.
+    model.eval().to(pick_dtype(recipe.teacher.dtype, device)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     score = evaluate(
         model, task, split="validation", tokenizer=tokenizer, batch_tokens=recipe.runtime.eval_batch_tokens
@@ -79,10 +85,33 @@ def finetune(recipe: Recipe, out: Path, *, epochs: float, learning_rate: float, 
     return {"out": str(out), "num_examples": len(examples), "seconds": round(seconds, 1), "validation": score.to_dict()}
 
 
-def encode(item: Item, task: Task, tokenizer: Any) -> dict[str, list[int]]:
-    """Prompt, right answer and end of text as ids; the labels of the prompt are -100, which the loss leaves out."""
+def label_names(items: Sequence[Item]) -> dict[int, str]:
+    """Names of the classes that a head is asked for, by number; empty where the task asks for text."""
+    requests = [request for item in items for request in item.requests if isinstance(request, LabelRequest)]
+    return {request.label: request.target for request in sorted(requests, key=lambda request: request.label)}
+
+
+def with_head(model: Any, tokenizer: Any, labels: dict[int, str]) -> Any:
+    """The body of a causal language model with a new classification head, which needs no checkpoint of its own."""
+    config = model.config
+    config.id2label = {label: labels.get(label, str(label)) for label in range(max(labels) + 1)}
+    config.label2id = {name: label for label, name in config.id2label.items()}
+    # The head reads the last token before the padding.
+    config.pad_token_id = tokenizer.pad_token_id
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
+    classifier.model = model.model
+    return classifier
+
+
+def encode(item: Item, task: Task, tokenizer: Any) -> dict[str, Any]:
+    """Prompt, right answer and end of text as ids; the labels of the prompt are -100, which the loss leaves out.
+
+    For a head the prompt alone, and the number of its class.
+    """
     request = right_request(item)
     context = encode_context(tokenizer, request.context, chat_template=task.chat_template)
+    if isinstance(request, LabelRequest):
+        return {"input_ids": context, "labels": request.label}
     answer = tokenizer(request.target, add_special_tokens=False)["input_ids"]
     answer = [*answer, tokenizer.eos_token_id]
     return {"input_ids": context + answer, "labels": [-100] * len(context) + answer}
@@ -107,7 +136,7 @@ class Padding:
     def __init__(self, tokenizer: Any) -> None:
         self._pad = tokenizer.pad_token_id
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(key: str, value: int) -> torch.Tensor:
@@ -115,7 +144,9 @@ class Padding:
 
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         mask = (torch.arange(longest) < lengths[:, None]).long()
-        return {"input_ids": padded("input_ids", self._pad), "labels": padded("labels", -100), "attention_mask": mask}
+        is_head = isinstance(rows[0]["labels"], int)
+        labels = torch.tensor([row["labels"] for row in rows]) if is_head else padded("labels", -100)
+        return {"input_ids": padded("input_ids", self._pad), "labels": labels, "attention_mask": mask}
 
 
 if __name__ == "__main__":

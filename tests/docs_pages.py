@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,8 @@ def load_script(path: Path) -> ModuleType:
     """A script of the repository as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look up the module that they are defined in.
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 

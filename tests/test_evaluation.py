@@ -182,7 +182,9 @@ def test_generation_by_hand(teacher, mixers, tmp_path):
     model = hybrid(teacher, mixers, (0, 2))
     prompts = [f"word {i} and" for i in range(9)]
     requests = [GenerationRequest(context=p, max_new_tokens=4) for p in prompts]
-    texts = generate_texts(model, teacher.tokenizer, requests, chat_template=False, batch_tokens=40)
+    options = {"chat_template": False, "batch_tokens": 40}
+    texts = generate_texts(model, teacher.tokenizer, requests, **options)
+    assert generate_texts(model, teacher.tokenizer, requests, **options, fast=True) == texts
     for prompt, text in zip(prompts, texts):
         ids = torch.tensor([teacher.tokenizer(prompt)["input_ids"]])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)

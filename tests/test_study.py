@@ -13,8 +13,6 @@ import yaml
 from docs_pages import ROOT, load_script
 from fake_report import fake_report
 
-from dtr.cli import main as dtr_main
-
 KEYS = [
     *("name", "num_layers", "num_replaced", "teacher_test", "test", "test_ci95", "test_drop", "mixer"),
     *("pass_equivalents", "seconds", "command", "hardware", "commit"),
@@ -45,10 +43,11 @@ def study_of(place: Path, labels: Path, folder: Path) -> Path:
     teacher = {"source": base["teacher"]["source"]}
     study = {
         "recipe": str(folder / "base.yaml"),
-        "teachers": {"plain": teacher, "tuned": {**teacher, "finetune": {"epochs": 1, "rate": 1e-3, "batch": 8}}},
+        "teachers": {"plain": teacher, "tuned": {"base": "plain", "finetune": {"epochs": 1, "rate": 1e-3, "batch": 8}}},
         "tasks": {
-            "choices": {"task": {"source": str(place / "task")}},
+            "choices": {"task": {"source": str(place / "task")}, "note": "Only an example."},
             "strict": {"task": {"source": str(place / "task")}, "search": {"p_min": 0.99}},
+            "broken": {"task": {"source": str(place / "nothing")}},
             "labels": {"teacher": "tuned", "task": {"source": str(labels), "prompt": "{text}:"}},
         },
     }
@@ -56,43 +55,76 @@ def study_of(place: Path, labels: Path, folder: Path) -> Path:
     return folder / "study.yaml"
 
 
-def test_the_study_runs_and_writes_the_table_and_its_page(place, labels, tmp_path, monkeypatch, capsys):
-    study, tuning = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in ("study", "finetune_teacher"))
-    calls, codes = [], []
+@pytest.fixture
+def study(monkeypatch):
+    """The program, with its neighbour on the path as when it is started."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return load_script(ROOT / "benchmarks" / "study.py")
 
-    def call(arguments):
-        """In this process, which has the libraries loaded."""
-        calls.append(arguments)
-        is_dtr = arguments[:2] == ["-m", "dtr"]
-        monkeypatch.setattr(sys, "argv", ["dtr", *arguments[2:], "--progress", "quiet"] if is_dtr else arguments)
-        try:
-            dtr_main() if is_dtr else tuning.main()
-        except SystemExit as stop:
-            codes.append(stop.code)
 
-    monkeypatch.setattr(study, "call", call)
-    plan, results = study_of(place, labels, tmp_path), tmp_path / "results"
-    command = ["study.py", str(plan), "--out", str(tmp_path / "out"), "--results", str(results)]
-    for _ in range(2):
-        monkeypatch.setattr(sys, "argv", command)
+def call(study, monkeypatch, *arguments) -> str | int | None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/study.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
         study.main()
-    # One bank for each teacher, one fine-tuning, three searches; the second time nothing is left to do.
-    assert [c[2] if c[0] == "-m" else "finetune" for c in calls] == [
-        *("distill", "search", "search", "finetune", "distill", "search")
-    ]
-    assert not any(codes)
+    return stop.value.code
+
+
+def test_the_study_runs_and_writes_the_table_and_its_page(study, place, labels, tmp_path, monkeypatch, capsys):
+    distilled, tuned = [], []
+    distill_only, finetune = study.distill_only, study.finetune
+    monkeypatch.setattr(study, "distill_only", lambda *a, **k: distilled.append(a[1].name) or distill_only(*a, **k))
+    monkeypatch.setattr(study, "finetune", lambda *a, **k: tuned.append(a[1].name) or finetune(*a, **k))
+    plan, results = study_of(place, labels, tmp_path), tmp_path / "results"
+    arguments = [plan, "--out", tmp_path / "out", "--results", results]
+    # The third task's data is not there: it fails, the others do not, and the table has them.
+    assert call(study, monkeypatch, *arguments) == "1 of 4 tasks failed"
+    assert "broken FAILED:" in capsys.readouterr().err
     rows = json.loads((results / "study.json").read_text())
     assert [row["name"] for row in rows] == ["choices", "strict", "labels"]
+    assert call(study, monkeypatch, *arguments, "--only", "strict", "--only", "labels") == 0
+    # One bank for each teacher, one fine-tuning; the second time nothing is left to do.
+    assert (distilled, tuned) == (["plain", "tuned"], ["tuned"])
     assert all(list(row) == KEYS for row in rows)
     for row in rows:
         assert row["test_ci95"][0] <= row["test"] <= row["test_ci95"][1]
         assert row["seconds"] > 0
+        assert row["command"].startswith("python benchmarks/study.py ")
     assert json.loads((results / "study" / "labels.json").read_text())["task"]["kind"] == "classification"
     script = load_script(ROOT / "docs" / "make_study.py")
     monkeypatch.setattr(script, "RESULTS", results)
+    monkeypatch.setattr(script, "STUDY", plan)
+    monkeypatch.setattr(script, "AIM_SHARE", 1.1)
     page = script.page()
     assert "| choices |" in page
     assert "Mean share of layers replaced" in page
+    assert "- `choices`: Only an example." in page
+    assert "- `strict`: " in page.partition("## Where the aim was missed")[2]
+
+
+def test_banks_and_models_that_are_there_in_a_process_apart(study, place, labels, tmp_path, monkeypatch, capsys):
+    plan, results = study_of(place, labels, tmp_path), tmp_path / "results"
+    arguments = [plan, "--results", results, "--only", "choices"]
+    assert call(study, monkeypatch, *arguments, "--out", tmp_path / "one") == 0
+    bank = tmp_path / "one" / "banks" / "plain"
+    given = ["--bank", f"plain={bank}", "--model", f"plain={place / 'model'}", "--jobs", 2]
+    assert call(study, monkeypatch, *arguments, *given, "--out", tmp_path / "two") == 0
+    assert not (tmp_path / "two" / "banks").exists()
+    assert "choices: " in (tmp_path / "two" / "logs" / "plain.log").read_text()
+    assert call(study, monkeypatch, plan, "--bank", "nobody=there") == 2
+    assert "nobody: write TEACHER=VALUE; teachers are plain, tuned" in capsys.readouterr().err
+
+
+def test_a_head_is_fine_tuned_too(place, labels, tmp_path):
+    from dtr.recipe import read_recipe
+
+    tuning = load_script(ROOT / "benchmarks" / "finetune_teacher.py")
+    settings = [f"task.source={labels}", "task.kind=classification", "task.options={head: true}"]
+    recipe = read_recipe(place / "recipe.yaml", settings)
+    done = tuning.finetune(recipe, tmp_path / "tuned", epochs=8, learning_rate=3e-3, batch_size=8)
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert config["id2label"] == {"0": "color", "1": "animal"}
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert done["validation"]["value"] > 0.8
 
 
 def test_the_page_of_results_is_made_from_the_committed_ones():
@@ -100,8 +132,7 @@ def test_the_page_of_results_is_made_from_the_committed_ones():
     assert script.TARGET.read_text(encoding="utf-8") == script.page(), "run: make docs"
 
 
-def test_one_result_becomes_one_entry():
-    study = load_script(ROOT / "benchmarks" / "study.py")
+def test_one_result_becomes_one_entry(study):
     record = fake_report()
     entry = study.result_of("arc", record)
     assert list(entry) == KEYS
@@ -111,15 +142,15 @@ def test_one_result_becomes_one_entry():
     assert (low, high) == pytest.approx((0.4444, 0.5158), abs=1e-3)
 
 
-def test_the_list_of_the_study_names_known_teachers_and_settings(tmp_path):
+def test_the_list_of_the_study_names_known_teachers_and_settings(study, tmp_path):
     from dtr.recipe import read_recipe
 
-    study = load_script(ROOT / "benchmarks" / "study.py")
     plan = study.at_home(yaml.safe_load((ROOT / "benchmarks" / "study.yaml").read_text(encoding="utf-8")), "there")
-    for name, entry in plan["tasks"].items():
-        teacher = entry.get("teacher", "smollm2")
-        recipe = read_recipe(study.write_recipe(plan, name, teacher, tmp_path))
-        assert recipe.search.p_min == 0.96
+    whole = study.Study(plan=plan, out=tmp_path, results=tmp_path, settings=[], banks={})
+    for name in plan["tasks"]:
+        teacher = whole.teacher_of(name)
+        recipe = read_recipe(study.write_recipe(whole, name, teacher))
+        assert recipe.search.p_min == 0.98
         assert recipe.text.source == "there/text"
         assert (recipe.task.path or recipe.task.source).startswith(("recall", "there/tasks/"))
         assert ("teachers" in recipe.teacher.source) == ("finetune" in plan["teachers"][teacher])

@@ -75,10 +75,15 @@ def own_commit() -> str | None:
 
 def command_line() -> str:
     """How this process was started, for a record that others repeat; torchrun's own part included."""
-    command = shlex.join(["dtr", *sys.argv[1:]])
-    num_processes = os.environ.get("WORLD_SIZE")
-    start = f"python -m torch.distributed.run --nproc-per-node {num_processes} -m "
-    return start + command if num_processes else command
+    program = Path(sys.argv[0])
+    # A program of its own that calls us, as those in benchmarks/.
+    script = program.as_posix() if program.suffix == ".py" and program.name != "__main__.py" else None
+    if num_processes := os.environ.get("WORLD_SIZE"):
+        start = ["python", "-m", "torch.distributed.run", "--nproc-per-node", num_processes]
+        start += [script] if script else ["-m", "dtr"]
+    else:
+        start = ["python", script] if script else ["dtr"]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def compile_caches() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dtr.binding import check_search
 from dtr.corpus import StreamedBlocks, TokenBlocks
+from dtr.corpus.faults import Faults
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.trainer import distill
 from dtr.distributed import World, current_world, join_world, leave_world
@@ -50,7 +51,7 @@ def run(
         out: run folder; refused if it holds something, unless `resume` or `overwrite`.
         resume: go on where an interrupted run of the same recipe stopped.
         overwrite: delete an earlier run in `out` first.
-        bank: folder of a bank to search with; distillation is left out.
+        bank: folder of a bank to search with; distillation is left out and the text is not read.
         on_event: called with small dicts for live displays; all of them are in events.jsonl too.
 
     Returns:
@@ -72,9 +73,13 @@ def run(
         guards = prepare_guards(recipe)
         settings = search_settings(recipe, guards)
         check_search(task, settings)
-        text, faults = prepare_text(recipe, teacher, emit)
+        text, faults = (None, Faults(emit)) if bank else prepare_text(recipe, teacher, emit)
     with clock("distill"), memory_advice("distill.batch_size"):
-        mixers = load_bank(bank, teacher=teacher) if bank else prepare_bank(recipe, teacher, text, folder, emit)
+        if text is None:
+            assert bank is not None
+            mixers = load_bank(bank, teacher=teacher)
+        else:
+            mixers = prepare_bank(recipe, teacher, text, folder, emit)
     with clock("search"), memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
         result = prepare_search(recipe, teacher, mixers, task, settings, folder, emit)
     leave_world()
@@ -84,7 +89,7 @@ def run(
     emit({"event": "stage", "text": "measuring speed, writing samples"})
     with clock("report"):
         sample = write_sample(teacher, result.m_opt)
-        differences = differing_items(teacher, result.m_opt, task)
+        differences = differing_items(teacher, result.m_opt, task, batch_tokens=recipe.runtime.eval_batch_tokens)
         speed = {"teacher": measure_speed(teacher.model), "m_opt": measure_speed(result.m_opt)}
     record = make_record(
         recipe,

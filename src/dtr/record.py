@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 
 from dtr.corpus import StreamedBlocks, TokenBlocks
 from dtr.distillation.bank import MixerBank
-from dtr.environment import hardware, library_versions, own_commit, own_version, peak_rss_bytes
+from dtr.environment import command_line, hardware, library_versions, own_commit, own_version, peak_rss_bytes
 from dtr.evaluation.paired import paired_difference
 from dtr.evaluation.score import Score
 from dtr.hybrid.cache import decode_cache_bytes
@@ -33,7 +31,7 @@ MEMORY_CONTEXTS_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 def make_record(
     recipe: Recipe,
     teacher: Teacher,
-    text: TokenBlocks | StreamedBlocks,
+    text: TokenBlocks | StreamedBlocks | None,
     bank: MixerBank,
     task: Task,
     result: SearchResult,
@@ -52,7 +50,7 @@ def make_record(
         "format": FORMAT,
         "dtr_version": own_version(),
         "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["dtr", *sys.argv[1:]]),
+        "command": command_line(),
         "hardware": hardware(teacher.device),
         "commit": own_commit(),
         "versions": {name: value or "not installed" for name, value in library_versions().items()},
@@ -83,12 +81,7 @@ def make_record(
             "backend_reason": backend.reason,
             "is_pure_linear": all(mixer.is_pure_linear for mixer in bank.mixers.values()),
         },
-        "text": {
-            "source": text.source,
-            "num_tokens": text.num_tokens,
-            "fingerprint": text.fingerprint,
-            "faults": faults,
-        },
+        "text": {**_text(text, bank), "faults": faults},
         "distill": _distill(bank),
         "task": {
             "name": task.name,
@@ -108,6 +101,13 @@ def make_record(
         "sample": sample,
         "differences": differences,
     }
+
+
+def _text(text: TokenBlocks | StreamedBlocks | None, bank: MixerBank) -> dict[str, Any]:
+    """What the bank was distilled on; a bank from elsewhere knows its fingerprint alone."""
+    if text is None:
+        return {"source": None, "num_tokens": None, "fingerprint": bank.identity.get("text")}
+    return {"source": text.source, "num_tokens": text.num_tokens, "fingerprint": text.fingerprint}
 
 
 def _memory(teacher: Teacher, bank: MixerBank, linear: Sequence[int]) -> list[dict[str, int]]:

@@ -29,10 +29,12 @@ def write_sample(
     return {"prompt": prompt, **texts}
 
 
-def differing_items(teacher: Teacher, hybrid: Any, task: Task) -> list[dict[str, Any]]:
+def differing_items(teacher: Teacher, hybrid: Any, task: Task, *, batch_tokens: int = 16_384) -> list[dict[str, Any]]:
     """The first few validation items that one model gets right and the other does not."""
     answers = {
-        name: Evaluator(model, teacher.tokenizer, task, "validation", cache_bytes=0).respond()
+        name: Evaluator(
+            model, teacher.tokenizer, task, "validation", cache_bytes=0, batch_tokens=batch_tokens
+        ).respond()
         for name, model in (("teacher", teacher.model), ("hybrid", hybrid))
     }
     found = []
