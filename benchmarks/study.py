@@ -36,6 +36,7 @@ from dtr.evaluation.score import Score
 from dtr.files import write_json
 from dtr.pipeline import distill_only, run
 from dtr.recipe import read_recipe
+from dtr.runfolder import EVENTS, RECIPE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -233,7 +234,8 @@ def write_recipe(study: Study, name: str | None, teacher: str) -> Path:
 
 
 def is_begun(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+    """Whether a run has left work to go on with; its recipe and log alone are replaced by the next try."""
+    return folder.is_dir() and any(path.name not in (RECIPE, EVENTS) for path in folder.iterdir())
 
 
 def say(text: str) -> None:

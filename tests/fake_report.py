@@ -86,7 +86,7 @@ def fake_report(
         "hardware": {"device": "cuda", "cpu": "AMD EPYC 9654", "num_cores": 16, "gpu": "NVIDIA H100",
                      "memory_bytes": 137_000_000_000},
         "commit": "970c114", "versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "seed": 20260131,
-        "seconds": {"total": 512.3, "load": 6.1, "distill": 291.0, "search": 171.2, "test": 44.0},
+        "seconds": {"total": 512.3, "load": 6.1, "distill": 291.0, "search": 171.2, "report": 44.0},
         "peak_rss_bytes": 4_210_000_000, "peak_gpu_bytes": 9_870_000_000,
         "recipe": {"teacher": {"source": "HuggingFaceTB/SmolLM2-135M-Instruct"}, "distill": {"num_tokens": 10_600_000}},
         "teacher": {

@@ -156,19 +156,21 @@ def test_the_list_of_the_study_names_known_teachers_and_settings(study, tmp_path
         assert ("teachers" in recipe.teacher.source) == ("finetune" in plan["teachers"][teacher])
 
 
-def test_the_example_goes_from_fine_tuning_to_serving(place, labels, tmp_path, capsys):
+@pytest.mark.parametrize("head", [False, True], ids=["label texts", "head"])
+def test_the_example_goes_from_fine_tuning_to_serving(place, labels, tmp_path, capsys, head):
     example = load_script(ROOT / "examples" / "03_labels.py")
     settings = [
         *("teacher.dtype=float32", "distill.num_tokens=2048", "distill.seq_len_tokens=64", "distill.batch_size=4"),
         *("text.num_held_out_tokens=512", "runtime.device=cpu", "search.strategy=exact", "search.p_min=0.5"),
     ]
-    options = {"model": str(place / "model"), "settings": settings, "epochs": 8.0}
+    options = {"model": str(place / "model"), "settings": settings, "epochs": 8.0, "head": head}
     record = example.make_hybrid(str(labels), str(place / "text.txt"), tmp_path / "out", **options)
     assert record["task"]["kind"] == "classification"
     assert "after" in capsys.readouterr().out
     again = example.make_hybrid(str(labels), str(place / "text.txt"), tmp_path / "out", **options)
     assert again["m_opt"] == record["m_opt"]
-    classify = example.Classifier(tmp_path / "out" / "run" / "hybrid", str(labels))
+    hybrid = tmp_path / "out" / "run" / "hybrid"
+    classify = example.HeadClassifier(hybrid) if head else example.LabelRanker(hybrid, str(labels))
     server = example.make_server(classify, 0)
     threading.Thread(target=server.handle_request, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"

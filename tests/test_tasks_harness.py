@@ -69,19 +69,21 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def harness_samples(folder: Path, name: str, **options) -> list[dict]:
+def harness_samples(folder: Path, name: str, *, model=None, max_length: int = 512, **options) -> list[dict]:
     """What the harness logs of each item (once per filter) with its own model class."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    model = HFLM(pretrained=pico_model(), tokenizer=byte_tokenizer(), batch_size=4, device="cpu", max_length=512)
+    network, tokenizer = model or (pico_model(), byte_tokenizer())
+    batch_size = 4 if model is None else 16
+    lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device="cpu", max_length=max_length)
     before = Path.cwd()
     os.chdir(folder)
     try:
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         found = lm_eval.simple_evaluate(
-            model=model, tasks=[name], task_manager=manager, bootstrap_iters=0, log_samples=True, **options
+            model=lm, tasks=[name], task_manager=manager, bootstrap_iters=0, log_samples=True, **options
         )
     finally:
         os.chdir(before)
@@ -128,7 +130,10 @@ def test_shared_data_agrees_to_the_last_item(name, tmp_path):
         teacher = pico_teacher(max_position_embeddings=4096)
     for split in ("validation", "test"):
         assert [item.requests for item in theirs.splits[split]] == [item.requests for item in ours.splits[split]]
-        assert evaluate(teacher, theirs, split=split).per_item == evaluate(teacher, ours, split=split).per_item
+    found = evaluate(teacher, ours).per_item
+    assert evaluate(teacher, theirs).per_item == found
+    model = (teacher.model, teacher.tokenizer)
+    assert list(found) == harness_scores(tmp_path, f"own_{name}", ours.metric, model=model, max_length=4096)
 
 
 def test_examples_before_the_question_are_the_harness_own(tmp_path):
