@@ -106,7 +106,7 @@ def measure(recipe: Recipe, teacher: Teacher, bank: MixerBank, tasks: dict[str, 
         retention["mean"] = sum(retention.values()) / len(retention)
     recall_scores = by_share(recipe, teacher, bank, recall)
     return {
-        "mixer": {"kind": bank.kind, "options": bank.options},
+        "mixer": recipe.mixer.model_dump(),
         "is_pure_linear": all(mixer.is_pure_linear for mixer in bank.mixers.values()),
         "mean_nmse": bank.mean_nmse,
         "nmse": [bank.nmse_after[layer] for layer in bank.layers],
@@ -134,7 +134,7 @@ def all_linear(recipe: Recipe, teacher: Teacher, bank: MixerBank, task: Task) ->
         task,
         "test",
         mixers=bank.in_dtype(teacher.dtype),
-        specs={layer: bank.spec() for layer in bank.layers},
+        specs={number: bank.spec(number) for number in bank.mixers},
         batch_tokens=recipe.runtime.eval_batch_tokens,
     )
     return {"teacher": evaluator(frozenset()).value, "hybrid": evaluator(frozenset(bank.layers)).value}

@@ -92,7 +92,7 @@ def recipe() -> Iterator[str]:
 def _entries(section: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
     """Tables of the sections that stand in lists of this one."""
     for field, kind, _, _ in _fields(section):
-        for name in re.findall(r"^list\[(\w+)\]", kind):
+        for name in re.findall(r"\blist\[(\w+)\]", kind):
             if name in classes:
                 yield f"Each entry of `{field}`: {ast.get_docstring(classes[name])}"
                 yield field_table(classes[name])
@@ -204,7 +204,16 @@ def _fields(node: ast.ClassDef) -> Iterator[tuple[str, str, str, str]]:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             doc = " ".join(str(after.value.value).split()) if is_text else ""  # type: ignore[union-attr]
-            yield field.target.id, ast.unparse(field.annotation), _field_default(field.value), doc
+            kind = ast.unparse(_Plain().visit(field.annotation))
+            yield field.target.id, kind, _field_default(field.value), doc
+
+
+class _Plain(ast.NodeTransformer):
+    """Types without the notes that `Annotated` adds."""
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        self.generic_visit(node)
+        return node.slice.elts[0] if ast.unparse(node.value) == "Annotated" else node  # type: ignore[attr-defined]
 
 
 def _field_default(value: ast.expr | None) -> str:

@@ -22,14 +22,16 @@ LAYOUTS = {"first": (0,), "mixed": (0, 2), "last": (3,), "all": (0, 1, 2, 3)}
 
 
 def hybrid_of(teacher, layers, kind="gated_deltanet"):
+    """A hybrid whose linear layers are of one kind, or of the kinds in a tuple, one for each."""
+    kinds = dict(zip(layers, kind)) if isinstance(kind, tuple) else dict.fromkeys(layers, kind)
     attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
-    mixers = {i: mixer_from_teacher(kind, teacher.geometry, i, attention[i]).eval() for i in layers}
+    mixers = {i: mixer_from_teacher(kinds[i], teacher.geometry, i, attention[i]).eval() for i in layers}
     for mixer in mixers.values():
         # Gates that start as the identity would hide a gate that is wired wrongly.
         for name, weight in mixer.named_parameters():
             if "gate_proj" in name or "write_proj" in name or "decay" in name:
                 torch.nn.init.normal_(weight, std=0.3)
-    return make_hybrid(teacher.model, mixers, {i: {"kind": kind} for i in layers})
+    return make_hybrid(teacher.model, mixers, {i: {"kind": kinds[i]} for i in layers})
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -136,7 +138,7 @@ if {blocked!r}:
 @pytest.mark.parametrize("blocked", [False, True], ids=["import_dtr", "trust_remote_code_without_dtr"])
 @torch.no_grad()
 def test_a_fresh_process_loads_the_folder(blocked, tmp_path):
-    hybrid = hybrid_of(pico_teacher(), (0, 2))
+    hybrid = hybrid_of(pico_teacher(), (0, 2), ("gated_deltanet", "mamba2"))
     hybrid.save_pretrained(tmp_path / "hybrid")
     code = FRESH.format(blocked=blocked, folder=str(tmp_path / "hybrid"))
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PATH": "", "OMP_NUM_THREADS": "1"}

@@ -143,7 +143,7 @@ def test_they_learn_and_survive_saving(kind, tmp_path):
     bank.save(tmp_path / "bank")
     assert load_bank(tmp_path / "bank", teacher=teacher).fingerprint == bank.fingerprint
 
-    hybrid = make_hybrid(teacher.model, bank.in_dtype(torch.float32), {i: bank.spec() for i in bank.layers})
+    hybrid = make_hybrid(teacher.model, bank.in_dtype(torch.float32), {i: bank.spec(i) for i in bank.layers})
     hybrid.save_pretrained(tmp_path / "hybrid")
     ids = torch.randint(1, 257, (2, 30))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")

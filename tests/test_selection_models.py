@@ -42,9 +42,9 @@ def untrained_bank(teacher):
     attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
     mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a).eval() for i, a in enumerate(attention)}
     return MixerBank(
-        kind="gated_deltanet",
-        options={},
+        specs=[{"kind": "gated_deltanet"}],
         mixers=mixers,
+        num_model_layers=teacher.num_layers,
         teacher_fingerprint=teacher.fingerprint,
         geometry=teacher.geometry,
         nmse_after={i: 1.0 / (i + 1) for i in mixers},
@@ -66,7 +66,7 @@ def task(tmp_path_factory):
 
 
 def evaluator(teacher, bank, task, **options):
-    specs = {layer: bank.spec() for layer in bank.layers}
+    specs = {number: bank.spec(number) for number in bank.mixers}
     mixers = bank.in_dtype(teacher.dtype)
     return Evaluator(teacher.model, teacher.tokenizer, task, "validation", mixers=mixers, specs=specs, **options)
 

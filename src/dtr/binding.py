@@ -59,7 +59,7 @@ def make_evaluator(teacher: Teacher, bank: MixerBank, task: Task, split: str, **
         task,
         split,
         mixers=bank.in_dtype(teacher.dtype),
-        specs={layer: bank.spec() for layer in bank.layers},
+        specs={number: bank.spec(number) for number in bank.mixers},
         **options,
     )
     return SpreadEvaluator(own, current_world())
@@ -93,8 +93,9 @@ def find_layers(
         guarding = [make_evaluator(teacher, bank, guard.task, "validation", **options) for guard in settings.guards]
         trace = select_layers(
             validation,
-            layers=bank.layers,
+            layers=list(bank.mixers),
             num_model_layers=teacher.num_layers,
+            layer_of=bank.layer_of,
             limits=settings.limits,
             strategy=settings.strategy,
             # Without portions and confirmation, all items need no names: the journal stays as short as it can be.
@@ -109,7 +110,7 @@ def find_layers(
             seed=settings.seed,
             clock=clock_of(world),
             journal=book,
-            on_event=on_event,
+            on_event=on_event and _in_words(bank, on_event),
         )
     return Selection(
         trace=trace,
@@ -117,6 +118,19 @@ def find_layers(
         guard_pass_equivalents=sum(score.pass_equivalents() for score in guarding),
         seconds=time.monotonic() - started,
     )
+
+
+def _in_words(bank: MixerBank, listener: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """A listener that hears of layers and kinds where the search speaks of numbers."""
+
+    def hear(event: dict[str, Any]) -> None:
+        if event.get("layer") is not None:
+            event = {**event, **bank.named(event["layer"])}
+        if "layers" in event:
+            event = {**event, "layers": [bank.layer_of[number] for number in event["layers"]]}
+        listener(event)
+
+    return hear
 
 
 def _split_items(task: Task, settings: SearchSettings) -> ItemSplit:
@@ -162,8 +176,8 @@ def _facts(bank: MixerBank, validation: SpreadEvaluator, items: ItemSplit) -> Ca
         if name == "nmse":
             return bank.nmse_after
         if name in ("kl", "impact"):
-            found = validation.measure({"kl": "divergence"}.get(name, name), bank.layers, items.selection)
-            return {layer: value for layer, value in found.items() if value is not None}
+            found = validation.measure({"kl": "divergence"}.get(name, name), list(bank.mixers), items.selection)
+            return {number: value for number, value in found.items() if value is not None}
         return {}
 
     return facts

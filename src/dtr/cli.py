@@ -19,6 +19,7 @@ from dtr.cli_options import (
     BoardOpt,
     DebugOpt,
     LogOpt,
+    MixerOpt,
     ModelOpt,
     OutOpt,
     OverwriteOpt,
@@ -66,6 +67,7 @@ def run(
     model: ModelOpt = None,
     task: TaskOpt = None,
     p_min: PMinOpt = None,
+    mixer: MixerOpt = None,
     settings: SetOpt = None,
     resume: ResumeOpt = False,
     overwrite: OverwriteOpt = False,
@@ -76,7 +78,7 @@ def run(
     """Distil, search, save the hybrids and write the report."""
     from dtr.pipeline import run as run_pipeline
 
-    plan = make_recipe(recipe, model, task, p_min, settings)
+    plan = make_recipe(recipe, model, task, p_min, settings, mixer)
     with watched(log, out / "tensorboard" if board else None) as show:
         record = run_pipeline(plan, out, resume=resume, overwrite=overwrite, on_event=show)
     conclude(record, out, log)
@@ -94,7 +96,7 @@ def demo(
 ) -> None:
     """The whole method on a real 135M model, on a CPU, in about ten minutes."""
     with as_file(files("dtr") / "demo.yaml") as recipe:
-        run(out, recipe, None, None, None, settings, resume, overwrite, log, board, debug)
+        run(out, recipe, None, None, None, None, settings, resume, overwrite, log, board, debug)
 
 
 @app.command()
@@ -102,6 +104,7 @@ def distill(
     out: OutOpt,
     recipe: RecipeArg = None,
     model: ModelOpt = None,
+    mixer: MixerOpt = None,
     settings: SetOpt = None,
     resume: ResumeOpt = False,
     overwrite: OverwriteOpt = False,
@@ -112,10 +115,12 @@ def distill(
     """Phase 1 alone: train one linear mixer per layer; leaves OUT/bank."""
     from dtr.pipeline import distill_only
 
-    plan = make_recipe(recipe, model, None, None, settings)
+    plan = make_recipe(recipe, model, None, None, settings, mixer)
     with watched(log, out / "tensorboard" if board else None) as show:
         bank = distill_only(plan, out, resume=resume, overwrite=overwrite, on_event=show)
-    say(f"{len(bank.layers)} mixers, mean NMSE {bank.mean_nmse:.4f}: {out / 'bank'}")
+    means = bank.mean_nmse_by_kind
+    each = ", ".join(f"{value:.4f}" + (f" ({kind})" if len(means) > 1 else "") for kind, value in means.items())
+    say(f"{len(bank.mixers)} mixers, mean NMSE {each}: {out / 'bank'}")
 
 
 @app.command()

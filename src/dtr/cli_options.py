@@ -14,6 +14,10 @@ SetOpt = Annotated[list[str] | None, typer.Option("--set", help="Change one sett
 ModelOpt = Annotated[str | None, typer.Option("--model", help="Teacher: hub name, folder or GGUF file.")]
 TaskOpt = Annotated[str | None, typer.Option("--task", help="Task: recall, or a folder with JSONL splits.")]
 PMinOpt = Annotated[float | None, typer.Option("--p-min", help="Share of the teacher's score to keep, as 0.95.")]
+MixerOpt = Annotated[
+    str | None,
+    typer.Option("--mixer", help="Kind of mixer; several by commas, and search chooses for each layer."),
+]
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in --out first.")]
 LogOpt = Annotated[str, typer.Option("--progress", help="What to show meanwhile: rich, json or quiet.")]
@@ -22,11 +26,19 @@ DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of a
 
 
 def make_recipe(
-    path: Path | None, model: str | None, task: str | None, p_min: float | None, settings: list[str] | None
+    path: Path | None,
+    model: str | None,
+    task: str | None,
+    p_min: float | None,
+    settings: list[str] | None,
+    mixer: str | None = None,
 ) -> Any:
     """A recipe from a file, the few flags and --set, later ones winning."""
     from dtr.recipe import read_recipe
 
-    flags = {"teacher.source": model, "task.source": task, "search.p_min": p_min}
+    kinds = mixer.split(",") if mixer else []
+    # The whole section, as options of a kind that the recipe names would not fit another.
+    section = {"kind": kinds[0] if len(kinds) == 1 else kinds} if kinds else None
+    flags = {"teacher.source": model, "task.source": task, "search.p_min": p_min, "mixer": section}
     overrides = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     return read_recipe(path, [*overrides, *(settings or [])])

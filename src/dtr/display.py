@@ -87,13 +87,11 @@ class _Bars:
         self._bar("distil", event["step"], event["num_steps"], f"loss {event['mean_loss']:.4f}")
 
     def _on_nmse(self, event: dict[str, Any]) -> None:
-        self._console.print(
-            f"{event['num_tokens']:>12,} tokens: held-out NMSE {event['mean_nmse']:.4f}", highlight=False
-        )
+        self._console.print(f"{event['num_tokens']:>12,} tokens: held-out NMSE {_by_kind(event)}", highlight=False)
 
     def _on_stopped(self, event: dict[str, Any]) -> None:
         self._console.print(
-            f"{event['num_tokens']:>12,} tokens: layer {event['layer']} is given up and keeps its last good weights, "
+            f"{event['num_tokens']:>12,} tokens: layer {_named(event)} is given up and keeps its last good weights, "
             f"as {event['why']}",
             highlight=False,
         )
@@ -110,7 +108,7 @@ class _Bars:
             self._linear, self._best = event["step"], f", score {event['score']:.4f}"
         verdict = "" if event["accepted"] else " (below p_min)"
         layers = event.get("layers", [event["layer"]])
-        what = f"layer {event['layer']:>3}" if len(layers) == 1 else f"{len(layers)} layers more"
+        what = f"layer {_named(event):>3}" if len(layers) == 1 else f"{len(layers)} layers more"
         self._console.print(f"step {event['step']:>3}: {what} -> {event['score']:.4f}{verdict}", highlight=False)
 
     def _on_refused(self, event: dict[str, Any]) -> None:
@@ -119,6 +117,16 @@ class _Bars:
 
     def _on_stop(self, event: dict[str, Any]) -> None:
         self._console.print(event["text"], highlight=False)
+
+
+def _by_kind(event: dict[str, Any]) -> str:
+    means = event.get("by_kind") or {"": event["mean_nmse"]}
+    return ", ".join(f"{value:.4f} {kind}".strip() for kind, value in means.items())
+
+
+def _named(event: dict[str, Any]) -> str:
+    """The layer, with the kind of mixer where the bank has several."""
+    return f"{event['layer']} ({event['kind']})" if "kind" in event else str(event["layer"])
 
 
 def doctor_table(facts: dict[str, Any]) -> Table:

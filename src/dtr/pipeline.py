@@ -145,13 +145,14 @@ def prepare_bank(
     """Distil, or take the bank that an earlier run of this recipe has finished."""
     if (folder.bank / "bank.json").exists():
         return load_bank(folder.bank, teacher=teacher)
-    emit({"event": "stage", "text": f"preparing {recipe.mixer.kind} for every layer"})
+    emit({"event": "stage", "text": f"preparing {' and '.join(recipe.mixer.names)} for every layer"})
     settings = recipe.distill.model_dump(exclude={"seq_len_tokens"})
+    mixer = recipe.mixer.model_dump()
     bank = distill(
         teacher,
         text,
-        mixer=recipe.mixer.kind,
-        options=recipe.mixer.options,
+        mixer=mixer["kind"],
+        options=mixer["options"],
         **settings,
         seed=recipe.seed,
         parallel=recipe.runtime.parallel,
@@ -185,7 +186,8 @@ def prepare_search(
         on_event=emit,
     )
     if current_world().is_first:
-        write_json(folder.search, result.trace.to_dict(with_items=True))
+        legend = {number: bank.named(number) for number in bank.mixers} if len(bank.kinds) > 1 else {}
+        write_json(folder.search, result.trace.to_dict(with_items=True) | ({"mixers": legend} if legend else {}))
     return result
 
 

@@ -6,14 +6,14 @@ the run, defaults filled in, so that the run can be repeated. No torch in here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from dtr.errors import RecipeError, did_you_mean
+from dtr.errors import RecipeError
+from dtr.recipe_errors import as_recipe_error
 
 
 class Section(BaseModel):
@@ -42,12 +42,40 @@ class TextSection(Section):
     """Tokens set aside to measure the error of each layer; never trained on."""
 
 
-class MixerSection(Section):
-    kind: str = "gated_deltanet"
-    """A mixer by name: gated_deltanet, jet_block, gated_linear_attention, kimi_delta_attention; for export
-    mamba2 and qwen35_gated_deltanet; sliding_window, which is attention on a window and the first tokens."""
+class MixerEntry(Section):
+    """One of several kinds in a bank."""
+
+    kind: str
     options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of that mixer."""
+
+
+class MixerSection(Section):
+    kind: Annotated[
+        Annotated[str, Tag("one")] | Annotated[list[MixerEntry], Field(min_length=1), Tag("several")],
+        Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+    ] = "gated_deltanet"
+    """A mixer by name: gated_deltanet, jet_block, gated_linear_attention, kimi_delta_attention; for export
+    mamba2 and qwen35_gated_deltanet; sliding_window, which is attention on a window and the first tokens. Or a list of
+    them, `[gated_deltanet, {kind: sliding_window, options: {window: 64}}]`: every layer gets one mixer of each, and
+    search chooses layer by layer."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of that mixer; in a list each has its own."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return [{"kind": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+
+    @property
+    def names(self) -> list[str]:
+        """The kinds, in order."""
+        return [self.kind] if isinstance(self.kind, str) else [one.kind for one in self.kind]
+
+    @model_validator(mode="after")
+    def _own_options(self) -> MixerSection:
+        if isinstance(self.kind, list) and self.options:
+            raise ValueError("no mixer.options beside a list of kinds: give each its own, {kind: ..., options: {...}}")
+        return self
 
 
 class DistillSection(Section):
@@ -220,7 +248,7 @@ def read_recipe(path: str | Path | None, overrides: list[str] = (), base: dict[s
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise _as_recipe_error(error, str(path) if path else "recipe") from None
+        raise as_recipe_error(error, Recipe, str(path) if path else "recipe") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -264,38 +292,3 @@ def _apply(data: dict[str, Any], override: str) -> None:
         data[key] = dict(inner) if isinstance(inner, dict) else {}
         data = data[key]
     data[keys[-1]] = value
-
-
-def _as_recipe_error(error: ValidationError, where: str) -> RecipeError:
-    problems = [_describe(problem) for problem in error.errors()]
-    first, *others = problems
-    hint = first[3] + "".join(
-        f" Also: {field}: got {got}; expected {want}. {hint}" for field, got, want, hint in others
-    )
-    return RecipeError(f"{where}: {first[0]}", got=first[1], expected=first[2], hint=hint.strip())
-
-
-def _describe(problem: Any) -> tuple[str, str, str, str]:
-    path = [str(part) for part in problem["loc"]]
-    field = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        known: Any = Recipe
-        for part in path[:-1]:
-            known = known.model_fields[part].annotation
-        # Most often a setting without its section, as --set p_min=0.9.
-        inside = [
-            f"{name}.{field}" for name, info in Recipe.model_fields.items() if field in _fields_of(info.annotation)
-        ]
-        hint = f"Did you mean '{inside[0]}'?" if inside else did_you_mean(path[-1], known.model_fields)
-        return field, f"unknown key '{path[-1]}'", "a known key", hint
-    if problem["type"] == "missing":
-        if field == "teacher":
-            return field, "nothing", "a model", "Name one with --model, or as teacher.source in a recipe."
-        return field, "nothing", "a value", f"Add '{path[-1]}:' or --set {field}=..."
-    message = problem["msg"].replace("Input should be", "").strip()
-    return field, repr(problem["input"]), message, ""
-
-
-def _fields_of(annotation: Any) -> Iterable[str]:
-    """Fields of a section; nothing for a plain type."""
-    return getattr(annotation, "model_fields", ())

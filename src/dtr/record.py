@@ -75,8 +75,9 @@ def make_record(
         },
         "num_layers": teacher.num_layers,
         "mixer": {
-            "kind": bank.kind,
-            "options": bank.options,
+            "kind": ", ".join(bank.kinds),
+            "kinds": bank.kinds,
+            "options": _options(bank),
             "backend": backend.name,
             "backend_reason": backend.reason,
             "is_pure_linear": all(mixer.is_pure_linear for mixer in bank.mixers.values()),
@@ -92,7 +93,7 @@ def make_record(
             "fingerprint": fingerprint(task),
             "notes": list(task.notes),
         },
-        "search": _search(result),
+        "search": _search(bank, result),
         "speed": speed,
         "memory": _memory(teacher, bank, result.trace.m_opt.layers),
         "length_by_depth": _length_by_depth(task, result),
@@ -148,20 +149,33 @@ def _distill(bank: MixerBank) -> dict[str, Any]:
         "seconds": round(bank.seconds, 2),
         "tokens_per_second": round(bank.num_tokens / bank.seconds, 1) if bank.seconds else None,
         "nmse": [
-            {"layer": layer, "before": bank.nmse_before[layer], "after": bank.nmse_after[layer]}
-            for layer in bank.layers
+            {**bank.named(number), "before": bank.nmse_before[number], "after": bank.nmse_after[number]}
+            for number in bank.mixers
         ],
         "mean_nmse": bank.mean_nmse,
+        "mean_nmse_by_kind": bank.mean_nmse_by_kind,
         "curve": bank.curve,
-        "stopped": [{"layer": layer, **facts} for layer, facts in sorted(bank.stopped.items())],
+        "stopped": [{**bank.named(number), **facts} for number, facts in sorted(bank.stopped.items())],
     }
 
 
-def _search(result: SearchResult) -> dict[str, Any]:
-    trace = result.trace.to_dict()
+def _options(bank: MixerBank) -> Any:
+    """Of the one kind, or a list for several."""
+    each = [{key: value for key, value in spec.items() if key != "kind"} for spec in bank.specs]
+    return each[0] if len(each) == 1 else each
+
+
+def _search(bank: MixerBank, result: SearchResult) -> dict[str, Any]:
+    trace, layer_of = result.trace.to_dict(), bank.layer_of
     steps = trace["steps"]
     for index, step in enumerate(steps):
-        step["candidates"] = {layer: score["value"] for layer, score in step["candidates"].items()}
+        step |= bank.named(step["layer"])
+        step["added"] = [layer_of[number] for number in step["added"]]
+        step["linear"] = sorted(layer_of[number] for number in step["linear"])
+        step["candidates"] = {
+            " ".join(map(str, bank.named(int(number)).values())): score["value"]
+            for number, score in step["candidates"].items()
+        }
         if result.test_curve:
             step["test"] = result.test_curve[index].to_dict()
     return {
@@ -186,7 +200,8 @@ def _model(teacher: Teacher, bank: MixerBank, chosen: Chosen, test: Score, teach
     paired = paired_difference(test, teacher_test)
     return {
         "num_replaced": len(chosen.layers),
-        "layers": list(chosen.layers),
+        "layers": [bank.layer_of[number] for number in chosen.layers],
+        "kinds": [bank.kind_of(number) for number in chosen.layers],
         "val": chosen.score.to_dict(),
         "test": test.to_dict(),
         "relative_test_drop": paired.relative_drop,

@@ -27,6 +27,7 @@ class SearchResult:
     m_best: Any
     """The last hybrid that was at least as good on validation as all before it."""
     trace: SearchTrace
+    """Its layers are numbers of the bank's mixers, which is the same where the bank has one kind."""
     teacher_test: Score
     m_opt_test: Score
     m_best_test: Score
@@ -95,7 +96,7 @@ def search(
 def _test_scores(
     teacher: Teacher, bank: MixerBank, task: Task, settings: SearchSettings, hybrids: Sequence[Sequence[int]]
 ) -> list[Score]:
-    """Scores of hybrids given by their linear layers, each worked out once."""
+    """Scores of hybrids given by numbers of their mixers, each worked out once."""
     test = make_evaluator(teacher, bank, task, "test", batch_tokens=settings.batch_tokens, cache_bytes=0)
     wanted = [frozenset(layers) for layers in hybrids]
     test.expect(wanted)
@@ -103,8 +104,9 @@ def _test_scores(
     return [scores[linear] for linear in wanted]
 
 
-def _hybrid(teacher: Teacher, bank: MixerBank, layers: Sequence[int]) -> Any:
-    mixers = bank.in_dtype(teacher.dtype)
-    model = make_hybrid(teacher.model, {i: mixers[i] for i in layers}, dict.fromkeys(layers, bank.spec()))
+def _hybrid(teacher: Teacher, bank: MixerBank, numbers: Sequence[int]) -> Any:
+    mixers, layer_of = bank.in_dtype(teacher.dtype), bank.layer_of
+    in_place = {layer_of[number]: mixers[number] for number in numbers}
+    model = make_hybrid(teacher.model, in_place, {layer_of[number]: bank.spec(number) for number in numbers})
     model.tokenizer = teacher.tokenizer
     return model

@@ -1,10 +1,11 @@
-"""The mixer bank: one trained linear mixer per layer, with what is known of it; safetensors on disk."""
+"""The mixer bank: trained linear mixers, one per layer and kind, with what is known of them; safetensors on disk."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,48 +15,99 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dtr.arch import HeadGeometry
-from dtr.errors import BankError
+from dtr.errors import BankError, RecipeError
 from dtr.files import write_json, write_tensors
 from dtr.mixers import make_mixer
 from dtr.mixers.base import Mixer
 
-FORMAT = 1
+FORMATS = {"one kind": 1, "several kinds": 2}
+"""A bank of one kind is still written as it always was."""
+Spec = dict[str, Any]
+"""{"kind": ..., options}, as a hybrid's `config.mixers` has it for a layer."""
+
+
+def read_specs(mixer: str | Sequence[str | dict[str, Any]], options: dict[str, Any] | None = None) -> list[Spec]:
+    """The kinds of a bank from `mixer.kind` and `mixer.options` of a recipe: a name, or a list of {kind, options}."""
+    if isinstance(mixer, str):
+        return [{"kind": mixer, **(options or {})}]
+    named: list[dict[str, Any]] = [{"kind": one} if isinstance(one, str) else one for one in mixer]
+    specs = [{"kind": one["kind"], **one.get("options", {})} for one in named]
+    for at, spec in enumerate(specs):
+        if spec in specs[:at]:
+            raise RecipeError("mixer.kind", got=f"{spec['kind']} twice", expected="kinds or options that differ")
+    return specs
 
 
 @dataclass(kw_only=True)
 class MixerBank:
-    """Distilled mixers of one kind, float32, by layer."""
+    """Distilled mixers, float32, by number.
 
-    kind: str
-    options: dict[str, Any]
+    A mixer's number is the index of its layer, plus `num_model_layers` for each kind that stands before its own in
+    `specs`; with one kind it is the layer. Whatever else is known by number has the same keys.
+    """
+
+    specs: list[Spec]
     mixers: dict[int, Mixer]
+    num_model_layers: int
     teacher_fingerprint: str
     geometry: HeadGeometry
     identity: dict[str, Any] = field(default_factory=dict)
     """What the bank was made from: text fingerprint, token budget, seed and the rest of the distillation settings."""
     nmse_before: dict[int, float] = field(default_factory=dict)
-    """Normalised MSE on held-out text at the start, by layer: sum((o - o')^2) / sum(o^2)."""
+    """Normalised MSE on held-out text at the start, by number: sum((o - o')^2) / sum(o^2)."""
     nmse_after: dict[int, float] = field(default_factory=dict)
     """The same after distillation."""
     curve: list[dict[str, Any]] = field(default_factory=list)
-    """Held-out NMSE on the way: {num_tokens, mean_nmse, nmse by layer}."""
+    """Held-out NMSE on the way: {num_tokens, mean_nmse, nmse of every mixer}."""
     stopped: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Layers that were given up while training, and kept as they last were in order: {num_tokens, why}."""
+    """Mixers that were given up while training, and kept as they last were in order: {num_tokens, why}."""
     num_tokens: int = 0
     num_steps: int = 0
     seconds: float = 0.0
 
     @property
     def layers(self) -> list[int]:
-        return sorted(self.mixers)
+        """Layers that have a mixer."""
+        return sorted({mixer.layer_idx for mixer in self.mixers.values()})
+
+    @property
+    def layer_of(self) -> dict[int, int]:
+        """The layer that each mixer stands in for, by number."""
+        return {number: mixer.layer_idx for number, mixer in self.mixers.items()}
+
+    @property
+    def kinds(self) -> list[str]:
+        """A name for each of `specs`: its kind, with the options where another has the same kind."""
+        kinds = [spec["kind"] for spec in self.specs]
+        return [
+            spec["kind"] if kinds.count(spec["kind"]) == 1 else " ".join([spec["kind"], *_option_words(spec)])
+            for spec in self.specs
+        ]
 
     @property
     def mean_nmse(self) -> float:
+        """Over all mixers; `mean_nmse_by_kind` tells kinds apart."""
         return sum(self.nmse_after.values()) / max(len(self.nmse_after), 1)
 
-    def spec(self) -> dict[str, Any]:
-        """One layer's entry in a hybrid's `config.mixers`."""
-        return {"kind": self.kind, **self.options}
+    @property
+    def mean_nmse_by_kind(self) -> dict[str, float]:
+        by_kind: dict[str, list[float]] = {}
+        for number, value in self.nmse_after.items():
+            by_kind.setdefault(self.kind_of(number), []).append(value)
+        return {kind: sum(values) / len(values) for kind, values in by_kind.items()}
+
+    def kind_of(self, number: int) -> str:
+        """One of `kinds`."""
+        return self.kinds[number // self.num_model_layers]
+
+    def named(self, number: int) -> dict[str, Any]:
+        """Layer of a mixer, and its kind where there are several, for events and records."""
+        kind = {"kind": self.kind_of(number)} if len(self.specs) > 1 else {}
+        return {"layer": self.mixers[number].layer_idx, **kind}
+
+    def spec(self, number: int) -> Spec:
+        """A mixer's entry in a hybrid's `config.mixers`."""
+        return self.specs[number // self.num_model_layers]
 
     def in_dtype(self, dtype: torch.dtype) -> dict[int, Mixer]:
         """Frozen copies of all mixers in the teacher's dtype, as hybrids use them."""
@@ -63,8 +115,9 @@ class MixerBank:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of kind, options and all weights, 16 hex digits."""
-        digest = hashlib.sha256(json.dumps([self.kind, self.options], sort_keys=True).encode())
+        """Hash of kinds, options and all weights, 16 hex digits."""
+        plain = [part for spec in self.specs for part in (spec["kind"], _options(spec))]
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -78,9 +131,12 @@ class MixerBank:
         facts = {key: value for key, value in vars(self).items() if key not in ("mixers", "geometry")} | {
             "geometry": asdict(self.geometry),
             "layers": self.layers,
-            "format": FORMAT,
             "fingerprint": self.fingerprint,
         }
+        if len(self.specs) == 1:
+            facts |= {"format": FORMATS["one kind"], "kind": self.specs[0]["kind"], "options": _options(self.specs[0])}
+        else:
+            facts |= {"format": FORMATS["several kinds"], "numbers": list(self.mixers)}
         write_json(folder / "bank.json", facts)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -118,8 +174,8 @@ def load_bank(folder: str | Path, *, teacher: Any = None) -> MixerBank:
 
 
 def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor], teacher: Any) -> MixerBank:
-    if facts["format"] != FORMAT:
-        raise BankError(str(folder), got=f"format {facts['format']}", expected=f"format {FORMAT}")
+    if facts["format"] not in FORMATS.values():
+        raise BankError(str(folder), got=f"format {facts['format']}", expected=f"one of {list(FORMATS.values())}")
     if teacher is not None and facts["teacher_fingerprint"] != teacher.fingerprint:
         raise BankError(
             str(folder),
@@ -129,20 +185,24 @@ def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tens
         )
     geometry = HeadGeometry(**facts["geometry"])
     device = "cpu" if teacher is None else teacher.device
+    numbers = facts.get("numbers", facts["layers"])
+    specs = facts.get("specs") or [{"kind": facts["kind"], **facts["options"]}]
+    num_model_layers = facts.get("num_model_layers", max(numbers) + 1)
     mixers = {}
-    for index in facts["layers"]:
-        mixer = make_mixer(facts["kind"], geometry, index, facts["options"])
-        prefix = f"layers.{index}."
+    for number in numbers:
+        spec = specs[number // num_model_layers]
+        mixer = make_mixer(spec["kind"], geometry, number % num_model_layers, _options(spec))
+        prefix = f"layers.{number}."
         mixer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        mixers[index] = mixer.to(device)
+        mixers[number] = mixer.to(device)
     errors = ("nmse_before", "nmse_after")
     by_layer: dict[str, Any] = {key: {int(k): v for k, v in facts[key].items()} for key in errors}
     by_layer["stopped"] = {int(k): v for k, v in facts.get("stopped", {}).items()}
     plain = {key: facts[key] for key in ("identity", "curve", "num_tokens", "num_steps", "seconds")}
     bank = MixerBank(
-        kind=facts["kind"],
-        options=facts["options"],
+        specs=specs,
         mixers=mixers,
+        num_model_layers=num_model_layers,
         teacher_fingerprint=facts["teacher_fingerprint"],
         geometry=geometry,
         **by_layer,
@@ -156,3 +216,11 @@ def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tens
             hint="The files are damaged or mixed; distil again.",
         )
     return bank
+
+
+def _options(spec: Spec) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if key != "kind"}
+
+
+def _option_words(spec: Spec) -> list[str]:
+    return [f"{key}={value}" for key, value in _options(spec).items()]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dtr.arch import capture_attention
+from dtr.distillation.targets import capture_targets
 from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
 
@@ -18,11 +18,11 @@ def calibrate(teacher: Teacher, mixers: Mapping[int, Mixer], input_ids: torch.Te
 
     Does nothing where no mixer needs it. The same tokens give the same values in every process.
     """
-    waiting = [index for index, mixer in mixers.items() if mixer.needs_calibration]
+    waiting = {index: mixer for index, mixer in mixers.items() if mixer.needs_calibration}
 
     def visit(index: int, hidden: torch.Tensor, _rotary: Any, target: torch.Tensor) -> None:
         mixers[index].calibrate(hidden.float(), target.float())
 
     if waiting:
-        with capture_attention(teacher.model, waiting, visit):
+        with capture_targets(teacher.model, waiting, visit):
             teacher.model.model(input_ids=input_ids.to(teacher.device, torch.long), use_cache=False)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dtr.arch import capture_attention
+from dtr.distillation.targets import capture_targets
 from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
 
@@ -98,7 +98,7 @@ def _stream(teacher: Teacher, mixers: dict[int, Mixer], batches: Iterable[torch.
 
     handles = [linear.register_forward_pre_hook(keep(index)) for index, linear in last.items()]
     try:
-        with capture_attention(teacher.model, list(mixers), visit):
+        with capture_targets(teacher.model, mixers, visit):
             for batch in batches:
                 teacher.model.model(input_ids=batch.to(teacher.device, torch.long), use_cache=False)
     finally:

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtr.allocation import keep_freed_memory
-from dtr.arch import capture_attention
 from dtr.distillation.exchange import GradientExchange
 from dtr.distillation.replay import Replay
+from dtr.distillation.targets import capture_targets
 from dtr.distributed import World
 from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
@@ -70,7 +70,7 @@ class Students:
         self.splits_batch = parallel == "data"
         """Whether all processes train all layers, each on its part of a batch."""
         self.own = list(mixers) if self.splits_batch else self._world.share(list(mixers))
-        """Layers that this process holds."""
+        """Mixers that this process holds, by number: one for each layer, or several where a bank has several kinds."""
         self.active = list(self.own)
         """Those of them that are still in training."""
         self._amp = torch.autocast(
@@ -188,9 +188,9 @@ class Students:
         return {index: merged[index] for index in self.mixers}
 
     @torch.no_grad()
-    def _teacher_pass(self, input_ids: torch.Tensor, layers: list[int], visit: Any) -> None:
-        if len(input_ids) and layers:
-            with capture_attention(self._teacher.model, layers, visit):
+    def _teacher_pass(self, input_ids: torch.Tensor, numbers: list[int], visit: Any) -> None:
+        if len(input_ids) and numbers:
+            with capture_targets(self._teacher.model, {i: self.mixers[i] for i in numbers}, visit):
                 self._teacher.model.model(input_ids=input_ids, use_cache=False)
         elif self._teacher.is_sharded:
             # With more processes than sequences some have nothing to do but to bring their part of the weights.

@@ -15,7 +15,7 @@ import torch
 
 from dtr.arch import decoder_layers
 from dtr.corpus import StreamedBlocks, TokenBlocks, load_text
-from dtr.distillation.bank import MixerBank
+from dtr.distillation.bank import MixerBank, Spec, read_specs
 from dtr.distillation.calibration import calibrate
 from dtr.distillation.refit import refit_outputs
 from dtr.distillation.state import TrainingState
@@ -39,7 +39,7 @@ def distill(
     teacher: Teacher,
     text: Text | str | list[str],
     *,
-    mixer: str = "gated_deltanet",
+    mixer: str | list[str | dict[str, Any]] = "gated_deltanet",
     options: dict[str, Any] | None = None,
     num_tokens: int = 10_000_000,
     seq_len_tokens: int = 512,
@@ -57,13 +57,14 @@ def distill(
     checkpoint_every_steps: int = 200,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> MixerBank:
-    """Train one linear mixer per layer to reproduce its attention's output on the same input.
+    """Train a linear mixer per layer to reproduce its attention's output on the same input.
 
     Args:
         teacher: from `load_teacher`; it is not changed.
         text: token blocks, streamed or not, or what `load_text` takes.
-        mixer: kind of mixer by name.
-        options: keyword arguments of that kind.
+        mixer: kind of mixer by name; or a list of names and {"kind": name, "options": {...}}, and every layer gets one
+            of each, all trained in the same passes.
+        options: keyword arguments of the one kind.
         num_tokens: budget; every token trains every layer. The text is repeated when it is shorter.
         seq_len_tokens: length of a training sequence (when `text` is not tokenized yet).
         batch_size: sequences per optimizer step.
@@ -112,10 +113,11 @@ def distill(
         "layers": chosen,
         "seed": seed,
     }
+    specs = read_specs(mixer, options)
     bank = MixerBank(
-        kind=mixer,
-        options=options or {},
-        mixers=_start(teacher, mixer, options, chosen, seed),
+        specs=specs,
+        mixers=_start(teacher, specs, chosen, seed),
+        num_model_layers=teacher.num_layers,
         teacher_fingerprint=teacher.fingerprint,
         geometry=teacher.geometry,
         identity=identity,
@@ -170,9 +172,10 @@ def _train(
         mean = sum(nmse.values()) / len(nmse)
         tokens = min(done * batch_size * text.seq_len_tokens, bank.num_tokens)
         bank.curve.append({"num_tokens": tokens, "mean_nmse": mean, "nmse": list(nmse.values())})
-        emit({"event": "nmse", "step": done, "num_tokens": tokens, "mean_nmse": mean})
         bank.nmse_before = bank.nmse_before or nmse
         bank.nmse_after = nmse
+        by_kind = {"by_kind": bank.mean_nmse_by_kind} if len(bank.specs) > 1 else {}
+        emit({"event": "nmse", "step": done, "num_tokens": tokens, "mean_nmse": mean, **by_kind})
 
     if step == 0:
         measure(0)
@@ -216,14 +219,15 @@ def _give_up_lost_layers(
         for index, why in lost.items():
             if index not in bank.stopped:
                 bank.stopped[index] = {"num_tokens": num_tokens, "why": why}
-                emit({"event": "stopped", "layer": index, "num_tokens": num_tokens, "why": why})
+                emit({"event": "stopped", **bank.named(index), "num_tokens": num_tokens, "why": why})
             if index in students.active:
                 students.stop(index)
     if len(bank.stopped) == len(bank.mixers):
-        layer, facts = next(iter(bank.stopped.items()))
+        number, facts = next(iter(bank.stopped.items()))
+        failed = f"layer {bank.layer_of[number]}: {facts['why']}"
         raise RecipeError(
             "distill.learning_rate",
-            got=f"{bank.identity['learning_rate']}, at which every layer failed (layer {layer}: {facts['why']})",
+            got=f"{bank.identity['learning_rate']}, at which every layer failed ({failed})",
             expected="a rate at which layers learn",
             hint="Lower it.",
         )
@@ -250,16 +254,21 @@ def _progress(step: int, num_steps: int, batch: torch.Tensor, losses: torch.Tens
     }
 
 
-def _start(teacher: Teacher, kind: str, options: dict | None, layers: list[int], seed: int) -> dict[int, Any]:
+def _start(teacher: Teacher, specs: list[Spec], layers: list[int], seed: int) -> dict[int, Any]:
+    """Mixers by number, in the order in which their layers run."""
+    stack, mixers = decoder_layers(teacher.model), {}
     # Some start values are random; the caller's own random state stays as it is.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        stack, mixers = decoder_layers(teacher.model), {}
-        for index in layers:
-            layer: Any = stack[index]
-            with whole_weights(layer):
-                mixers[index] = mixer_from_teacher(kind, teacher.geometry, index, layer.self_attn, options)
-        return mixers
+        for at, spec in enumerate(specs):
+            # Anew for each kind, so that its mixers start as in a bank of their own.
+            torch.manual_seed(seed)
+            options = {key: value for key, value in spec.items() if key != "kind"}
+            for index in layers:
+                layer: Any = stack[index]
+                with whole_weights(layer):
+                    mixer = mixer_from_teacher(spec["kind"], teacher.geometry, index, layer.self_attn, options)
+                mixers[index + at * teacher.num_layers] = mixer
+    return dict(sorted(mixers.items(), key=lambda pair: pair[1].layer_idx))
 
 
 def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:

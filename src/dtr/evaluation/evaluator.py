@@ -18,6 +18,7 @@ from dtr.evaluation.likelihood import LikelihoodScorer
 from dtr.evaluation.probe import impact
 from dtr.evaluation.score import Grade, Score
 from dtr.hybrid.modeling import make_hybrid
+from dtr.mixers.base import Mixer
 from dtr.tasks.base import (
     Generation,
     GenerationRequest,
@@ -39,8 +40,8 @@ class Evaluator:
         tokenizer: its tokenizer.
         task: what to ask.
         split: validation or test.
-        mixers: layer index to the mixer that may replace its attention, in the model's dtype.
-        specs: layer index to the mixer's entry in `config.mixers`.
+        mixers: the mixers that may replace attention, by number (`MixerBank`), in the model's dtype.
+        specs: number to the mixer's entry in `config.mixers`.
         batch_tokens: padded tokens per batch.
         cache_bytes: memory for hidden states that are reused between candidates.
         blocks: items that may be scored alone, by index, together all items; one block of all when left out.
@@ -53,7 +54,7 @@ class Evaluator:
         task: Task,
         split: str,
         *,
-        mixers: Mapping[int, nn.Module] | None = None,
+        mixers: Mapping[int, Mixer] | None = None,
         specs: Mapping[int, dict] | None = None,
         batch_tokens: int = 16_384,
         cache_bytes: int = 4_000_000_000,
@@ -80,7 +81,7 @@ class Evaluator:
         runner = LayerRunner(model)
         self._likelihoods = LikelihoodScorer(
             runner,
-            {index: with_mixer(runner.layers[index], mixer) for index, mixer in self._mixers.items()},
+            {number: with_mixer(runner.layers[mixer.layer_idx], mixer) for number, mixer in self._mixers.items()},
             pairs,
             pad_token_id=tokenizer.pad_token_id or 0,
             device=model.device,
@@ -88,6 +89,7 @@ class Evaluator:
             cache_bytes=cache_bytes,
             groups=None if blocks is None else [self._pairs_in(block) for block in blocks],
             questions=self._pairs_of,
+            layer_of={number: mixer.layer_idx for number, mixer in self._mixers.items()},
         )
 
     @property
@@ -105,7 +107,7 @@ class Evaluator:
         """Score with the layers in `linear` replaced.
 
         Args:
-            linear: the layers that are linear.
+            linear: the mixers in place, by number, at most one for each layer.
             base: what the candidate was derived from.
             items: a union of blocks to score; all items when left out. What a hybrid answered is remembered, so that a
                 larger union costs only what is new in it.
@@ -185,7 +187,10 @@ class Evaluator:
         self._num_generating_passes += len(items) / len(self._items)
         model = self._model
         if linear:
-            model = make_hybrid(model, {i: self._mixers[i] for i in linear}, {i: self._specs[i] for i in linear})
+            mixers = [self._mixers[number] for number in linear]
+            specs = [self._specs[number] for number in linear]
+            layers = [mixer.layer_idx for mixer in mixers]
+            model = make_hybrid(model, dict(zip(layers, mixers)), dict(zip(layers, specs)))
         return generate_texts(
             model,
             self._tokenizer,

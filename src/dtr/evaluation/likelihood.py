@@ -43,19 +43,22 @@ class LikelihoodScorer:
         cache_bytes: int = 4_000_000_000,
         groups: Sequence[Sequence[int]] | None = None,
         questions: Sequence[Sequence[int]] | None = None,
+        layer_of: Mapping[int, int] | None = None,
     ) -> None:
         """Args:
 
-        linear_layers: layer index to a decoder layer with a mixer.
+        linear_layers: number of a mixer to a decoder layer with it.
         batch_tokens: padded tokens per batch.
         cache_bytes: memory for hidden states of the base.
         groups: pairs that may be asked for alone; no batch holds pairs of two groups, so that a pair's result does
             not depend on which others are asked for. One group of all when left out.
         questions: pairs that may begin alike; each within one group. Every pair is one when left out.
+        layer_of: the layer that each mixer stands in for; its number itself when left out.
         """
         if device.type == "cpu":
             keep_freed_memory()
         self._runner, self._linear = runner, linear_layers
+        self._layer_of = layer_of or {number: number for number in linear_layers}
         self._num_layers = len(runner.layers)
         self._device = device
         self._base: frozenset[int] = frozenset()
@@ -106,15 +109,15 @@ class LikelihoodScorer:
         return [results[index] for index in (range(len(results)) if only is None else only)]
 
     @torch.no_grad()
-    def features(self, layer: int, *, is_linear: bool, only: Sequence[int] | None = None) -> torch.Tensor:
-        """What `layer` hands on at the last token of each pair (num_pairs, D), in the teacher, itself linear or not.
+    def features(self, number: int, *, is_linear: bool, only: Sequence[int] | None = None) -> torch.Tensor:
+        """What a layer hands on at the last token of each pair (num_pairs, D), in the teacher, or with that mixer.
 
         Pairs in order, or as in `only`, these groups' pairs.
         """
         found: dict[int, torch.Tensor] = {}
+        layer, linear = self._layer_of[number], frozenset({number} if is_linear else ())
         self._rebase(frozenset())
         for batch in self._batches_of(only):
-            linear = frozenset({layer} if is_linear else ())
             hidden = self._run(batch, self._hidden_before(batch, layer), range(layer, layer + 1), linear)
             found |= zip(batch.members, hidden.flatten(0, 1)[batch.ends].float())
         return torch.stack([found[index] for index in (range(len(found)) if only is None else only)])
@@ -146,17 +149,20 @@ class LikelihoodScorer:
 
     def _last_hidden(self, batch: Batch, linear: frozenset[int], base: frozenset[int]) -> torch.Tensor:
         self._rebase(base)
-        start = min(linear ^ base, default=self._num_layers)
+        start = self._lowest(linear ^ base)
         return self._run(batch, self._hidden_before(batch, start), range(start, self._num_layers), linear)
 
     def _rebase(self, base: frozenset[int]) -> None:
         """Forget what does not hold for the new base."""
         if base == self._base:
             return
-        first_change = min(base ^ self._base, default=self._num_layers)
+        first_change = self._lowest(base ^ self._base)
         for batch in self._batches:
             batch.boundaries = {at: hidden for at, hidden in batch.boundaries.items() if at <= first_change}
         self._base = base
+
+    def _lowest(self, numbers: frozenset[int]) -> int:
+        return min((self._layer_of[number] for number in numbers), default=self._num_layers)
 
     def _hidden_before(self, batch: Batch, layer: int) -> torch.Tensor:
         """The base's hidden state before `layer`, from the nearest known boundary below."""
@@ -169,9 +175,9 @@ class LikelihoodScorer:
         return hidden
 
     def _run(self, batch: Batch, hidden: torch.Tensor, layers: range, linear: frozenset[int]) -> torch.Tensor:
+        swapped = {self._layer_of[number]: self._linear[number] for number in linear}
         for index in layers:
-            layer = self._linear[index] if index in linear else self._runner.layers[index]
-            hidden = self._run_layer(index, layer, hidden, batch)
+            hidden = self._run_layer(index, swapped.get(index, self._runner.layers[index]), hidden, batch)
         self._layer_tokens += len(layers) * batch.num_tokens
         return hidden
 

@@ -5,6 +5,7 @@ weight tying, generation) holds for the hybrid too.
 """
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -218,7 +219,7 @@ CLASSIFIERS = {
 """As HYBRIDS, for models whose head scores classes instead of tokens."""
 
 
-def make_hybrid(teacher_model: Any, mixers: dict[int, nn.Module], specs: dict[int, dict[str, Any]]) -> Any:
+def make_hybrid(teacher_model: Any, mixers: Mapping[int, nn.Module], specs: Mapping[int, dict[str, Any]]) -> Any:
     """A hybrid that shares every module with the teacher but the replaced attentions; the teacher is not touched.
 
     Args:

@@ -37,7 +37,7 @@ def _front_matter(report: dict, which: Which) -> dict[str, Any]:
         front["base_model"] = source
     if license_name := dig(report, "teacher.license"):
         front["license"] = license_name
-    front["tags"] = ["dtr", "hybrid", "linear-attention", *filter(None, [dig(report, "mixer.kind")])]
+    front["tags"] = ["dtr", "hybrid", "linear-attention", *_mixers(report)]
     value, unit, task = dig(report, f"{which}.test.value"), dig(report, "task.metric"), dig(report, "task.name")
     if is_number(value) and unit and task:
         result = {
@@ -47,6 +47,12 @@ def _front_matter(report: dict, which: Which) -> dict[str, Any]:
         }
         front["model-index"] = [{"name": _name(report), "results": [result]}]
     return front
+
+
+def _mixers(report: dict) -> list[str]:
+    """The kinds of mixer that search could choose from."""
+    kind = dig(report, "mixer.kind")
+    return dig(report, "mixer.kinds") or ([kind] if kind else [])
 
 
 def _is_hub_name(source: str) -> bool:

@@ -81,7 +81,8 @@ def nmse_chart(report: dict) -> Markup | None:
         return None
     starts = [row.get("before") for row in rows]
     y = axis_over("normalised squared error", [*starts, *(row["after"] for row in rows)], log=True, name_tick=small)
-    layers = [row["layer"] for row in rows]
+    layers, kinds = [row["layer"] for row in rows], dig(report, "mixer.kinds") or []
+    beside = {kind: 0.6 * (at - (len(kinds) - 1) / 2) / len(kinds) for at, kind in enumerate(kinds)}
     x = Axis(label="layer", low=min(layers) - 0.6, high=max(layers) + 0.6, whole=True)
     worst = max(rows, key=lambda row: row["after"])
     description = (
@@ -92,11 +93,12 @@ def nmse_chart(report: dict) -> Markup | None:
     def draw(size: Size) -> Plot:
         plot = Plot(size, key="nmse", title="Error of each layer", description=description, x=x, y=y)
         for row in rows:
-            layer, before, after = row["layer"], row.get("before"), row["after"]
+            before, after, place = row.get("before"), row["after"], row["layer"] + beside.get(row.get("kind"), 0.0)
+            name = " ".join(["layer", str(row["layer"]), *filter(None, [row.get("kind")])])
             if _is_positive(before):
-                plot.line([(layer, before), (layer, after)], "stem")
-                plot.dot((layer, before), "before", f"layer {layer} before: {small(before)}")
-            plot.dot((layer, after), "val", f"layer {layer} after: {small(after)}")
+                plot.line([(place, before), (place, after)], "stem")
+                plot.dot((place, before), "before", f"{name} before: {small(before)}")
+            plot.dot((place, after), "val", f"{name} after: {small(after)}")
         return plot
 
     return both_sizes(draw)

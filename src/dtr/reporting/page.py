@@ -35,6 +35,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     env.filters.update(FILTERS)
+    env.filters["order"] = replacement_order
     env.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
     return env
 
@@ -74,8 +75,14 @@ def without_nulls(record: Any) -> Any:
 def layer_cells(report: dict) -> list[dict[str, Any]]:
     """One entry per layer for the layer map: its kind, when it was replaced, its error, and all that as a sentence."""
     order = {layer: place for place, layer in enumerate(dig(report, "m_opt.layers") or [], start=1)}
+    kinds = kinds_by_layer(report, "m_opt")
     best = set(dig(report, "m_best.layers") or [])
-    errors = {row.get("layer"): row.get("after") for row in dig(report, "distill.nmse") or []}
+    errors = {
+        row.get("layer"): row.get("after")
+        for row in dig(report, "distill.nmse") or []
+        # Of several mixers for a layer, the one in its place, or else the first.
+        if row.get("kind") in (None, kinds.get(row.get("layer"), (dig(report, "mixer.kinds") or [None])[0]))
+    }
     logs = [math.log(e) for e in errors.values() if is_number(e) and e > 0]
     cells = []
     for layer in range(report.get("num_layers") or 0):
@@ -84,7 +91,7 @@ def layer_cells(report: dict) -> list[dict[str, Any]]:
         if is_number(error) and error > 0:
             span = max(logs) - min(logs)
             shade = round(0.15 + 0.85 * ((math.log(error) - min(logs)) / span if span else 0.5), 2)
-        kind = f"linear, replaced as number {place}" if place else "attention"
+        kind = f"linear{_in_brackets(kinds.get(layer))}, replaced as number {place}" if place else "attention"
         also = ", also linear in M_best" if layer in best else ""
         cells.append(
             {
@@ -96,6 +103,25 @@ def layer_cells(report: dict) -> list[dict[str, Any]]:
             }
         )
     return cells
+
+
+def kinds_by_layer(report: dict, which: Which) -> dict[int, str]:
+    """The mixer in place of each linear layer; empty where all are of one kind."""
+    if len(dig(report, "mixer.kinds") or []) < 2:
+        return {}
+    return dict(zip(dig(report, f"{which}.layers") or [], dig(report, f"{which}.kinds") or []))
+
+
+def replacement_order(model: Any, report: dict) -> str:
+    """Linear layers of a hybrid's record in order, each with its kind where kinds differ."""
+    layers = dig(model, "layers")
+    mixed = len(dig(report, "mixer.kinds") or []) > 1
+    kinds = (dig(model, "kinds") if mixed else None) or [None] * len(layers or [])
+    return ", ".join(f"{layer}{_in_brackets(kind)}" for layer, kind in zip(layers or [], kinds)) or "none"
+
+
+def _in_brackets(kind: str | None) -> str:
+    return f" ({kind})" if kind else ""
 
 
 def _model(report: dict, which: Which) -> dict[str, Any]:

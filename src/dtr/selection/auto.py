@@ -13,6 +13,9 @@ layers are harmless and differ by less than the noise of the items. With few lay
    as many layers, and where a single layer passes, go on with two. Every commit has been scored on all items.
 4. Stop where no single layer passes any more, or the passes are spent.
 
+Where a layer has mixers of several kinds, all layers linear means the best copy of each; step 2 also scores every other
+mixer in that place, and the kind that costs least there is the layer's from then on.
+
 Sizes were chosen on `dtr.selection.simulation`, see `benchmarks/search_bench.py --simulate`.
 """
 
@@ -46,21 +49,25 @@ def auto(search: Search) -> None:
         search.reason = f"{len(search.layers)} layers are few, so every candidate is scored at every step, as in exact."
         exact(search)
         return
-    every = frozenset(search.layers)
+    best_copies = search.one_per_layer()
+    every = frozenset(best_copies)
     top = search.score(every, base=every)
     limit = min(search.budget.num_linear or len(every), len(every))
-    if limit == len(every) and search.threshold.is_met_by(top) and search.keeps_guards(every, search.layers):
+    if limit == len(every) and search.threshold.is_met_by(top) and search.keeps_guards(every, best_copies):
         search.reason = "The model with every layer linear reaches P_min, so there was nothing to choose."
         # The order still matters: a certificate tests beginnings of the path, the safest first.
-        search.take(_rank_from_the_top(search)[0], top)
+        gains = _gains_of_attention(search, best_copies)
+        search.take(sorted(best_copies, key=lambda layer: (gains[layer], layer)), top)
         return
     search.reason = (
         f"With every layer linear {top.metric} is {top.value:.4g}, beyond the limit of {search.threshold.value:.4g} or "
         "of what was asked for: layers were ranked from both ends on a part of the items and committed in leaps."
     )
-    ranked, gain_of_attention = _rank_from_the_top(search)
+    gain_of_attention = _gains_of_attention(search, best_copies)
+    gain_of_attention |= _gains_over_other_kinds(search, best_copies, gain_of_attention)
+    ranked = search.one_per_layer(sorted(search.layers, key=lambda layer: (gain_of_attention[layer], layer)))
     if limit == len(every):
-        _descend(search, gain_of_attention, top)
+        _descend(search, ranked, every, top)
     num_at_once = len(every)
     while search.goes_on() and search.stop_reason is None:
         ranked = _race(search, gain_of_attention, ranked)
@@ -72,17 +79,28 @@ def auto(search: Search) -> None:
         search.take([layer], search.candidate(layer))
 
 
-def _rank_from_the_top(search: Search) -> tuple[list[int], dict[int, float]]:
-    """Layers by what their attention adds to the all-linear model, least first, and these gains."""
-    every = frozenset(search.layers)
-    gains = _gains(search, every, (every - {layer} for layer in search.layers), search.layers, block=0)
-    return sorted(search.layers, key=lambda layer: (gains[layer], layer)), gains
+def _gains_of_attention(search: Search, best_copies: Sequence[int]) -> dict[int, float]:
+    """What the attention of each layer adds to the all-linear model."""
+    every = frozenset(best_copies)
+    return _gains(search, every, (every - {layer} for layer in best_copies), best_copies, block=0)
 
 
-def _descend(search: Search, gain_of_attention: Mapping[int, float], top: Score) -> None:
+def _gains_over_other_kinds(
+    search: Search, best_copies: Sequence[int], gain_of_attention: Mapping[int, float]
+) -> dict[int, float]:
+    """What attention adds where another mixer stands in the place of a layer's best copy; nothing for one kind."""
+    every = frozenset(best_copies)
+    copy_of = {search.layer_of[number]: number for number in best_copies}
+    others = [number for number in search.layers if number not in every]
+    if not others:
+        return {}
+    hybrids = (every - {copy_of[search.layer_of[number]]} | {number} for number in others)
+    exchanged = _gains(search, every, hybrids, others, block=0)
+    return {number: gain_of_attention[copy_of[search.layer_of[number]]] - exchanged[number] for number in others}
+
+
+def _descend(search: Search, ranked: Sequence[int], every: frozenset[int], top: Score) -> None:
     """Give attention back to a few layers at once, those that gain most, and commit all others if P_min is reached."""
-    every = frozenset(search.layers)
-    ranked = sorted(search.layers, key=lambda layer: (gain_of_attention[layer], layer))
     for num_restored in DESCENT:
         layers = ranked[:-num_restored]
         linear = frozenset(layers)

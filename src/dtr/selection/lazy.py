@@ -62,14 +62,17 @@ def lazy(search: Search) -> None:
 
 
 def restore(search: Search) -> None:
-    """Start with every layer linear and give attention back to the layer that gains most, until P_min is reached."""
-    linear = frozenset(search.layers)
+    """Start with every layer linear and give attention back to the layer that gains most, until P_min is reached.
+
+    Where a layer has several mixers, its best copy is taken.
+    """
+    linear = frozenset(search.one_per_layer())
     score, restored = search.score(linear), []
     stale = StaleScores(
         lambda layer: search.score(linear - {layer}, base=linear),
         lambda layers: search.expect([linear - {layer} for layer in layers], base=linear),
     )
-    limit = search.budget.num_linear or len(search.layers)
+    limit = search.budget.num_linear or search.num_layers
     while linear and not (
         search.threshold.is_met_by(score) and len(linear) <= limit and search.keeps_guards(linear, sorted(linear))
     ):
@@ -88,6 +91,6 @@ def restore(search: Search) -> None:
         if len(linear) == limit and search.threshold.is_met_by(below):
             search.goes_on()
         else:
-            search.stop("p_min", f"With layer {layer} linear as well, {below.metric} would be {below.value:.6g}.")
+            search.stop("p_min", f"With layer {search.layer_of[layer]} linear as well, {below.metric} would be {below.value:.6g}.")
     for layer, score in reversed(restored) if search.run_to_end else ():
         search.take([layer], score)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class PassMeter:
@@ -13,8 +13,9 @@ class PassMeter:
     decide alike on any machine.
     """
 
-    def __init__(self, *, num_layers: int, num_items: int) -> None:
+    def __init__(self, *, num_layers: int, num_items: int, layer_of: Mapping[int, int] | None = None) -> None:
         self.passes = 0.0
+        self._layer_of = layer_of or {}
         self._num_layers, self._num_items = num_layers, num_items
         self._base: frozenset[int] = frozenset()
         self._depths: dict[int, int] = {}
@@ -28,14 +29,17 @@ class PassMeter:
         if not new:
             return
         scored.update(new)
-        first_change = min(base ^ self._base, default=self._num_layers)
+        first_change = self._lowest(base ^ self._base)
         if first_change < self._num_layers:
             self._depths = {item: min(depth, first_change) for item, depth in self._depths.items()}
             self._base = base
-        start = min(linear ^ base, default=self._num_layers)
+        start = self._lowest(linear ^ base)
         num_run = 0
         for item in new:
             depth = self._depths.get(item, 0)
             num_run += max(0, start - depth) + self._num_layers - start
             self._depths[item] = max(depth, start)
         self.passes += num_run / (self._num_layers * self._num_items)
+
+    def _lowest(self, changed: frozenset[int]) -> int:
+        return min((self._layer_of.get(number, number) for number in changed), default=self._num_layers)

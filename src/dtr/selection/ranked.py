@@ -11,9 +11,10 @@ from dtr.selection.state import Search
 
 def uniform(search: Search) -> None:
     """Evenly spread over the depth at every number of layers: positions in bit-reversed order."""
-    num_bits = max(1, (len(search.layers) - 1).bit_length())
+    layers = search.one_per_layer()
+    num_bits = max(1, (len(layers) - 1).bit_length())
     reversed_bits = (int(f"{i:0{num_bits}b}"[::-1], 2) for i in range(2**num_bits))
-    follow(search, [search.layers[i] for i in reversed_bits if i < len(search.layers)])
+    follow(search, [layers[i] for i in reversed_bits if i < len(layers)])
 
 
 def random_order(search: Search) -> None:
@@ -46,8 +47,8 @@ def one_shot(search: Search) -> None:
 
 
 def follow(search: Search, order: Sequence[int]) -> None:
-    """Replace layers in this order, one by one."""
-    for layer in order:
+    """Replace layers in this order, one by one; of several mixers for a layer, the first."""
+    for layer in search.one_per_layer(order):
         if not search.goes_on():
             break
         search.take_best({layer: search.candidate(layer)})

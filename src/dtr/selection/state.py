@@ -50,7 +50,7 @@ class Search:
     """One search, while it goes on.
 
     Args:
-        layers: candidate layers, ascending.
+        layers: candidates, ascending: layers, or numbers of mixers where `layer_of` says which layer each is for.
         num_model_layers: layers of the model, for the estimate of the work.
         scorer: the task.
         teacher: its score over the items that search may look at.
@@ -62,6 +62,7 @@ class Search:
         facts: numbers per layer by name (`nmse`, `kl`, `impact`), looked up when a strategy needs them.
         seed: for strategies that draw.
         clock: seconds, for the budget.
+        layer_of: the layer that each candidate makes linear, where a layer has several; itself when left out.
     """
 
     def __init__(
@@ -79,14 +80,16 @@ class Search:
         facts: Callable[[str], Mapping[int, float]] | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        layer_of: Mapping[int, int] | None = None,
     ) -> None:
+        self.layer_of = layer_of or {number: number for number in layers}
         self.layers, self.teacher, self.threshold, self.scorer = tuple(layers), teacher, threshold, scorer
         self.run_to_end, self.guards, self.seed = run_to_end, tuple(guards), seed
         self.budget = budget or Budget()
         self.facts = facts
         self.blocks = tuple(tuple(sorted(block)) for block in blocks)
         self._items = tuple(sorted(item for block in self.blocks for item in block))
-        self._meter = PassMeter(num_layers=num_model_layers, num_items=teacher.num_items)
+        self._meter = PassMeter(num_layers=num_model_layers, num_items=teacher.num_items, layer_of=layer_of)
         self._clock = clock
         self._deadline = clock() + self.budget.seconds if self.budget.seconds else None
 
@@ -95,7 +98,7 @@ class Search:
         """Score of the hybrid with the layers in `order`."""
         self.steps: list[SearchStep] = []
         self.refused: set[int] = set()
-        """Layers that broke a guard's floor; a larger hybrid would break it too, so they are not tried again."""
+        """Candidates that broke a guard's floor; a larger hybrid would break it too, so they are not tried again."""
         self.m_opt = self.m_best = Chosen(layers=(), score=teacher)
         self.stop_reason: StopReason | None = None
         self.stop_text = ""
@@ -111,9 +114,25 @@ class Search:
         """Estimated work so far, in passes over the items that search may look at."""
         return self._meter.passes
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers can become linear."""
+        return len(set(self.layer_of.values()))
+
     def remaining(self) -> list[int]:
-        """Candidate layers that are not linear yet and not refused."""
-        return [layer for layer in self.layers if layer not in self.order and layer not in self.refused]
+        """Candidates whose layer is not linear yet, and that were not refused."""
+        taken = {self.layer_of[number] for number in self.order}
+        return [number for number in self.layers if self.layer_of[number] not in taken and number not in self.refused]
+
+    def one_per_layer(self, ranked: Sequence[int] | None = None) -> list[int]:
+        """The first candidate of each layer in this order; by default the best copy of each layer, layers ascending."""
+        if ranked is None:
+            nmse = self.facts("nmse") if self.facts and self.num_layers < len(self.layers) else {}
+            ranked = sorted(self.layers, key=lambda number: (self.layer_of[number], nmse.get(number, 0.0), number))
+        first: dict[int, int] = {}
+        for number in ranked:
+            first.setdefault(self.layer_of[number], number)
+        return list(first.values())
 
     def goes_on(self) -> bool:
         """Whether a further step is wanted."""
@@ -222,7 +241,7 @@ class Search:
             layer=step.layer,
             score=score.value,
             accepted=accepted,
-            num_layers=len(self.layers),
+            num_layers=self.num_layers,
             **fields,
         )
         if self.stop_reason is None:
@@ -241,11 +260,12 @@ class Search:
 
     def conclude(self) -> None:
         """Name the reason where a strategy simply ran out of layers."""
-        if self.refused:
+        left = {self.layer_of[number] for number in self.refused} - {self.layer_of[number] for number in self.order}
+        if left:
             guards = " and ".join(guard.name for guard in self.guards)
-            left = ", ".join(map(str, sorted(self.refused)))
-            self.stop("guard", f"Layers {left} are left, and each would break a floor of {guards}.")
-        self.stop("all_linear", f"All {len(self.layers)} candidate layers are linear.")
+            names = ", ".join(map(str, sorted(left)))
+            self.stop("guard", f"Layers {names} are left, and each would break a floor of {guards}.")
+        self.stop("all_linear", f"All {self.num_layers} candidate layers are linear.")
 
     def _below_p_min(self, step: SearchStep) -> str:
         metric, value = step.score.metric, step.score.value
@@ -253,11 +273,11 @@ class Search:
         threshold = self.threshold
         if threshold.standing is not None and at_least(step.score.goodness, threshold.goodness):
             return (
-                f"Step {step.index}: the best candidate, layer {step.layer}, has {metric} {value:.6g}, "
+                f"Step {step.index}: the best candidate, layer {self.layer_of[step.layer]}, has {metric} {value:.6g}, "
                 f"{threshold.standing(step.score):.2g} standard errors from the limit of {threshold.value:.6g}; "
                 f"search.safety asks for {threshold.safety:g}."
             )
         return (
-            f"Step {step.index}: the best candidate, layer {step.layer}, has {metric} {value:.6g}, "
+            f"Step {step.index}: the best candidate, layer {self.layer_of[step.layer]}, has {metric} {value:.6g}, "
             f"{side} the limit of {self.threshold.value:.6g}."
         )

@@ -57,6 +57,7 @@ def select_layers(
     strategy: str = "exact",
     run_to_end: bool = False,
     num_model_layers: int | None = None,
+    layer_of: Mapping[int, int] | None = None,
     items: ItemSplit | None = None,
     guards: Sequence[GuardTask] = (),
     budget: Budget | None = None,
@@ -70,12 +71,15 @@ def select_layers(
 
     Args:
         score: validation score of a hybrid.
-        layers: layers that may become linear, in any order, each once.
+        layers: layers that may become linear, in any order, each once; or numbers of mixers, see `layer_of`.
         limits: when a hybrid is good enough.
         strategy: a name in `STRATEGIES`.
         run_to_end: go on below P_min until every candidate layer is linear, to draw the whole curve. M_opt and M_best
             are not affected, even if a later hybrid should score well again.
         num_model_layers: layers of the model; the highest candidate layer plus one when left out.
+        layer_of: where several mixers may stand in for a layer: the layer of each candidate. Every choice is then made
+            among candidates, and a layer that is linear takes its others out of the search. Numbers in the trace are
+            those of candidates.
         items: blocks of items that `score` can be asked for alone, and items kept for confirmation; without it `score`
             is only asked for all items.
         guards: floors on other tasks; a swap that breaks one is refused.
@@ -95,13 +99,15 @@ def select_layers(
     run = STRATEGIES[strategy]
     layers = _sorted_layers(layers)
     check_limits(limits, num_confirmation=len(items.confirmation) if items else 0)
-    scorer = Scorer(score, max_candidates=len(layers) * (len(layers) + 1) // 2, journal=journal, on_event=on_event)
+    layer_of = layer_of or {layer: layer for layer in layers}
+    num_layers = len(set(layer_of.values()))
+    scorer = Scorer(score, max_candidates=len(layers) * (num_layers + 1) // 2, journal=journal, on_event=on_event)
     teacher = scorer.teacher(items.selection if items else None)
     threshold = with_safety(resolve_p_min(limits.p_min, limits.p_min_kind, teacher), limits, teacher)
     certify = _Confirmation(scorer, items, limits) if items and limits.p_min_confidence is not None else None
     search = Search(
         layers=layers,
-        num_model_layers=num_model_layers or max(layers) + 1,
+        num_model_layers=num_model_layers or max(layer_of.values()) + 1,
         scorer=scorer,
         teacher=teacher,
         threshold=threshold,
@@ -112,6 +118,7 @@ def select_layers(
         facts=facts,
         seed=seed,
         clock=clock,
+        layer_of=layer_of,
     )
     try:
         run(search)
