@@ -114,16 +114,30 @@ def mixer_options() -> Iterator[str]:
     kinds = re.findall(r'MIXERS\.register\("(\w+)"\)\((\w+)\)', (SOURCE / "mixers" / "__init__.py").read_text("utf-8"))
     for kind, class_name in kinds:
         _, node = find_definition(class_name, "dtr.mixers")
-        init = next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
-        meanings = dict(_named_entries(ast.get_docstring(node) or "", "Args"))
-        rows = [
-            (f"`{arg.arg}`", f"`{ast.unparse(arg.annotation)}`" if arg.annotation else "", _code(value), meaning)
-            for arg, value in zip(init.args.kwonlyargs, init.args.kw_defaults)
-            for meaning in [meanings.get(arg.arg, "")]
-        ]
+        rows = _option_rows(node)
         yield f"### {kind}"
         yield (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
         yield table(("option", "type", "default", "meaning"), rows) if rows else "No options."
+
+
+def _option_rows(node: ast.ClassDef) -> list[tuple[str, str, str, str]]:
+    """Options of a mixer, then those that it hands on to the mixer it is made from."""
+    bases = [
+        find_definition(ast.unparse(base), "dtr.mixers")[1] for base in node.bases if "nn." not in ast.unparse(base)
+    ]
+    inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    rows: list[tuple[str, str, str, str]] = []
+    set_here: set[str] = set()
+    for init in inits:
+        meanings = dict(_named_entries(ast.get_docstring(node) or "", "Args"))
+        for arg, value in zip(init.args.kwonlyargs, init.args.kw_defaults):
+            kind = f"`{ast.unparse(arg.annotation)}`" if arg.annotation else ""
+            rows.append((f"`{arg.arg}`", kind, _code(value), meanings.get(arg.arg, "")))
+        calls = (n for n in ast.walk(init) if isinstance(n, ast.Call))
+        set_here = {f"`{keyword.arg}`" for call in calls for keyword in call.keywords}
+    if not inits or inits[0].args.kwarg:
+        rows += [row for base in bases for row in _option_rows(base) if row[0] not in set_here]
+    return rows
 
 
 def python() -> Iterator[str]:

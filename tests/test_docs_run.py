@@ -124,9 +124,9 @@ def test_contributing_runs_as_it_stands(newcomer, capsys):
     names = {}
     try:
         run_snippet(add_mixer, names)
-        check_mixer("retention")
+        check_mixer("gated_retention")
     finally:
-        MIXERS._items.pop("retention", None)
+        MIXERS._items.pop("gated_retention", None)
     run_snippet(add_task, names)
     assert 0 <= float(capsys.readouterr().out.split()[-1]) <= 1
 

@@ -18,7 +18,7 @@ from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import make_mixer, mixer_from_teacher
 from dtr.ops.short_convolution import dynamic_convolution, short_convolution
 
-KINDS = ("gated_deltanet", "gated_linear_attention", "kimi_delta_attention")
+KINDS = ("gated_deltanet", "gated_linear_attention", "hedgehog", "kimi_delta_attention", "retention")
 OPTIONS = {
     "convolution": {"conv_tokens": 4},
     "one tap": {"conv_tokens": 1},

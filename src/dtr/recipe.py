@@ -54,10 +54,11 @@ class MixerSection(Section):
         Annotated[str, Tag("one")] | Annotated[list[MixerEntry], Field(min_length=1), Tag("several")],
         Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
     ] = "gated_deltanet"
-    """A mixer by name: gated_deltanet, jet_block, gated_linear_attention, kimi_delta_attention; for export
-    mamba2 and qwen35_gated_deltanet; sliding_window, which is attention on a window and the first tokens. Or a list of
-    them, `[gated_deltanet, {kind: sliding_window, options: {window: 64}}]`: every layer gets one mixer of each, and
-    search chooses layer by layer."""
+    """A mixer by name: gated_deltanet, jet_block, gated_linear_attention, kimi_delta_attention, retention (fixed
+    decay), hedgehog (learned features, a state twice as large); for export mamba2 and qwen35_gated_deltanet;
+    sliding_window, which is attention on a window and the first tokens. Or a list of them, `[gated_deltanet,
+    {kind: sliding_window, options: {window: 64}}]`: every layer gets one mixer of each, and search chooses layer by
+    layer."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of that mixer; in a list each has its own."""
 

@@ -10,20 +10,24 @@ from dtr.errors import RecipeError, did_you_mean
 from dtr.mixers.base import Mixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.mixers.gated_linear_attention import GatedLinearAttention
+from dtr.mixers.hedgehog import Hedgehog
 from dtr.mixers.jet_block import JetBlock
 from dtr.mixers.kimi_delta_attention import KimiDeltaAttention
 from dtr.mixers.mamba2 import Mamba2
 from dtr.mixers.qwen35_gated_deltanet import Qwen35GatedDeltaNet
+from dtr.mixers.retention import Retention
 from dtr.mixers.sliding_window import SlidingWindow
 from dtr.registry import Registry
 
 MIXERS: Registry[type[Mixer]] = Registry("mixer")
 MIXERS.register("gated_deltanet")(GatedDeltaNet)
 MIXERS.register("gated_linear_attention")(GatedLinearAttention)
+MIXERS.register("hedgehog")(Hedgehog)
 MIXERS.register("jet_block")(JetBlock)
 MIXERS.register("kimi_delta_attention")(KimiDeltaAttention)
 MIXERS.register("mamba2")(Mamba2)
 MIXERS.register("qwen35_gated_deltanet")(Qwen35GatedDeltaNet)
+MIXERS.register("retention")(Retention)
 MIXERS.register("sliding_window")(SlidingWindow)
 
 

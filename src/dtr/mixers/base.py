@@ -9,7 +9,6 @@ Shapes: B batch, T tokens, D hidden dim, H heads, K head dim.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -104,8 +103,8 @@ class LinearMixer(Mixer):
     """Linear attention shaped like the teacher's: one state per query head, rotary positions kept.
 
     Keys and values of grouped heads are repeated to all heads when weights are copied, so that each head may learn its
-    own (HALO, arXiv 2601.22156, table 3). Queries and keys are L2-normalised, which keeps the state bounded. The output
-    gate is 2 sigmoid(Wx + b) and starts as the identity.
+    own (HALO, arXiv 2601.22156, table 3). Queries and keys are L2-normalised, which keeps the state bounded, unless a
+    subclass says otherwise. The output gate is 2 sigmoid(Wx + b) and starts as the identity.
 
     Subclasses add the parameters of their gates and implement `recur`.
 
@@ -120,6 +119,9 @@ class LinearMixer(Mixer):
             head, how much of its output comes from there and how much from the state. 0 leaves it out.
         sinks: first tokens that the window keeps in sight.
     """
+
+    has_unit_keys = True
+    """Whether `recur` gets queries and keys of length 1."""
 
     def __init__(
         self,
@@ -193,14 +195,6 @@ class LinearMixer(Mixer):
             nn.init.constant_(self.window_proj.bias, WINDOW_BIAS)
         self.reset_gates()
 
-    def spaced_half_lives(self, fast: float, slow: float) -> torch.Tensor:
-        """Half-lives in tokens (num_heads,), spaced geometrically over the teacher's heads.
-
-        Copies of a head start far apart: two that started the same would learn the same.
-        """
-        one = torch.logspace(math.log2(fast), math.log2(slow), self.geometry.num_heads, base=2.0)
-        return torch.cat([one.roll(i * len(one) // self.head_copies) for i in range(self.head_copies)])
-
     def reset_gates(self) -> None:
         """Set the start values of the subclass's own parameters."""
         raise NotImplementedError
@@ -241,13 +235,14 @@ class LinearMixer(Mixer):
             q, k = self.q_norm(q), self.k_norm(k)
         near: torch.Tensor | None = None
         kept: tuple[torch.Tensor, ...] = ()
+        if self.has_unit_keys and not self.window:
+            q, k = (rotate_to_unit_length(x, *position_embeddings) for x in (q, k))
+        else:
+            q, k = (rotate(x, *position_embeddings) for x in (q, k))
         if self.window:
             past = None if memory is None else memory.read_window()
-            q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
             near, kept = attend_window(q, k, v, token_mask, past, window=self.window, sinks=self.sinks)
-            q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
-        else:
-            q, k = (rotate_to_unit_length(x, *position_embeddings) for x in (q, k))
+            q, k = (nn.functional.normalize(x, dim=-1) if self.has_unit_keys else x for x in (q, k))
         out, state = self.recur(hidden_states, q, k, v, mask, None if memory is None else memory.read())
         if memory is not None:
             memory.write(state, num_tokens, conv_inputs, kept)

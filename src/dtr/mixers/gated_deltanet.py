@@ -7,45 +7,34 @@ and keys, a state per query head, output gate 2 sigmoid(.) that starts as the id
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
-from dtr.mixers.base import LinearMixer
+from dtr.mixers.decaying import DecayingMixer
 from dtr.ops.dispatch import gated_delta_rule
 
 
-class GatedDeltaNet(LinearMixer):
+class GatedDeltaNet(DecayingMixer):
     """S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T with a per-head decay a_t and write strength b_t.
 
     Args:
         geometry: shape of the attention that is replaced.
         layer_idx: its place in the model, where the cache keeps its state.
-        min_half_life_tokens: half-life of the fastest head's memory at the start.
-        max_half_life_tokens: half-life of the slowest head's memory at the start; heads are spaced geometrically.
-        shape: options of `LinearMixer`.
+        shape: options of `DecayingMixer` and `LinearMixer`.
     """
 
-    def __init__(
-        self,
-        geometry: HeadGeometry,
-        layer_idx: int,
-        *,
-        min_half_life_tokens: float = 8.0,
-        max_half_life_tokens: float = 1024.0,
-        **shape: int,
-    ) -> None:
+    def __init__(self, geometry: HeadGeometry, layer_idx: int, **shape: Any) -> None:
         super().__init__(geometry, layer_idx, **shape)
-        self.half_lives = (min_half_life_tokens, max_half_life_tokens)
         self.decay_proj = nn.Linear(geometry.hidden_dim, self.num_heads)
         self.write_proj = nn.Linear(geometry.hidden_dim, self.num_heads)
 
     @torch.no_grad()
     def reset_gates(self) -> None:
-        rate = math.log(2) / self.spaced_half_lives(*self.half_lives)
+        rate = self.start_rates()
         nn.init.zeros_(self.decay_proj.weight)
         nn.init.zeros_(self.write_proj.weight)
         nn.init.zeros_(self.write_proj.bias)

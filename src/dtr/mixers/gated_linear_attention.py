@@ -7,29 +7,27 @@ norm, a write strength per head, output gate 2 sigmoid(.) that starts as the ide
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
-from dtr.mixers.base import LinearMixer
+from dtr.mixers.decaying import DecayingMixer
 from dtr.ops.dispatch import gated_linear_attention
 
 TEMPERATURE = 16.0
 
 
-class GatedLinearAttention(LinearMixer):
+class GatedLinearAttention(DecayingMixer):
     """S_t = diag(a_t) S_{t-1} + b_t k_t v_t^T with a decay a_t per key channel.
 
     Args:
         geometry: shape of the attention that is replaced.
         layer_idx: its place in the model, where the cache keeps its state.
         gate_rank: rank of the decay gate's projection.
-        min_half_life_tokens: half-life of the fastest head's memory at the start.
-        max_half_life_tokens: half-life of the slowest head's memory at the start; heads are spaced geometrically.
-        shape: options of `LinearMixer`.
+        shape: options of `DecayingMixer` and `LinearMixer`.
     """
 
     def __init__(
@@ -38,12 +36,9 @@ class GatedLinearAttention(LinearMixer):
         layer_idx: int,
         *,
         gate_rank: int = 16,
-        min_half_life_tokens: float = 8.0,
-        max_half_life_tokens: float = 1024.0,
-        **shape: int,
+        **shape: Any,
     ) -> None:
         super().__init__(geometry, layer_idx, **shape)
-        self.half_lives = (min_half_life_tokens, max_half_life_tokens)
         inner_dim = self.num_heads * geometry.head_dim
         self.decay_down_proj = nn.Linear(geometry.hidden_dim, gate_rank, bias=False)
         self.decay_up_proj = nn.Linear(gate_rank, inner_dim)
@@ -52,7 +47,7 @@ class GatedLinearAttention(LinearMixer):
     @torch.no_grad()
     def reset_gates(self) -> None:
         g = self.geometry
-        log_decay = math.log(2) / self.spaced_half_lives(*self.half_lives)
+        log_decay = self.start_rates()
         nn.init.normal_(self.decay_down_proj.weight, std=g.hidden_dim**-0.5)
         nn.init.zeros_(self.decay_up_proj.weight)
         # logsigmoid(bias) / TEMPERATURE = -log_decay, solved for the bias.

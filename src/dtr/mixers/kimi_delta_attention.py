@@ -7,27 +7,26 @@ identity.
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
-from dtr.mixers.base import LinearMixer, check_number
+from dtr.mixers.base import check_number
+from dtr.mixers.decaying import DecayingMixer
 from dtr.ops.channel_delta import chunked
 
 
-class KimiDeltaAttention(LinearMixer):
+class KimiDeltaAttention(DecayingMixer):
     """Gated DeltaNet with a decay of its own for each key channel.
 
     Args:
         geometry: shape of the attention that is replaced.
         layer_idx: its place in the model, where the cache keeps its state.
         gate_rank: rank of the decay gate's projection.
-        min_half_life_tokens: half-life of the fastest head's memory at the start.
-        max_half_life_tokens: half-life of the slowest head's memory at the start; heads are spaced geometrically.
-        shape: options of `LinearMixer`.
+        shape: options of `DecayingMixer` and `LinearMixer`.
     """
 
     def __init__(
@@ -36,20 +35,17 @@ class KimiDeltaAttention(LinearMixer):
         layer_idx: int,
         *,
         gate_rank: int = 64,
-        min_half_life_tokens: float = 8.0,
-        max_half_life_tokens: float = 1024.0,
-        **shape: int,
+        **shape: Any,
     ) -> None:
         super().__init__(geometry, layer_idx, **shape)
         check_number("gate_rank", gate_rank, 1)
-        self.half_lives = (min_half_life_tokens, max_half_life_tokens)
         self.decay_down_proj = nn.Linear(geometry.hidden_dim, gate_rank, bias=False)
         self.decay_up_proj = nn.Linear(gate_rank, self.num_heads * geometry.head_dim)
         self.write_proj = nn.Linear(geometry.hidden_dim, self.num_heads)
 
     @torch.no_grad()
     def reset_gates(self) -> None:
-        rate = math.log(2) / self.spaced_half_lives(*self.half_lives)
+        rate = self.start_rates()
         nn.init.normal_(self.decay_down_proj.weight, std=self.geometry.hidden_dim**-0.5)
         nn.init.zeros_(self.decay_up_proj.weight)
         self.decay_up_proj.bias.copy_(torch.log(torch.expm1(rate)).repeat_interleave(self.geometry.head_dim))
