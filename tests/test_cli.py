@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(finished):
     assert str((folder / "report.html").resolve()) in out
     assert "The hybrid writes:" in out
     events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert events[0] == "backend"
+    assert events[:2] == ["stage", "backend"]
     assert events[-1] == "done"
     assert {"distill", "nmse", "teacher", "candidate", "step", "stop"} <= set(events)
 
@@ -204,6 +205,44 @@ def test_bad_input_gets_one_clear_message(case, place, dtr, tmp_path):
     assert len(message) == 1
     assert expected in message[0]
     assert "Traceback" not in err
+    # Only what takes the teacher's score to find out is found after distillation.
+    assert (tmp_path / "run").exists() == (case == "absolute p_min above the teacher")
+
+
+MISFITS = {
+    "qwen2": ("qwen35_gated_deltanet", "attention has biases", "gated_deltanet, gated_linear_attention"),
+    "qwen3": ("mamba2", "norms on queries and keys", "qwen35_gated_deltanet"),
+}
+
+
+@pytest.mark.parametrize("family", sorted(MISFITS))
+def test_a_mixer_that_cannot_stand_in_is_refused_before_anything_is_read(family, place, dtr, tmp_path):
+    kind, why, alternative = MISFITS[family]
+    pico_model(family).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--set", "text.source=missing.txt", "--out", tmp_path / "run"]
+    for verb in ("run", "distill"):
+        code, _, err = dtr(verb, place / "recipe.yaml", *options, "--mixer", f"sliding_window,{kind}")
+        assert (code, err.count("dtr: ")) == (2, 1)
+        assert all(part in err for part in (f"mixer.kind: got {kind}", why, alternative))
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_stops_at_its_teacher_leaves_what_was_there(place, finished, dtr, tmp_path):
+    out, wrong = tmp_path / "run", ["--model", "./nothing/here", "--progress", "quiet"]
+    for verb in ("run", "distill"):
+        assert dtr(verb, place / "recipe.yaml", "--out", out, *wrong)[0] == 2
+        assert not out.exists()
+    shutil.copytree(finished[0], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert dtr("run", place / "recipe.yaml", "--out", out, "--overwrite", *wrong)[0] == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    short = ["--set", "distill.num_tokens=512", "--progress", "quiet"]
+    assert dtr("distill", place / "recipe.yaml", "--out", out, "--overwrite", *short)[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["bank", "events.jsonl", "recipe.yaml"]
+    # What happened before the folder was opened is in its log too.
+    events = [json.loads(line)["event"] for line in (out / "events.jsonl").read_text().splitlines()]
+    assert events.index("backend") < events.index("nmse")
 
 
 def test_output_folders_are_guarded(finished, place, dtr, tmp_path):

@@ -140,8 +140,8 @@ def spoil(blocks, teacher, monkeypatch, damage, at_step):
         held.update(start(*args))
         return held
 
-    start = trainer._start
-    monkeypatch.setattr(trainer, "_start", keep)
+    start = trainer.start_mixers
+    monkeypatch.setattr(trainer, "start_mixers", keep)
     spoiled = token_blocks()
 
     def batch(step, **options):
@@ -165,9 +165,9 @@ def weights_at(teacher, blocks, layer, step):
 
     watched = token_blocks()
     object.__setattr__(watched, "batch", batch)
-    start, held = trainer._start, {}
+    start, held = trainer.start_mixers, {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_start", lambda *args: held.update(start(*args)) or held)
+        patch.setattr(trainer, "start_mixers", lambda *args: held.update(start(*args)) or held)
         distill(teacher, watched, **SETTINGS)
     return found
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dtr.errors import DeviceError
-from dtr.ops import backend, gated_delta, gated_linear
+from dtr.ops import backend, dispatch, gated_delta, gated_linear
 from dtr.ops.backend import GATED_DELTA, GATED_LINEAR, choose_backend
 
 
@@ -34,6 +34,42 @@ def machine(monkeypatch):
             monkeypatch.setitem(sys.modules, module, None)
 
     return set_up
+
+
+@pytest.mark.parametrize(
+    ("there", "model", "name", "reason"),
+    [
+        ({}, {"head_dim": 64}, "triton", "fastest"),
+        ({}, {"head_dim": 80}, "fla", "heads of 16, 32, 64, 128, not of 80"),
+        ({"fla": False}, {"head_dim": 80}, "torch", "not of 80; fla is not installed"),
+        ({"fla": False}, {"head_dim": 64, "dtype": torch.float16}, "torch", "bfloat16 and float32, not float16"),
+    ],
+)
+def test_what_our_kernel_does_not_take_goes_elsewhere(machine, there, model, name, reason):
+    machine(**there)
+    chosen = choose_backend("auto", "cuda", **model)
+    assert chosen.name == name
+    assert reason in chosen.reason
+    # Asked for by name it is refused, with what can be taken.
+    if name != "triton":
+        with pytest.raises(DeviceError, match=r"our kernel takes.*Take auto, fla or torch"):
+            choose_backend("triton", "cuda", **model)
+
+
+def test_each_head_size_gets_its_own_kernel(machine, monkeypatch):
+    machine(fla=False)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    names = [dispatch._name(GATED_DELTA, "cuda", head_dim, torch.bfloat16) for head_dim in (64, 80, 64)]
+    assert names == ["triton", "torch", "triton"]
+    assert dispatch._name(GATED_DELTA, "cuda", 64, torch.float16) == "torch"
+
+
+def test_the_choice_is_no_break_in_a_compiled_graph():
+    q, k, v = torch.randn(3, 1, 20, 2, 80).unbind(0)
+    g, beta = -torch.rand(1, 20, 2), torch.rand(1, 20, 2)
+    compiled = torch.compile(dispatch.gated_delta_rule, backend="eager", fullgraph=True)
+    for ours, plain in zip(compiled(q, k, v, g, beta), dispatch.gated_delta_rule(q, k, v, g, beta)):
+        torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize(

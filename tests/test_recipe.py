@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
@@ -71,6 +73,19 @@ class TestRunFolder:
         folder.open(setting("teacher.source=right"))
         assert read_recipe(tmp_path / "run" / "recipe.yaml").teacher.source == "right"
         assert not (tmp_path / "run" / "events.jsonl").exists()
+
+    def test_nothing_is_written_before_the_folder_is_opened(self, tmp_path):
+        folder = RunFolder(tmp_path / "deep" / "run")
+        folder.check(setting("seed=1"))
+        folder.log({"event": "backend"})
+        assert not (tmp_path / "deep").exists()
+        folder.open(setting("seed=1"))
+        folder.log({"event": "done"})
+        lines = (folder.path / "events.jsonl").read_text().splitlines()
+        assert [json.loads(line)["event"] for line in lines] == ["backend", "done"]
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(OutputError, match=r"file' is a file"):
+            RunFolder(tmp_path / "file" / "run").check(setting("seed=1"))
 
     def test_a_run_with_results_is(self, tmp_path):
         folder = RunFolder(tmp_path / "run")

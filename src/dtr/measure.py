@@ -133,8 +133,9 @@ def bench_distillation(
     """
     caches = compile_caches()
     world, place = join_world(pick_device(device))
-    choice = use_backend(backend, place.type)
+    use_backend(backend, place.type)
     teacher = load_teacher(source, device=str(place))
+    choice = use_backend(backend, place.type, head_dim=teacher.geometry.head_dim)
     results = list(
         bench_distill(
             teacher,

@@ -9,6 +9,7 @@ from dtr.binding import check_search
 from dtr.corpus import StreamedBlocks, TokenBlocks
 from dtr.corpus.faults import Faults
 from dtr.distillation.bank import MixerBank, load_bank
+from dtr.distillation.start import check_distillation
 from dtr.distillation.trainer import distill
 from dtr.distributed import World, current_world, join_world, leave_world
 from dtr.errors import RecipeError
@@ -19,6 +20,7 @@ from dtr.files import write_json
 from dtr.preparation import (
     Listener,
     prepare_guards,
+    prepare_mixers,
     prepare_task,
     prepare_teacher,
     prepare_text,
@@ -65,19 +67,23 @@ def run(
             hint="Distil with 'dtr distill', then give its bank to 'dtr search' on a device that holds the teacher.",
         )
     folder, clock = RunFolder(out), Clock()
-    world, emit = open_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
+    world, emit = join_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
     with clock("load"):
         teacher = prepare_teacher(recipe, emit)
+        if bank is None:
+            check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
         emit({"event": "stage", "text": f"reading the task {recipe.task.path or recipe.task.source}"})
         task = prepare_task(recipe)
         guards = prepare_guards(recipe)
         settings = search_settings(recipe, guards)
         check_search(task, settings)
+        given = load_bank(bank, teacher=teacher) if bank else None
         text, faults = (None, Faults(emit)) if bank else prepare_text(recipe, teacher, emit)
+    open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
     with clock("distill"), memory_advice("distill.batch_size"):
         if text is None:
-            assert bank is not None
-            mixers = load_bank(bank, teacher=teacher)
+            assert given is not None
+            mixers = given
         else:
             mixers = prepare_bank(recipe, teacher, text, folder, emit)
     with clock("search"), memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
@@ -119,24 +125,34 @@ def distill_only(
 ) -> MixerBank:
     """The first half of `run`: leaves OUT/bank, with which `run(..., bank=...)` or `--resume` goes on."""
     folder = RunFolder(out)
-    _, emit = open_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
+    world, emit = join_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
     teacher = prepare_teacher(recipe, emit)
+    check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
+    text, _ = prepare_text(recipe, teacher, emit)
+    open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
     with memory_advice("distill.batch_size"):
-        return prepare_bank(recipe, teacher, prepare_text(recipe, teacher, emit)[0], folder, emit)
+        return prepare_bank(recipe, teacher, text, folder, emit)
 
 
-def open_run(
+def join_run(
     folder: RunFolder, recipe: Recipe, *, resume: bool, overwrite: bool, on_event: Listener | None
 ) -> tuple[World, Listener]:
-    """Join the other processes if torchrun started some, and open the folder on the first one.
+    """Join the other processes if torchrun started some; the first one looks whether the folder may be used.
 
     Returns our place among them and where events go: to log and listener on the first rank, nowhere on the others.
     """
     world, _ = join_world(pick_device(recipe.runtime.device))
     if world.is_first:
-        folder.open(recipe, resume=resume, overwrite=overwrite)
+        folder.check(recipe, resume=resume, overwrite=overwrite)
     world.wait()
     return world, _to_log_and(folder, on_event) if world.is_first else lambda event: None
+
+
+def open_run(folder: RunFolder, recipe: Recipe, world: World, *, resume: bool, overwrite: bool) -> None:
+    """Open the folder, once all that is read is found to be there; the others must not look into it before."""
+    if world.is_first:
+        folder.open(recipe, resume=resume, overwrite=overwrite)
+    world.wait()
 
 
 def prepare_bank(
@@ -147,12 +163,10 @@ def prepare_bank(
         return load_bank(folder.bank, teacher=teacher)
     emit({"event": "stage", "text": f"preparing {' and '.join(recipe.mixer.names)} for every layer"})
     settings = recipe.distill.model_dump(exclude={"seq_len_tokens"})
-    mixer = recipe.mixer.model_dump()
     bank = distill(
         teacher,
         text,
-        mixer=mixer["kind"],
-        options=mixer["options"],
+        **prepare_mixers(recipe),
         **settings,
         seed=recipe.seed,
         parallel=recipe.runtime.parallel,

@@ -25,17 +25,27 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
     if recipe.runtime.num_threads:
         torch.set_num_threads(recipe.runtime.num_threads)
     _, device = join_world(pick_device(recipe.runtime.device))
-    backend = use_backend(recipe.runtime.backend, device.type)
-    emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
+    use_backend(recipe.runtime.backend, device.type)
     settings = recipe.teacher
     emit({"event": "stage", "text": f"loading {settings.source}"})
-    return load_teacher(
+    teacher = load_teacher(
         settings.source,
         device=str(device),
         dtype=settings.dtype,
         trust_remote_code=settings.trust_remote_code,
         shard=recipe.runtime.shard_teacher,
     )
+    head_dim, dtype = teacher.geometry.head_dim, None if recipe.runtime.backend == "auto" else teacher.dtype
+    # Again, now that it is known what kernels would get; auto goes by each call's type.
+    backend = use_backend(recipe.runtime.backend, device.type, head_dim=head_dim, dtype=dtype)
+    emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
+    return teacher
+
+
+def prepare_mixers(recipe: Recipe) -> dict[str, Any]:
+    """Kinds and options as `distill` takes them."""
+    settings = recipe.mixer.model_dump()
+    return {"mixer": settings["kind"], "options": settings["options"]}
 
 
 def prepare_task(recipe: Recipe) -> Task:

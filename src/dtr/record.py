@@ -44,7 +44,7 @@ def make_record(
 ) -> dict[str, Any]:
     """Everything a reader needs to judge and to repeat the run; see `docs/report.md` for each field."""
     config, geometry = teacher.model.config, teacher.geometry
-    backend = choose_backend(recipe.runtime.backend, teacher.device.type)
+    backend = choose_backend(recipe.runtime.backend, teacher.device.type, head_dim=geometry.head_dim)
     cuda = teacher.device.type == "cuda"
     return {
         "format": FORMAT,

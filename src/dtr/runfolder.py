@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +32,62 @@ class RunFolder:
         self.search = self.path / "search.json"
         self.hybrid = self.path / "hybrid"
         self.hybrid_best = self.path / "hybrid-best"
+        self._is_open = False
+        self._waiting: list[str] = []
+        """Lines of the log from before the folder was opened."""
 
-    def open(self, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Make the folder ready and save the resolved recipe.
+    def check(self, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Refuse what `open` would refuse, and change nothing: a run that fails before its first stage leaves no trace.
 
         Raises:
             OutputError: it cannot be written, holds something and neither `resume` nor `overwrite` is given, holds
                 something that is not a run, or (with `resume`) a run of another recipe.
         """
-        try:
-            if self.path.exists() and not self.path.is_dir():
-                raise OutputError(str(self.path), got="a file", expected="a folder", hint="Choose another --out.")
-            names = {item.name for item in self.path.iterdir()} if self.path.exists() else set()
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(str(self.path), got="a file", expected="a folder", hint="Choose another --out.")
+        with self._errors_told():
+            there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"'{there}' is a file")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, f"no right to write in '{there}'")
+            names = self._names()
+            if names and (resume or not names <= {RECIPE, EVENTS} or RECIPE not in names):
+                self._check_reuse(recipe, resume=resume, overwrite=overwrite)
+
+    def open(self, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Make the folder ready, save the resolved recipe and what was logged so far; errors as `check`."""
+        self.check(recipe, resume=resume, overwrite=overwrite)
+        with self._errors_told():
             # A run that failed before it had done anything leaves its recipe and log; the next try may replace them.
-            if not resume and RECIPE in names and names <= {RECIPE, EVENTS}:
-                (self.path / EVENTS).unlink(missing_ok=True)
-            elif names:
-                self._reuse(recipe, resume=resume, overwrite=overwrite)
+            for item in sorted(self.path.iterdir()) if self._names() and not resume else ():
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RECIPE, recipe.to_yaml())
+        self._is_open = True
+        for line in self._waiting:
+            self._append(line)
+        self._waiting.clear()
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Append one event with its time to events.jsonl, once the folder is open."""
+        line = json.dumps({"time": round(time.time(), 3), **event}, default=str)
+        if self._is_open:
+            self._append(line)
+        else:
+            self._waiting.append(line)
+
+    def _append(self, line: str) -> None:
+        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _names(self) -> set[str]:
+        return {item.name for item in self.path.iterdir()} if self.path.exists() else set()
+
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise OutputError(
                 str(self.path),
@@ -55,13 +96,7 @@ class RunFolder:
                 hint="Choose another --out, or check its rights and free space.",
             ) from None
 
-    def log(self, event: dict[str, Any]) -> None:
-        """Append one event with its time to events.jsonl."""
-        line = json.dumps({"time": round(time.time(), 3), **event}, default=str)
-        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def _reuse(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    def _check_reuse(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         saved = self.path / RECIPE
         if not (resume or overwrite):
             raise OutputError(
@@ -79,9 +114,6 @@ class RunFolder:
             )
         if resume:
             self._check_same(Recipe.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8"))), recipe)
-            return
-        for item in sorted(self.path.iterdir()):
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
 
     def _check_same(self, saved: Recipe, recipe: Recipe) -> None:
         old, new = _flatten(saved.identity()), _flatten(recipe.identity())

@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 
-from dtr.arch import decoder_layers
 from dtr.corpus import StreamedBlocks, TokenBlocks, load_text
-from dtr.distillation.bank import MixerBank, Spec, read_specs
+from dtr.distillation.bank import MixerBank
 from dtr.distillation.calibration import calibrate
 from dtr.distillation.refit import refit_outputs
+from dtr.distillation.start import check_distillation, start_mixers
 from dtr.distillation.state import TrainingState
 from dtr.distillation.students import ParallelKind, Students
 from dtr.distillation.watch import CHECK_EVERY_STEPS, Watch
 from dtr.distributed import World, current_world
 from dtr.errors import DeviceError, Interrupted, RecipeError
 from dtr.interrupt import stop_at_safe_point
-from dtr.mixers import mixer_from_teacher
-from dtr.teacher import Teacher, whole_weights
+from dtr.teacher import Teacher
 
 Text = TokenBlocks | StreamedBlocks
 
@@ -86,6 +85,7 @@ def distill(
         DeviceError: out of memory; the message names the setting to change.
         Interrupted: Ctrl-C; the state was saved if `checkpoint` is given.
     """
+    specs, chosen = check_distillation(teacher, mixer=mixer, options=options, layers=layers)
     if isinstance(text, str | list):
         text = load_text(
             text,
@@ -95,7 +95,7 @@ def distill(
             max_tokens=num_tokens,
             seed=seed,
         )
-    chosen, world = _check_layers(layers, teacher.num_layers), current_world()
+    world = current_world()
     identity = {
         "teacher": teacher.fingerprint,
         "text": text.fingerprint,
@@ -113,10 +113,9 @@ def distill(
         "layers": chosen,
         "seed": seed,
     }
-    specs = read_specs(mixer, options)
     bank = MixerBank(
         specs=specs,
-        mixers=_start(teacher, specs, chosen, seed),
+        mixers=start_mixers(teacher, specs, chosen, seed),
         num_model_layers=teacher.num_layers,
         teacher_fingerprint=teacher.fingerprint,
         geometry=teacher.geometry,
@@ -252,35 +251,6 @@ def _progress(step: int, num_steps: int, batch: torch.Tensor, losses: torch.Tens
         "mean_loss": losses.mean().item(),
         "worst_loss": losses.max().item() if len(losses) else math.nan,
     }
-
-
-def _start(teacher: Teacher, specs: list[Spec], layers: list[int], seed: int) -> dict[int, Any]:
-    """Mixers by number, in the order in which their layers run."""
-    stack, mixers = decoder_layers(teacher.model), {}
-    # Some start values are random; the caller's own random state stays as it is.
-    with torch.random.fork_rng(devices=[]):
-        for at, spec in enumerate(specs):
-            # Anew for each kind, so that its mixers start as in a bank of their own.
-            torch.manual_seed(seed)
-            options = {key: value for key, value in spec.items() if key != "kind"}
-            for index in layers:
-                layer: Any = stack[index]
-                with whole_weights(layer):
-                    mixer = mixer_from_teacher(spec["kind"], teacher.geometry, index, layer.self_attn, options)
-                mixers[index + at * teacher.num_layers] = mixer
-    return dict(sorted(mixers.items(), key=lambda pair: pair[1].layer_idx))
-
-
-def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:
-    chosen = list(range(num_layers)) if layers is None else sorted(set(layers))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
-        raise RecipeError(
-            "distill.layers",
-            got=str(layers),
-            expected=f"layers from 0 to {num_layers - 1}",
-            hint="Leave it out for all.",
-        )
-    return chosen
 
 
 def _learning_rate(step: int, num_steps: int, settings: dict[str, Any]) -> float:

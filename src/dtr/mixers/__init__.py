@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError, did_you_mean
 from dtr.mixers.base import Mixer
@@ -53,6 +55,24 @@ def options_of(mixer: type[Mixer]) -> list[str]:
     classes = [c for c in mixer.__mro__ if issubclass(c, Mixer) and "__init__" in vars(c)]
     parameters = [p for c in classes for p in inspect.signature(c.__init__).parameters.values()]
     return sorted({p.name for p in parameters if p.kind is p.KEYWORD_ONLY})
+
+
+def check_mixer(kind: str, geometry: HeadGeometry, options: dict[str, Any] | None = None) -> None:
+    """Whether a kind with these options can stand in for such attention; costs nothing, so that it can come first.
+
+    Raises:
+        RecipeError: it cannot, with the kinds that can; or as `make_mixer`.
+    """
+    with torch.device("meta"):
+        make_mixer(kind, geometry, 0, options)
+    if why := MIXERS[kind].misfit(geometry):
+        fitting = ", ".join(name for name in MIXERS if not MIXERS[name].misfit(geometry))
+        raise RecipeError(
+            "mixer.kind",
+            got=f"{kind} for a teacher whose attention has {why}, for which that form has no place",
+            expected="a mixer that can stand in for this attention",
+            hint=f"Take one of {fitting}.",
+        )
 
 
 def mixer_from_teacher(

@@ -54,6 +54,11 @@ class Mixer(nn.Module):
         super().__init__()
         self.geometry, self.layer_idx = geometry, layer_idx
 
+    @classmethod
+    def misfit(cls, geometry: HeadGeometry) -> str:
+        """What of the attention this kind has no place for, so that it cannot stand in; empty where it can."""
+        return ""
+
     @property
     def output_projection(self) -> nn.Linear:
         """The last linear map, from all heads to the hidden dim."""

@@ -86,6 +86,10 @@ class Mamba2(NativeMixer):
         self.norm = GatedNorm(self.inner_dim, self.num_groups, g.norm_eps)
         self.out_proj = nn.Linear(self.inner_dim, g.hidden_dim)
 
+    @classmethod
+    def misfit(cls, geometry: HeadGeometry) -> str:
+        return "norms on queries and keys" if geometry.qk_norm else ""
+
     @property
     def output_projection(self) -> nn.Linear:
         return self.out_proj

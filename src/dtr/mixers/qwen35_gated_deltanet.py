@@ -64,6 +64,10 @@ class Qwen35GatedDeltaNet(NativeMixer):
         self.norm = HeadNorm(g.head_dim, g.norm_eps)
         self.out_proj = nn.Linear(inner_dim, g.hidden_dim, bias=False)
 
+    @classmethod
+    def misfit(cls, geometry: HeadGeometry) -> str:
+        return "biases" if geometry.qkv_bias or geometry.o_bias else ""
+
     def state_bytes(self, bytes_per_element: int) -> int:
         return super().state_bytes(bytes_per_element) + (CONV_TOKENS - 1) * self.conv1d.in_channels * bytes_per_element
 

@@ -24,6 +24,9 @@ from dtr.ops.gated_linear import step as gated_linear_step
 GATED_DELTA = "gated_delta_rule"
 GATED_LINEAR = "gated_linear_attention"
 GATED_DELTA_STEP = "gated_delta_step"
+TRITON_HEAD_DIMS = (16, 32, 64, 128)
+TRITON_DTYPES = (torch.bfloat16, torch.float32)
+"""What our kernels are written for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +55,22 @@ class _Obstacle:
     remedy: str
 
 
-def choose_backend(requested: str, device_type: str, *, op: str = GATED_DELTA) -> Backend:
+def choose_backend(
+    requested: str,
+    device_type: str,
+    *,
+    op: str = GATED_DELTA,
+    head_dim: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Backend:
     """The backend to run `op` with.
 
     Args:
         requested: auto, torch, fla or triton. auto takes the first usable of triton, fla, torch.
         device_type: as `torch.device.type`.
         op: gated_delta_rule or gated_linear_attention.
+        head_dim: of keys and values; None if it is not known yet, and so no obstacle.
+        dtype: of the values; likewise.
 
     Raises:
         DeviceError: `requested` is unknown or cannot run here.
@@ -69,7 +81,7 @@ def choose_backend(requested: str, device_type: str, *, op: str = GATED_DELTA) -
         raise DeviceError("backend", got=f"'{requested}'", expected="a known backend", hint=hint)
     if requested == "torch":
         return Backend(name="torch", reason="requested")
-    obstacles = _obstacles(op, device_type)
+    obstacles = _obstacles(op, device_type, head_dim, dtype)
     if requested == "auto":
         name = next((name for name, obstacle in obstacles.items() if obstacle is None), "torch")
         skipped = dict.fromkeys(obstacle.why for obstacle in obstacles.values() if obstacle)
@@ -134,7 +146,9 @@ def _fla_options(scale: float | None, state: torch.Tensor | None) -> dict[str, A
     return {"scale": scale, "initial_state": None if state is None else state.float(), "output_final_state": True}
 
 
-def _obstacles(op: str, device_type: str) -> dict[str, _Obstacle | None]:
+def _obstacles(
+    op: str, device_type: str, head_dim: int | None, dtype: torch.dtype | None
+) -> dict[str, _Obstacle | None]:
     """What keeps each kernel library from running, None where nothing does; the preferred one first."""
     if device_type != "cuda":
         needs_cuda = _Obstacle(why=f"kernels need CUDA and the device is {device_type}", remedy="Take auto or torch.")
@@ -143,12 +157,18 @@ def _obstacles(op: str, device_type: str) -> dict[str, _Obstacle | None]:
     if machine.triton_version is None:
         absent = _Obstacle(why="triton is not installed", remedy="Install triton, or take auto or torch.")
         return {"triton": absent, "fla": absent}
-    return {"triton": _triton_obstacle(op), "fla": _fla_obstacle(op, machine)}
+    return {"triton": _triton_obstacle(op, head_dim, dtype), "fla": _fla_obstacle(op, machine)}
 
 
-def _triton_obstacle(op: str) -> _Obstacle | None:
+def _triton_obstacle(op: str, head_dim: int | None, dtype: torch.dtype | None) -> _Obstacle | None:
     if op == GATED_LINEAR:
         return _Obstacle(why="triton has no kernel for gated linear attention", remedy="Take auto, fla or torch.")
+    if head_dim is not None and head_dim not in TRITON_HEAD_DIMS:
+        sizes = ", ".join(map(str, TRITON_HEAD_DIMS))
+        return _Obstacle(why=f"our kernel takes heads of {sizes}, not of {head_dim}", remedy="Take auto, fla or torch.")
+    if dtype is not None and dtype not in TRITON_DTYPES:
+        why = f"our kernel takes bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+        return _Obstacle(why=why, remedy="Take auto, fla or torch.")
     return _load_obstacle("triton", op)
 
 

@@ -22,11 +22,10 @@ import torch
 import triton
 
 from dtr.errors import DeviceError
+from dtr.ops.backend import TRITON_DTYPES, TRITON_HEAD_DIMS
 from dtr.ops.gated_delta_kernels import chunk_gradients, chunk_inverse, chunk_output, state_scan, state_scan_backward
 
 CHUNK_TOKENS = 64
-_DIMS = (16, 32, 64, 128)
-_DTYPES = (torch.bfloat16, torch.float32)
 # Saved checkpoints carry a copy of this file, and both copies may live in one process: each needs its own operators.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -36,7 +35,12 @@ def supports(q_BTHK: torch.Tensor, v_BTHV: torch.Tensor) -> bool:
     """Whether the kernels can run: CUDA (or Triton's interpreter), bf16 or fp32, K and V one of 16, 32, 64, 128."""
     on_device = q_BTHK.device.type == "cuda" or (_INTERPRETED and q_BTHK.device.type == "cpu")
     same = q_BTHK.dtype == v_BTHV.dtype and q_BTHK.device == v_BTHV.device
-    return on_device and same and q_BTHK.dtype in _DTYPES and {q_BTHK.shape[-1], v_BTHV.shape[-1]} <= set(_DIMS)
+    return (
+        on_device
+        and same
+        and q_BTHK.dtype in TRITON_DTYPES
+        and {q_BTHK.shape[-1], v_BTHV.shape[-1]} <= set(TRITON_HEAD_DIMS)
+    )
 
 
 def chunked(
@@ -68,7 +72,7 @@ def check_inputs(q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHV: torch.Tenso
         raise DeviceError(
             "gated_delta_triton.chunked",
             got=f"{dims}, {q_BTHK.dtype}/{k_BTHK.dtype}/{v_BTHV.dtype} on {q_BTHK.device}",
-            expected=f"K and V in {_DIMS}, q, k and v all bfloat16 or all float32, on a CUDA device",
+            expected=f"K and V in {TRITON_HEAD_DIMS}, q, k and v all bfloat16 or all float32, on a CUDA device",
             hint="Use the plain PyTorch form in dtr.ops.gated_delta instead.",
         )
 

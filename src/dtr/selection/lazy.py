@@ -91,6 +91,9 @@ def restore(search: Search) -> None:
         if len(linear) == limit and search.threshold.is_met_by(below):
             search.goes_on()
         else:
-            search.stop("p_min", f"With layer {search.layer_of[layer]} linear as well, {below.metric} would be {below.value:.6g}.")
+            search.stop(
+                "p_min",
+                f"With layer {search.layer_of[layer]} linear as well, {below.metric} would be {below.value:.6g}.",
+            )
     for layer, score in reversed(restored) if search.run_to_end else ():
         search.take([layer], score)

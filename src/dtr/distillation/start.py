@@ -1,0 +1,59 @@
+"""What a distillation starts with: kinds and layers that the teacher can have, and mixers with its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dtr.arch import decoder_layers
+from dtr.distillation.bank import Spec, read_specs
+from dtr.errors import RecipeError
+from dtr.mixers import check_mixer, mixer_from_teacher
+from dtr.teacher import Teacher, whole_weights
+
+
+def check_distillation(
+    teacher: Teacher,
+    *,
+    mixer: str | list[str | dict[str, Any]] = "gated_deltanet",
+    options: dict[str, Any] | None = None,
+    layers: list[int] | None = None,
+) -> tuple[list[Spec], list[int]]:
+    """Refuse mixers and layers that this teacher cannot have, before text is read; `distill` does the same.
+
+    Returns the kinds and the layers. Raises RecipeError.
+    """
+    specs = read_specs(mixer, options)
+    for spec in specs:
+        check_mixer(spec["kind"], teacher.geometry, {key: value for key, value in spec.items() if key != "kind"})
+    return specs, _check_layers(layers, teacher.num_layers)
+
+
+def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:
+    chosen = list(range(num_layers)) if layers is None else sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
+        raise RecipeError(
+            "distill.layers",
+            got=str(layers),
+            expected=f"layers from 0 to {num_layers - 1}",
+            hint="Leave it out for all.",
+        )
+    return chosen
+
+
+def start_mixers(teacher: Teacher, specs: list[Spec], layers: list[int], seed: int) -> dict[int, Any]:
+    """Mixers by number, in the order in which their layers run, with the teacher's weights."""
+    stack, mixers = decoder_layers(teacher.model), {}
+    # Some start values are random; the caller's own random state stays as it is.
+    with torch.random.fork_rng(devices=[]):
+        for at, spec in enumerate(specs):
+            # Anew for each kind, so that its mixers start as in a bank of their own.
+            torch.manual_seed(seed)
+            options = {key: value for key, value in spec.items() if key != "kind"}
+            for index in layers:
+                layer: Any = stack[index]
+                with whole_weights(layer):
+                    mixer = mixer_from_teacher(spec["kind"], teacher.geometry, index, layer.self_attn, options)
+                mixers[index + at * teacher.num_layers] = mixer
+    return dict(sorted(mixers.items(), key=lambda pair: pair[1].layer_idx))
