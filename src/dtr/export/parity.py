@@ -41,9 +41,7 @@ def questions(model: Any) -> torch.Tensor:
     """Two texts (2, tokens) that the model itself writes by sampling, from where texts begin; the same each time.
 
     Text it would never meet, such as random tokens, is no fair question: a model's answers there may hang on the last
-    bit of its sums, and two right implementations would differ. SmolLM2 with 27 briefly distilled Mamba-2 layers
-    answered a random first token, where activations are huge, with up to 1.7e-4 between two float32 implementations
-    that were both that far from float64, and all else with 7e-5 at most.
+    bit of its sums, and two right implementations would differ.
     """
     config = model.config
     num_tokens = min(NUM_TEXT_TOKENS, config.max_position_embeddings)
@@ -86,5 +84,11 @@ def insist(parity: Parity, where: str) -> None:
             got=f"a logit difference of {parity.max_abs_logit_diff:.1e} and {parity.num_same_tokens} of "
             f"{NUM_GREEDY_TOKENS} greedy tokens the same",
             expected=f"at most {MAX_LOGIT_DIFF:.0e} and all the same",
-            hint="Nothing was kept. The model uses something that this target computes otherwise; please report it.",
+            hint="Nothing was kept. "
+            + (
+                "So small a difference may be rounding alone, as barely trained layers have it: distil longer, or let "
+                "other layers keep their attention."
+                if parity.same_tokens and parity.max_abs_logit_diff < 10 * MAX_LOGIT_DIFF
+                else "The model uses something that this target computes otherwise; please report it."
+            ),
         )
