@@ -83,6 +83,9 @@ class _Bars:
     def _on_text_fault(self, event: dict[str, Any]) -> None:
         self._console.print(f"passed over: {event['where']}: {event['got']}", highlight=False, markup=False)
 
+    def _on_written(self, event: dict[str, Any]) -> None:
+        self._bar("write", event["num_tokens"], event["total_tokens"], "tokens by the teacher")
+
     def _on_distill(self, event: dict[str, Any]) -> None:
         self._bar("distil", event["step"], event["num_steps"], f"loss {event['mean_loss']:.4f}")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dtr.binding import check_search
-from dtr.corpus import StreamedBlocks, TokenBlocks
-from dtr.corpus.faults import Faults
+from dtr.corpus.faults import faults_record
+from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.start import check_distillation
 from dtr.distillation.trainer import distill
@@ -78,7 +78,8 @@ def run(
         settings = search_settings(recipe, guards)
         check_search(task, settings)
         given = load_bank(bank, teacher=teacher) if bank else None
-        text, faults = (None, Faults(emit)) if bank else prepare_text(recipe, teacher, emit)
+        tasks = [task, *(guard.task for guard in guards)]
+        text, faults = (None, {}) if bank else prepare_text(recipe, teacher, emit, tasks=tasks)
     open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
     with clock("distill"), memory_advice("distill.batch_size"):
         if text is None:
@@ -104,7 +105,7 @@ def run(
         mixers,
         task,
         result,
-        faults=faults.to_dict(),
+        faults=faults_record(faults),
         seconds=clock.seconds(),
         sample=sample,
         differences=differences,
@@ -155,9 +156,7 @@ def open_run(folder: RunFolder, recipe: Recipe, world: World, *, resume: bool, o
     world.wait()
 
 
-def prepare_bank(
-    recipe: Recipe, teacher: Teacher, text: TokenBlocks | StreamedBlocks, folder: RunFolder, emit: Listener
-) -> MixerBank:
+def prepare_bank(recipe: Recipe, teacher: Teacher, text: Text, folder: RunFolder, emit: Listener) -> MixerBank:
     """Distil, or take the bank that an earlier run of this recipe has finished."""
     if (folder.bank / "bank.json").exists():
         return load_bank(folder.bank, teacher=teacher)

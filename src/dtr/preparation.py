@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from dtr.corpus import StreamedBlocks, TokenBlocks, load_text, stream_text
+from dtr.corpus import load_text, stream_text
 from dtr.corpus.faults import Faults
+from dtr.corpus.loading import pack_documents
+from dtr.corpus.mixing import MixedBlocks, Part, Text
+from dtr.corpus.sources import check_sources
+from dtr.corpus.writing import write_documents
 from dtr.distributed import join_world
+from dtr.evaluation.generation import render_turn
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
 from dtr.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
 from dtr.tasks.base import Task
+from dtr.tasks.training import training_prompts
 from dtr.teacher import Teacher, load_teacher, pick_device
 
 Listener = Callable[[dict[str, Any]], None]
+
+TASK, TEACHER = "task", "teacher"
+"""Sources of text that are no files: the task's train split, and what the teacher writes."""
 
 
 def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
@@ -76,19 +86,66 @@ def _load(task: TaskSection, seed: int) -> Task:
     return load_task(settings.pop("source"), **settings, seed=seed)
 
 
-def prepare_text(recipe: Recipe, teacher: Teacher, emit: Listener) -> tuple[TokenBlocks | StreamedBlocks, Faults]:
-    """Text as blocks; what cannot be read of it is told and passed over, as long as something is left."""
-    source = recipe.text.source
-    shown = source if isinstance(source, str) else f"{len(source)} sources"
-    emit({"event": "stage", "text": f"reading and tokenizing {shown}"})
-    faults = Faults(emit)
-    settings: dict[str, Any] = {
-        "tokenizer": teacher.tokenizer,
-        "seq_len_tokens": recipe.distill.seq_len_tokens,
-        "num_held_out_tokens": recipe.text.num_held_out_tokens,
-        "seed": recipe.seed,
-        "faults": faults,
-    }
-    if recipe.text.streaming:
-        return stream_text(recipe.text.source, **settings), faults
-    return load_text(recipe.text.source, max_tokens=recipe.distill.num_tokens, **settings), faults
+def prepare_text(
+    recipe: Recipe, teacher: Teacher, emit: Listener, *, tasks: Sequence[Task] | None = None
+) -> tuple[Text, dict[str, Faults]]:
+    """Text as blocks; what cannot be read of it is told and passed over, as long as something is left.
+
+    Args:
+        recipe: its sections text, distill and task, and the seed.
+        teacher: gives the tokenizer, and writes where it is a source itself.
+        emit: told of stages and faults.
+        tasks: those of the recipe, if they are loaded already: their validation and test items are never trained on.
+
+    Returns:
+        the blocks, and by source what could not be read; of streamed text that is known at the end of training.
+    """
+    settings = recipe.text
+    main = settings.source if isinstance(settings.source, str) else ", ".join(settings.source)
+    check_sources([settings.source, *settings.mix], known=(TASK, TEACHER))
+    faults = {name: Faults(emit) for name in (main, *settings.mix)}
+
+    def part(name: str, source: str | list[str], share: float, num_held_out_tokens: int) -> Part:
+        emit({"event": "stage", "text": f"reading and tokenizing {name}"})
+        options: dict[str, Any] = {
+            "tokenizer": teacher.tokenizer,
+            "seq_len_tokens": recipe.distill.seq_len_tokens,
+            "num_held_out_tokens": num_held_out_tokens,
+            "seed": recipe.seed,
+            "faults": faults[name],
+        }
+        num_tokens = math.ceil(share * recipe.distill.num_tokens)
+        if source == TASK:
+            documents = _task_documents(recipe, teacher, tasks)
+            return Part(name=name, share=share, text=pack_documents(documents, name, max_tokens=num_tokens, **options))
+        if source == TEACHER:
+            source = _written(recipe, teacher, emit)
+        if settings.streaming:
+            return Part(name=name, share=share, text=stream_text(source, **options))
+        return Part(name=name, share=share, text=load_text(source, max_tokens=num_tokens, **options))
+
+    parts = [part(main, settings.source, 1 - sum(settings.mix.values()), settings.num_held_out_tokens)]
+    # Errors are measured on the main source alone, so nothing is held out of the others.
+    parts += [part(name, name, share, 0) for name, share in settings.mix.items()]
+    return (MixedBlocks(parts=parts) if settings.mix else parts[0].text), faults
+
+
+def _written(recipe: Recipe, teacher: Teacher, emit: Listener) -> list[str]:
+    return write_documents(
+        teacher,
+        seq_len_tokens=recipe.distill.seq_len_tokens,
+        **recipe.text.writing.model_dump(),
+        seed=recipe.seed,
+        on_event=emit,
+    )
+
+
+def _task_documents(recipe: Recipe, teacher: Teacher, tasks: Sequence[Task] | None) -> list[str]:
+    """The rows of the task's train split as the task shows them to a model, with the right answer."""
+    if tasks is None:
+        tasks = [prepare_task(recipe), *(guard.task for guard in prepare_guards(recipe))]
+    settings = recipe.task.model_dump()
+    prompts = training_prompts(settings.pop("source"), seen=tasks, **settings, seed=recipe.seed)
+    if not recipe.task.chat_template:
+        return [prompt.context + prompt.target for prompt in prompts]
+    return [render_turn(teacher.tokenizer, prompt.context) + prompt.target for prompt in prompts]

@@ -31,15 +31,41 @@ class TeacherSection(Section):
     """Run Python code that comes with the model. Never needed for the supported families."""
 
 
+class WritingSection(Section):
+    """How the teacher writes text itself, where `teacher` is among the sources of text."""
+
+    num_tokens: int = Field(default=1_000_000, ge=1)
+    """Tokens to write, once per teacher and settings: they are kept in the cache."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Draw from the likeliest tokens that have this probability together; 1 draws from all."""
+    batch_size: int = Field(default=64, ge=1)
+    """Texts written at a time, each of distill.seq_len_tokens tokens."""
+
+
 class TextSection(Section):
     source: str | list[str] = "python-docs"
     """Text files (.txt, .md, .jsonl, .parquet, .xz and .gz of them), folders, or `python-docs`: the documentation
-    and docstrings that come with every Python. With streaming also `hf:NAME`, `hf:NAME:CONFIG:SPLIT`: a dataset of the
-    Hugging Face hub."""
+    and docstrings that come with every Python. `teacher` is text that the teacher writes itself, `task` the prompts and
+    answers of the task's train split. With streaming also `hf:NAME`, `hf:NAME:CONFIG:SPLIT`: a dataset of the Hugging
+    Face hub."""
+    mix: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
+    """Further sources, each with its share of the training tokens, as {task: 0.3}; `source` gives the rest, and all
+    that is measured on."""
     streaming: bool = False
     """Read, shuffle and tokenize while training goes on, for text that does not fit into memory."""
     num_held_out_tokens: int = Field(default=16_384, ge=512)
     """Tokens set aside to measure the error of each layer; never trained on."""
+    writing: WritingSection = WritingSection()
+    """How the source `teacher` is written."""
+
+    @field_validator("mix")
+    @classmethod
+    def _leaves_a_rest(cls, mix: dict[str, float]) -> dict[str, float]:
+        if sum(mix.values()) >= 1:
+            raise ValueError("shares that leave some for text.source, so less than 1 together")
+        return mix
 
 
 class MixerEntry(Section):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dtr.corpus import StreamedBlocks, TokenBlocks
+from dtr.corpus.mixing import MixedBlocks, Text
 from dtr.distillation.bank import MixerBank
 from dtr.environment import command_line, hardware, library_versions, own_commit, own_version, peak_rss_bytes
 from dtr.evaluation.paired import paired_difference
@@ -31,7 +31,7 @@ MEMORY_CONTEXTS_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 def make_record(
     recipe: Recipe,
     teacher: Teacher,
-    text: TokenBlocks | StreamedBlocks | None,
+    text: Text | None,
     bank: MixerBank,
     task: Task,
     result: SearchResult,
@@ -104,11 +104,17 @@ def make_record(
     }
 
 
-def _text(text: TokenBlocks | StreamedBlocks | None, bank: MixerBank) -> dict[str, Any]:
+def _text(text: Text | None, bank: MixerBank) -> dict[str, Any]:
     """What the bank was distilled on; a bank from elsewhere knows its fingerprint alone."""
     if text is None:
-        return {"source": None, "num_tokens": None, "fingerprint": bank.identity.get("text")}
-    return {"source": text.source, "num_tokens": text.num_tokens, "fingerprint": text.fingerprint}
+        return {"source": None, "num_tokens": None, "fingerprint": bank.identity.get("text"), "mix": []}
+    parts = text.parts if isinstance(text, MixedBlocks) else ()
+    return {
+        "source": text.source,
+        "num_tokens": text.num_tokens,
+        "fingerprint": text.fingerprint,
+        "mix": [{"source": part.name, "share": part.share, "num_tokens": part.text.num_tokens} for part in parts],
+    }
 
 
 def _memory(teacher: Teacher, bank: MixerBank, linear: Sequence[int]) -> list[dict[str, int]]:

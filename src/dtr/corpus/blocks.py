@@ -47,20 +47,21 @@ class TokenBlocks:
         return self.train.shape[1]
 
     def batch(self, step: int, *, batch_size: int, seed: int) -> torch.Tensor:
-        """The batch of one optimizer step, (B, T) int64.
-
-        Depends on nothing but its arguments, so that an interrupted run goes on where it stopped. Each epoch takes all
-        blocks in a new order; a batch may hold the end of one and the start of the next, so it is always full.
-        """
+        """The batch of one optimizer step, (B, T) int64; depends on nothing but its arguments."""
         assert step >= 0, "steps count from 0"
         assert batch_size >= 1, "a batch holds at least one block"
-        num_blocks = self.train.shape[0]
-        first = step * batch_size
-        chosen: list[torch.Tensor] = []
-        for epoch in range(first // num_blocks, (first + batch_size - 1) // num_blocks + 1):
-            start = max(first - epoch * num_blocks, 0)
-            stop = first + batch_size - epoch * num_blocks
-            chosen.append(_epoch_order(num_blocks, seed, epoch)[start:stop])
+        return self.take(step * batch_size, batch_size, seed=seed)
+
+    def take(self, first: int, num_blocks: int, *, seed: int) -> torch.Tensor:
+        """`num_blocks` blocks from number `first` on in the order of training, (num_blocks, T) int64.
+
+        Each epoch takes all blocks in a new order; what is taken may hold the end of one and the start of the next.
+        """
+        num_all, chosen = self.train.shape[0], []
+        for epoch in range(first // num_all, (first + num_blocks - 1) // num_all + 1):
+            start = max(first - epoch * num_all, 0)
+            stop = first + num_blocks - epoch * num_all
+            chosen.append(_epoch_order(num_all, seed, epoch)[start:stop])
         return self.train[torch.cat(chosen)].long()
 
     def first(self, num_blocks: int) -> torch.Tensor:

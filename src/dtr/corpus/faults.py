@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dtr.errors import DataError
@@ -39,6 +39,11 @@ class Faults:
         """One clause: how many, and the first by name."""
         return f"{self.count} passed over, the first {self.named[0]}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """For the report."""
-        return {"count": self.count, "named": self.named}
+
+def faults_record(by_source: Mapping[str, Faults]) -> dict[str, Any]:
+    """For the report: how many in all and by source, and the first by name."""
+    return {
+        "count": sum(faults.count for faults in by_source.values()),
+        "by_source": {source: faults.count for source, faults in by_source.items()},
+        "named": [name for faults in by_source.values() for name in faults.named][:MAX_NAMED],
+    }

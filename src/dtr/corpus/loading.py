@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def load_text(
             .jsonl and .parquet have their text in `text`; a line with only `<|doc|>` ends a document of plain text.
         tokenizer: a Hugging Face tokenizer; a fast one works on all cores.
         seq_len_tokens: length of a block.
-        num_held_out_tokens: tokens to hold out, rounded down to whole blocks, at least one.
+        num_held_out_tokens: tokens to hold out, rounded down to whole blocks, at least one; 0 holds nothing out.
         max_tokens: stop after that many training tokens (whole blocks, at least one); all when left out.
         seed: decides the order of the documents and which are held out.
         faults: takes note of what cannot be read, which is passed over; without it the first such thing is an error.
@@ -44,32 +44,64 @@ def load_text(
     Raises:
         DataError: missing files, too little text, or without `faults` an unreadable or malformed file.
     """
-    assert seq_len_tokens >= 1, "blocks hold at least one token"
     files = find_files(source)
-    name = source if isinstance(source, str) else ", ".join(source)
-    num_held_out = max(num_held_out_tokens // seq_len_tokens, 1) * seq_len_tokens
+    note = None if faults is None else faults.add
+    return _pack(
+        lambda: (document for file in files for document in read_documents(file, on_fault=note)),
+        source if isinstance(source, str) else ", ".join(source),
+        tokenizer=tokenizer,
+        seq_len_tokens=seq_len_tokens,
+        num_held_out_tokens=num_held_out_tokens,
+        max_tokens=max_tokens,
+        seed=seed,
+        faults=faults,
+    )
+
+
+def pack_documents(documents: Sequence[str], source: str, **options: Any) -> TokenBlocks:
+    """`load_text` over documents that are there already; `source` names them, `options` are those of `load_text`.
+
+    Raises:
+        DataError: too little text.
+    """
+    return _pack(lambda: documents, source, **options)
+
+
+def _pack(
+    read: Callable[[], Iterable[str]],
+    source: str,
+    *,
+    tokenizer: Any,
+    seq_len_tokens: int,
+    num_held_out_tokens: int,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    faults: Faults | None = None,
+) -> TokenBlocks:
+    """As `load_text`; `read` may be called more than once."""
+    assert seq_len_tokens >= 1, "blocks hold at least one token"
+    num_held_out = max(num_held_out_tokens // seq_len_tokens, 1) * seq_len_tokens if num_held_out_tokens else 0
     if max_tokens is not None:
         max_tokens = max(max_tokens // seq_len_tokens, 1) * seq_len_tokens
     # At least eight documents are to be held out; where there are too few, one alone may be.
     for max_document_tokens in (max(num_held_out // 8, seq_len_tokens), num_held_out):
-        stream = encode(tokenizer, _ordered(files, name, seed, faults))
+        stream = encode(tokenizer, _ordered(read, source, seed, faults))
         held_out = take_held_out(stream, num_held_out, max_document_tokens)
         train = take_train(stream, max_tokens)
         if len(held_out) == num_held_out and len(train) >= seq_len_tokens:
             blocks = [_block(ids, seq_len_tokens) for ids in (train, held_out)]
-            return TokenBlocks.from_tensors(*blocks, source=name)
+            return TokenBlocks.from_tensors(*blocks, source=source)
     raise DataError(
-        name,
-        got=f"text of {sum(map(len, encode(tokenizer, _ordered(files, name, seed, faults))))} tokens",
+        source,
+        got=f"text of {sum(map(len, encode(tokenizer, _ordered(read, source, seed, faults))))} tokens",
         expected=f"{num_held_out} tokens to hold out and {seq_len_tokens} or more of other documents to train on",
         hint="Add text, or lower text.num_held_out_tokens or distill.seq_len_tokens.",
     )
 
 
-def _ordered(files: Sequence[Any], name: str, seed: int, faults: Faults | None) -> Iterator[str]:
+def _ordered(read: Callable[[], Iterable[str]], name: str, seed: int, faults: Faults | None) -> Iterator[str]:
     """All documents, those that may be held out first."""
-    note = None if faults is None else faults.add
-    pools = shuffle_documents((d for file in files for d in read_documents(file, on_fault=note)), seed)
+    pools = shuffle_documents(read(), seed)
     first = next(pools, None)
     if first is None:
         got = "no text" if faults is None or not faults.count else f"nothing that can be read ({faults.summary()})"
@@ -82,6 +114,8 @@ def _ordered(files: Sequence[Any], name: str, seed: int, faults: Faults | None) 
 def _block(ids: array, seq_len_tokens: int) -> torch.Tensor:
     """(N, T) int32."""
     num_blocks = len(ids) // seq_len_tokens
+    if not num_blocks:
+        return torch.empty(0, seq_len_tokens, dtype=torch.int32)
     tokens = torch.frombuffer(ids, dtype=torch.int32, count=num_blocks * seq_len_tokens)
     # A copy, as the array would otherwise stay locked behind the tensor.
     return tokens.clone().view(num_blocks, seq_len_tokens)

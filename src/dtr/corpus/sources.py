@@ -34,6 +34,27 @@ def open_documents(source: str | Sequence[str], *, seed: int, faults: Faults | N
     return IterableDataset.from_generator(_rows_of_files, gen_kwargs={"files": files, "note": note}), [files, sizes]
 
 
+def check_sources(sources: Sequence[str | Sequence[str]], *, known: Sequence[str]) -> None:
+    """Refuse what is not there, and sources that share a file: it would stand in trained and in held-out blocks.
+
+    Args:
+        sources: of one mix.
+        known: names that are no files.
+
+    Raises:
+        DataError: names the source or file.
+    """
+    seen: dict[Path | str, str | Sequence[str]] = {}
+    for source in sources:
+        is_file = not isinstance(source, str) or (source not in known and not source.startswith(HUB))
+        files = find_files(source) if is_file else [str(source)]
+        for file in files:
+            if file in seen:
+                got = f"{file} in '{source}' and in '{seen[file]}'"
+                raise DataError("text.mix", got=got, expected="sources without a common file")
+        seen |= dict.fromkeys(files, source)
+
+
 def _rows_of_files(files: list[str], note: Callable[[DataError], None] | None) -> Iterator[dict[str, str]]:
     for file in files:
         for document in read_documents(file, on_fault=note):

@@ -76,15 +76,18 @@ class StreamedBlocks:
 
     def batch(self, step: int, *, batch_size: int, seed: int) -> torch.Tensor:
         """The batch of one optimizer step, (B, T) int64; cheap where steps follow each other."""
+        return self.take(step * batch_size, batch_size, seed=seed)
+
+    def take(self, first: int, num_blocks: int, *, seed: int) -> torch.Tensor:
+        """`num_blocks` blocks from number `first` of the stream on, (num_blocks, T) int64."""
         assert seed == self._seed, "the seed is part of the stream"
-        first = step * batch_size
         rows: list[torch.Tensor] = []
-        while len(rows) < batch_size:
+        while len(rows) < num_blocks:
             number = first + len(rows)
             pool = self._pool_with(number)
             start = number - pool.place.first_block
-            rows += list(pool.blocks[start : start + batch_size - len(rows)])
-        self._num_blocks_read = max(self._num_blocks_read, first + batch_size)
+            rows += list(pool.blocks[start : start + num_blocks - len(rows)])
+        self._num_blocks_read = max(self._num_blocks_read, first + num_blocks)
         return torch.stack(rows).long()
 
     def first(self, num_blocks: int) -> torch.Tensor:

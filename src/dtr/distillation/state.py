@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dtr.corpus import StreamedBlocks, TokenBlocks
+from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank
 from dtr.distillation.students import Students
 from dtr.distributed import World
@@ -29,7 +29,7 @@ class TrainingState:
         self,
         bank: MixerBank,
         students: Students,
-        text: TokenBlocks | StreamedBlocks,
+        text: Text,
         path: Path | None,
         world: World,
     ) -> None:

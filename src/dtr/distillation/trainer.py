@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from dtr.corpus import StreamedBlocks, TokenBlocks, load_text
+from dtr.corpus import load_text
+from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank
 from dtr.distillation.calibration import calibrate
 from dtr.distillation.refit import refit_outputs
@@ -25,8 +26,6 @@ from dtr.distributed import World, current_world
 from dtr.errors import DeviceError, Interrupted, RecipeError
 from dtr.interrupt import stop_at_safe_point
 from dtr.teacher import Teacher
-
-Text = TokenBlocks | StreamedBlocks
 
 NUM_MEASURES = 8
 """Times that held-out error is measured on the way."""

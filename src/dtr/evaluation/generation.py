@@ -45,14 +45,19 @@ def generate_texts(
 def encode_context(tokenizer: Any, text: str, *, chat_template: bool) -> list[int]:
     """Token ids of a prompt; never empty, so that the first token of an answer has something to follow."""
     if chat_template:
-        turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        text = render_turn(tokenizer, text)
     ids = tokenizer(text, add_special_tokens=not chat_template)["input_ids"]
     if ids:
         return ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     assert start is not None, "a tokenizer without bos and eos cannot start an empty prompt"
     return [start]
+
+
+def render_turn(tokenizer: Any, text: str) -> str:
+    """The text as a user turn in the tokenizer's chat template, up to where the model answers."""
+    turn = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
