@@ -6,29 +6,22 @@ Source: "Distill-then-Replace" (arXiv 2601.11667), section 3.1.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dtr.corpus import load_text
 from dtr.corpus.mixing import Text
-from dtr.distillation.bank import MixerBank
+from dtr.distillation.bank import MixerBank, Spec
 from dtr.distillation.calibration import calibrate
+from dtr.distillation.loop import memory_advice, train
 from dtr.distillation.refit import refit_outputs
 from dtr.distillation.start import check_distillation, start_mixers
 from dtr.distillation.state import TrainingState
 from dtr.distillation.students import ParallelKind, Students
-from dtr.distillation.watch import CHECK_EVERY_STEPS, Watch
-from dtr.distributed import World, current_world
-from dtr.errors import DeviceError, Interrupted, RecipeError
-from dtr.interrupt import stop_at_safe_point
+from dtr.distributed import current_world
 from dtr.teacher import Teacher
 
-NUM_MEASURES = 8
-"""Times that held-out error is measured on the way."""
 HELD_OUT_TOKENS = 16_384
 """Tokens set aside for measuring where the caller gives plain text instead of blocks."""
 
@@ -112,17 +105,7 @@ def distill(
         "layers": chosen,
         "seed": seed,
     }
-    bank = MixerBank(
-        specs=specs,
-        mixers=start_mixers(teacher, specs, chosen, seed),
-        num_model_layers=teacher.num_layers,
-        teacher_fingerprint=teacher.fingerprint,
-        geometry=teacher.geometry,
-        identity=identity,
-        num_tokens=num_tokens,
-        num_steps=math.ceil(num_tokens / (batch_size * text.seq_len_tokens)),
-    )
-    calibrate(teacher, bank.mixers, text.first(batch_size))
+    bank = _start_bank(teacher, text, specs, identity)
     students = Students(
         teacher,
         bank.mixers,
@@ -134,101 +117,30 @@ def distill(
         parallel=parallel,
     )
     state = TrainingState(bank, students, text, Path(checkpoint) if checkpoint else None, world)
-    try:
-        _train(bank, students, state, text, batch_size, checkpoint_every_steps, on_event or (lambda _: None), world)
+    emit = on_event or (lambda event: None)
+    with memory_advice(batch_size, text.seq_len_tokens):
+        train(bank, students, state, text, checkpoint_every_steps=checkpoint_every_steps, emit=emit, world=world)
         state.share_weights()
         if refit_tokens:
             _refit(teacher, bank, students, text, batch_size, refit_tokens)
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            "distill.batch_size",
-            got=f"out of memory at {batch_size} sequences of {text.seq_len_tokens} tokens",
-            expected="a step that fits",
-            hint="Lower distill.batch_size or distill.seq_len_tokens and go on with --resume.",
-        ) from error
     return bank
 
 
-def _train(
-    bank: MixerBank,
-    students: Students,
-    state: TrainingState,
-    text: Text,
-    batch_size: int,
-    checkpoint_every_steps: int,
-    emit: Callable[[dict[str, Any]], None],
-    world: World,
-) -> None:
-    identity, started = bank.identity, time.monotonic()
-    step = state.restore()
-    watch = Watch({index: bank.mixers[index] for index in students.active})
-    spent_before = bank.seconds
-    measure_every = max(1, bank.num_steps // NUM_MEASURES)
-
-    def measure(done: int) -> None:
-        nmse = students.held_out_nmse(text.held_out, batch_size)
-        mean = sum(nmse.values()) / len(nmse)
-        tokens = min(done * batch_size * text.seq_len_tokens, bank.num_tokens)
-        bank.curve.append({"num_tokens": tokens, "mean_nmse": mean, "nmse": list(nmse.values())})
-        bank.nmse_before = bank.nmse_before or nmse
-        bank.nmse_after = nmse
-        by_kind = {"by_kind": bank.mean_nmse_by_kind} if len(bank.specs) > 1 else {}
-        emit({"event": "nmse", "step": done, "num_tokens": tokens, "mean_nmse": mean, **by_kind})
-
-    if step == 0:
-        measure(0)
-    with stop_at_safe_point() as stop:
-        while step < bank.num_steps:
-            batch = text.batch(step, batch_size=batch_size, seed=identity["seed"])
-            losses = students.train_step(batch, _learning_rate(step, bank.num_steps, identity))
-            step += 1
-            stopping = stop.requested and world.size == 1
-            measuring = step % measure_every == 0 or step == bank.num_steps
-            saving = step % checkpoint_every_steps == 0 or step == bank.num_steps
-            # Reading the loss waits for the device, and asking all ranks waits for them; not at every step.
-            if step % CHECK_EVERY_STEPS == 0 or measuring or saving or stopping:
-                emit(_progress(step, bank.num_steps, batch, losses))
-                _give_up_lost_layers(bank, students, watch, losses, step * batch.numel(), world, emit)
-                stopping = any(world.collect(stop.requested))
-            if measuring:
-                measure(step)
-            bank.seconds = spent_before + time.monotonic() - started
-            if saving or stopping:
-                state.save(step)
-            if stopping and step < bank.num_steps:
-                raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
-
-
-def _give_up_lost_layers(
-    bank: MixerBank,
-    students: Students,
-    watch: Watch,
-    losses: torch.Tensor,
-    num_tokens: int,
-    world: World,
-    emit: Callable[[dict[str, Any]], None],
-) -> None:
-    """Stop layers whose training has failed, on all ranks.
-
-    Raises:
-        RecipeError: there is no layer left.
-    """
-    for lost in world.collect(watch.check(students.active, losses)):
-        for index, why in lost.items():
-            if index not in bank.stopped:
-                bank.stopped[index] = {"num_tokens": num_tokens, "why": why}
-                emit({"event": "stopped", **bank.named(index), "num_tokens": num_tokens, "why": why})
-            if index in students.active:
-                students.stop(index)
-    if len(bank.stopped) == len(bank.mixers):
-        number, facts = next(iter(bank.stopped.items()))
-        failed = f"layer {bank.layer_of[number]}: {facts['why']}"
-        raise RecipeError(
-            "distill.learning_rate",
-            got=f"{bank.identity['learning_rate']}, at which every layer failed ({failed})",
-            expected="a rate at which layers learn",
-            hint="Lower it.",
-        )
+def _start_bank(teacher: Teacher, text: Text, specs: list[Spec], identity: dict[str, Any]) -> MixerBank:
+    """Untrained mixers for the layers that the identity of a distillation names."""
+    num_tokens, batch_size = identity["num_tokens"], identity["batch_size"]
+    bank = MixerBank(
+        specs=specs,
+        mixers=start_mixers(teacher, specs, identity["layers"], identity["seed"]),
+        num_model_layers=teacher.num_layers,
+        teacher_fingerprint=teacher.fingerprint,
+        geometry=teacher.geometry,
+        identity=identity,
+        num_tokens=num_tokens,
+        num_steps=math.ceil(num_tokens / (batch_size * text.seq_len_tokens)),
+    )
+    calibrate(teacher, bank.mixers, text.first(batch_size))
+    return bank
 
 
 def _refit(teacher: Teacher, bank: MixerBank, students: Students, text: Text, batch_size: int, num_tokens: int) -> None:
@@ -239,24 +151,3 @@ def _refit(teacher: Teacher, bank: MixerBank, students: Students, text: Text, ba
     # The ridge is chosen on one half of the held-out text, so only the other half is free of that choice.
     bank.identity["ridges"] = refit_outputs(teacher, bank.mixers, train, text.held_out[::2].split(batch_size))
     bank.nmse_after = students.held_out_nmse(text.held_out, batch_size)
-
-
-def _progress(step: int, num_steps: int, batch: torch.Tensor, losses: torch.Tensor) -> dict[str, Any]:
-    return {
-        "event": "distill",
-        "step": step,
-        "num_steps": num_steps,
-        "num_tokens": step * batch.numel(),
-        "mean_loss": losses.mean().item(),
-        "worst_loss": losses.max().item() if len(losses) else math.nan,
-    }
-
-
-def _learning_rate(step: int, num_steps: int, settings: dict[str, Any]) -> float:
-    """Linear warm-up, then cosine decay to a share of the peak."""
-    peak, warmup = settings["learning_rate"], max(1, round(settings["warmup_fraction"] * num_steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    floor = settings["final_lr_fraction"]
-    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)

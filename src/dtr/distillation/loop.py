@@ -1,0 +1,162 @@
+"""The training loop: steps, measuring, checkpoints, layers that fail, and Ctrl-C at a safe point."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dtr.corpus.mixing import Text
+from dtr.distillation.bank import MixerBank
+from dtr.distillation.state import TrainingState
+from dtr.distillation.students import Students
+from dtr.distillation.watch import CHECK_EVERY_STEPS, Watch
+from dtr.distributed import World
+from dtr.errors import DeviceError, Interrupted, RecipeError
+from dtr.interrupt import stop_at_safe_point
+
+NUM_MEASURES = 8
+"""Times that held-out error is measured on the way."""
+
+
+def train(
+    bank: MixerBank,
+    students: Students,
+    state: TrainingState,
+    text: Text,
+    *,
+    first_step: int = 0,
+    checkpoint_every_steps: int,
+    emit: Callable[[dict[str, Any]], None],
+    world: World,
+) -> None:
+    """Train the bank's mixers for `bank.num_steps` steps, from where `state` says.
+
+    Args:
+        bank: its identity holds batch size, seed and the schedule of the learning rate; errors and curve are filled in.
+        students: the bank's mixers under training.
+        state: saves and restores.
+        text: step n takes its batch number `first_step + n`.
+        first_step: how many batches of the text are passed over.
+        checkpoint_every_steps: at most this many steps are lost by an interruption.
+        emit: told of progress.
+        world: the ranks that take part.
+
+    Raises:
+        RecipeError: every layer failed.
+        Interrupted: Ctrl-C; the state was saved.
+    """
+    identity, started = bank.identity, time.monotonic()
+    batch_size = identity["batch_size"]
+    step = state.restore()
+    watch = Watch({index: bank.mixers[index] for index in students.active})
+    spent_before = bank.seconds
+    measure_every = max(1, bank.num_steps // NUM_MEASURES)
+
+    def measure(done: int) -> None:
+        nmse = students.held_out_nmse(text.held_out, batch_size)
+        mean = sum(nmse.values()) / len(nmse)
+        tokens = min(done * batch_size * text.seq_len_tokens, bank.num_tokens)
+        bank.curve.append({"num_tokens": tokens, "mean_nmse": mean, "nmse": list(nmse.values())})
+        bank.nmse_before = bank.nmse_before or nmse
+        bank.nmse_after = nmse
+        by_kind = {"by_kind": bank.mean_nmse_by_kind} if len(bank.specs) > 1 else {}
+        emit({"event": "nmse", "step": done, "num_tokens": tokens, "mean_nmse": mean, **by_kind})
+
+    if step == 0:
+        measure(0)
+    with stop_at_safe_point() as stop:
+        while step < bank.num_steps:
+            batch = text.batch(first_step + step, batch_size=batch_size, seed=identity["seed"])
+            losses = students.train_step(batch, learning_rate_at(step, bank.num_steps, identity))
+            step += 1
+            stopping = stop.requested and world.size == 1
+            measuring = step % measure_every == 0 or step == bank.num_steps
+            saving = step % checkpoint_every_steps == 0 or step == bank.num_steps
+            # Reading the loss waits for the device, and asking all ranks waits for them; not at every step.
+            if step % CHECK_EVERY_STEPS == 0 or measuring or saving or stopping:
+                emit(_progress(step, bank.num_steps, batch, losses))
+                _give_up_lost_layers(bank, students, watch, losses, step * batch.numel(), world, emit)
+                stopping = any(world.collect(stop.requested))
+            if measuring:
+                measure(step)
+            bank.seconds = spent_before + time.monotonic() - started
+            if saving or stopping:
+                state.save(step)
+            if stopping and step < bank.num_steps:
+                raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
+
+
+@contextmanager
+def memory_advice(batch_size: int, seq_len_tokens: int) -> Iterator[None]:
+    """Say which settings to change when memory runs out.
+
+    Raises:
+        DeviceError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            "distill.batch_size",
+            got=f"out of memory at {batch_size} sequences of {seq_len_tokens} tokens",
+            expected="a step that fits",
+            hint="Lower distill.batch_size or distill.seq_len_tokens and go on with --resume.",
+        ) from error
+
+
+def _give_up_lost_layers(
+    bank: MixerBank,
+    students: Students,
+    watch: Watch,
+    losses: torch.Tensor,
+    num_tokens: int,
+    world: World,
+    emit: Callable[[dict[str, Any]], None],
+) -> None:
+    """Stop layers whose training has failed, on all ranks.
+
+    Raises:
+        RecipeError: there is no layer left.
+    """
+    for lost in world.collect(watch.check(students.active, losses)):
+        for index, why in lost.items():
+            if index not in bank.stopped:
+                bank.stopped[index] = {"num_tokens": num_tokens, "why": why}
+                emit({"event": "stopped", **bank.named(index), "num_tokens": num_tokens, "why": why})
+            if index in students.active:
+                students.stop(index)
+    if len(bank.stopped) == len(bank.mixers):
+        number, facts = next(iter(bank.stopped.items()))
+        failed = f"layer {bank.layer_of[number]}: {facts['why']}"
+        raise RecipeError(
+            "distill.learning_rate",
+            got=f"{bank.identity['learning_rate']}, at which every layer failed ({failed})",
+            expected="a rate at which layers learn",
+            hint="Lower it.",
+        )
+
+
+def _progress(step: int, num_steps: int, batch: torch.Tensor, losses: torch.Tensor) -> dict[str, Any]:
+    return {
+        "event": "distill",
+        "step": step,
+        "num_steps": num_steps,
+        "num_tokens": step * batch.numel(),
+        "mean_loss": losses.mean().item(),
+        "worst_loss": losses.max().item() if len(losses) else math.nan,
+    }
+
+
+def learning_rate_at(step: int, num_steps: int, settings: dict[str, Any]) -> float:
+    """Linear warm-up, then cosine decay to a share of the peak."""
+    peak, warmup = settings["learning_rate"], max(1, round(settings["warmup_fraction"] * num_steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    floor = settings["final_lr_fraction"]
+    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
