@@ -26,6 +26,7 @@ ROOMS = (
     ["settings", "spreading"],
     ["binding"],
     ["replace"],
+    ["realigned"],
     ["bench"],
     ["reporting"],
     ["environment", "record", "stages", "preparation"],

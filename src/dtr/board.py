@@ -13,6 +13,7 @@ Listener = Callable[[dict[str, Any]], None]
 SCALARS = {
     "distill": ("step", {"distill/loss": "mean_loss"}),
     "nmse": ("num_tokens", {"distill/held_out_nmse": "mean_nmse"}),
+    "realign_nmse": ("num_tokens", {"realign/held_out_nmse": "mean_nmse"}),
     "step": ("step", {"search/score": "score", "search/layer": "layer"}),
 }
 """Event to the field that counts and the fields that are drawn."""

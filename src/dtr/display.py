@@ -92,6 +92,21 @@ class _Bars:
     def _on_nmse(self, event: dict[str, Any]) -> None:
         self._console.print(f"{event['num_tokens']:>12,} tokens: held-out NMSE {_by_kind(event)}", highlight=False)
 
+    def _on_realign(self, event: dict[str, Any]) -> None:
+        self._bar("realign", event["step"], event["num_steps"], f"loss {event['mean_loss']:.4f}")
+
+    def _on_realign_nmse(self, event: dict[str, Any]) -> None:
+        self._on_nmse(event)
+
+    def _on_realign_stopped(self, event: dict[str, Any]) -> None:
+        self._on_stopped(event)
+
+    def _on_realigned(self, event: dict[str, Any]) -> None:
+        verdict = "kept" if event["kept"] else "not kept, as validation got worse"
+        self._console.print(
+            f"realigned: validation {event['val_before']:.4f} -> {event['val']:.4f}, {verdict}", highlight=False
+        )
+
     def _on_stopped(self, event: dict[str, Any]) -> None:
         self._console.print(
             f"{event['num_tokens']:>12,} tokens: layer {_named(event)} is given up and keeps its last good weights, "

@@ -26,6 +26,7 @@ from dtr.preparation import (
     prepare_text,
     search_settings,
 )
+from dtr.realigned import Realigned, prepare_realigned
 from dtr.recipe import Recipe
 from dtr.record import make_record
 from dtr.replace import SearchResult, search
@@ -79,16 +80,23 @@ def run(
         check_search(task, settings)
         given = load_bank(bank, teacher=teacher) if bank else None
         tasks = [task, *(guard.task for guard in guards)]
-        text, faults = (None, {}) if bank else prepare_text(recipe, teacher, emit, tasks=tasks)
+        # A bank needs no text, unless its layers are to be realigned.
+        needs_text = not bank or recipe.realign.num_tokens
+        text, faults = prepare_text(recipe, teacher, emit, tasks=tasks) if needs_text else (None, {})
     open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
     with clock("distill"), memory_advice("distill.batch_size"):
-        if text is None:
-            assert given is not None
+        if given is not None:
             mixers = given
         else:
+            assert text is not None
             mixers = prepare_bank(recipe, teacher, text, folder, emit)
     with clock("search"), memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
         result = prepare_search(recipe, teacher, mixers, task, settings, folder, emit)
+    realigned = None
+    if recipe.realign.num_tokens and result.trace.m_opt.layers:
+        assert text is not None
+        with clock("realign"), memory_advice("distill.batch_size"):
+            realigned = prepare_realigned(recipe, teacher, mixers, text, tasks, result, folder, emit)
     leave_world()
     if not world.is_first:
         # All ranks know the result; the first one measures speed and writes.
@@ -101,17 +109,18 @@ def run(
     record = make_record(
         recipe,
         teacher,
-        text,
+        None if bank else text,
         mixers,
         task,
         result,
+        realigned,
         faults=faults_record(faults),
         seconds=clock.seconds(),
         sample=sample,
         differences=differences,
         speed=speed,
     )
-    save(folder, record, result)
+    save(folder, record, result, realigned)
     emit({"event": "done", "report": str(folder.path / "report.html")})
     return record
 
@@ -204,9 +213,12 @@ def prepare_search(
     return result
 
 
-def save(folder: RunFolder, record: dict[str, Any], result: SearchResult) -> None:
+def save(folder: RunFolder, record: dict[str, Any], result: SearchResult, realigned: Realigned | None) -> None:
     """The hybrids as Hugging Face checkpoints with their cards, then the report: a folder with it is finished."""
-    for path, model, which in ((folder.hybrid, result.m_opt, "m_opt"), (folder.hybrid_best, result.m_best, "m_best")):
+    models = [(folder.hybrid, result.m_opt, "m_opt"), (folder.hybrid_best, result.m_best, "m_best")]
+    if realigned is not None and realigned.is_kept:
+        models.append((folder.hybrid_realigned, realigned.model, "realigned"))
+    for path, model, which in models:
         model.save_pretrained(path)
         (path / "README.md").write_text(render_model_card(record, which=which), encoding="utf-8")  # type: ignore[arg-type]
     write_report(folder.path, record)

@@ -214,6 +214,16 @@ class SearchSection(Section):
     """After the search, score every step of its path on test as well, for the report's curve."""
 
 
+class RealignSection(Section):
+    """An optional stage after search, not part of the paper's method and reported apart: the swapped layers are
+    distilled once more, on the hidden states of the hybrid that they make together."""
+
+    num_tokens: int = Field(default=0, ge=0)
+    """Token budget; 0 leaves the stage out."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Peak rate; the rest is as in distill."""
+
+
 class RuntimeSection(Section):
     """How to run; nothing in here is part of what a run is."""
 
@@ -243,6 +253,7 @@ class Recipe(Section):
     distill: DistillSection = DistillSection()
     task: TaskSection = TaskSection()
     search: SearchSection = SearchSection()
+    realign: RealignSection = RealignSection()
     runtime: RuntimeSection = RuntimeSection()
     seed: int = 0
     """Decides the order of the text, the draw of items and every tie that likelihood leaves."""

@@ -15,6 +15,7 @@ from dtr.evaluation.paired import paired_difference
 from dtr.evaluation.score import Score
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.ops.backend import choose_backend
+from dtr.realigned import Realigned
 from dtr.recipe import Recipe
 from dtr.replace import SearchResult
 from dtr.selection.trace import Chosen
@@ -35,6 +36,7 @@ def make_record(
     bank: MixerBank,
     task: Task,
     result: SearchResult,
+    realigned: Realigned | None,
     *,
     faults: dict[str, Any],
     seconds: dict[str, float],
@@ -99,6 +101,7 @@ def make_record(
         "length_by_depth": _length_by_depth(task, result),
         "m_opt": _model(teacher, bank, result.trace.m_opt, result.m_opt_test, result.teacher_test),
         "m_best": _model(teacher, bank, result.trace.m_best, result.m_best_test, result.teacher_test),
+        "realigned": None if realigned is None else _realigned(teacher, realigned, result),
         "sample": sample,
         "differences": differences,
     }
@@ -169,6 +172,22 @@ def _options(bank: MixerBank) -> Any:
     """Of the one kind, or a list for several."""
     each = [{key: value for key, value in spec.items() if key != "kind"} for spec in bank.specs]
     return each[0] if len(each) == 1 else each
+
+
+def _realigned(teacher: Teacher, realigned: Realigned, result: SearchResult) -> dict[str, Any]:
+    """As M_opt's entry, with what the stage took and what it changed."""
+    bank, chosen = realigned.bank, Chosen(layers=realigned.layers, score=realigned.val)
+    return {
+        **_model(teacher, bank, chosen, realigned.test, result.teacher_test),
+        "kept": realigned.is_kept,
+        "lost_guards": list(realigned.lost_guards),
+        "val_before": realigned.val_before.to_dict(),
+        "num_tokens": bank.num_tokens,
+        "seconds": round(bank.seconds, 2),
+        "mean_nmse_before": sum(bank.nmse_before.values()) / len(bank.nmse_before),
+        "mean_nmse": bank.mean_nmse,
+        "stopped": [{**bank.named(number), **facts} for number, facts in sorted(bank.stopped.items())],
+    }
 
 
 def _search(bank: MixerBank, result: SearchResult) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def search(
         teacher, bank, task, settings, [(), trace.m_opt.layers, trace.m_best.layers, *curve]
     )
     return SearchResult(
-        m_opt=_hybrid(teacher, bank, trace.m_opt.layers),
-        m_best=_hybrid(teacher, bank, trace.m_best.layers),
+        m_opt=hybrid_of(teacher, bank, trace.m_opt.layers),
+        m_best=hybrid_of(teacher, bank, trace.m_best.layers),
         trace=trace,
         teacher_test=teacher_test,
         m_opt_test=m_opt_test,
@@ -104,7 +104,8 @@ def _test_scores(
     return [scores[linear] for linear in wanted]
 
 
-def _hybrid(teacher: Teacher, bank: MixerBank, numbers: Sequence[int]) -> Any:
+def hybrid_of(teacher: Teacher, bank: MixerBank, numbers: Sequence[int]) -> Any:
+    """The Hugging Face model with these mixers of a bank, sharing all other weights with the teacher."""
     mixers, layer_of = bank.in_dtype(teacher.dtype), bank.layer_of
     in_place = {layer_of[number]: mixers[number] for number in numbers}
     model = make_hybrid(teacher.model, in_place, {layer_of[number]: bank.spec(number) for number in numbers})

@@ -22,7 +22,10 @@ RECIPE, EVENTS = "recipe.yaml", "events.jsonl"
 
 
 class RunFolder:
-    """A folder with recipe.yaml, events.jsonl, bank/, journal.jsonl, search.json, hybrid/, hybrid-best/ and report.*"""
+    """A folder with recipe.yaml, events.jsonl, bank/, journal.jsonl, search.json, hybrid/, hybrid-best/ and report.*
+
+    A run that realigns leaves the bank realigned/ too, and hybrid-realigned/ if that is kept.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -32,6 +35,9 @@ class RunFolder:
         self.search = self.path / "search.json"
         self.hybrid = self.path / "hybrid"
         self.hybrid_best = self.path / "hybrid-best"
+        self.realign_checkpoint = self.path / "realign.safetensors"
+        self.realigned = self.path / "realigned"
+        self.hybrid_realigned = self.path / "hybrid-realigned"
         self._is_open = False
         self._waiting: list[str] = []
         """Lines of the log from before the folder was opened."""

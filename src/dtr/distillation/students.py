@@ -12,7 +12,7 @@ Shapes: B batch, T tokens, D hidden dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,8 @@ from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
 
 ParallelKind = Literal["data", "layers"]
+Pass = Callable[[torch.Tensor, list[int], Any], None]
+"""Runs (B, T) token ids and calls `visit(index, hidden_BTD, (cos, sin), target_BTD)` for each of the named mixers."""
 
 
 def squared_sums(
@@ -61,11 +63,14 @@ class Students:
         fast: bool,
         world: World | None = None,
         parallel: ParallelKind = "data",
+        run_pass: Pass | None = None,
     ) -> None:
+        """`run_pass` takes the place of the teacher's own pass as what shows the mixers inputs and targets."""
         if teacher.device.type == "cpu":
             keep_freed_memory()
         self._teacher, self.mixers = teacher, mixers
         self._max_grad_norm = max_grad_norm
+        self._run_pass = run_pass or self._teacher_pass
         self._world = world or World()
         self.splits_batch = parallel == "data"
         """Whether all processes train all layers, each on its part of a batch."""
@@ -154,7 +159,7 @@ class Students:
             if self._exchange is not None:
                 self._exchange.layer_done(position_of[index])
 
-        self._teacher_pass(input_ids, self.active, visit)
+        self._run_pass(input_ids, self.active, visit)
         if self._exchange is not None:
             self._exchange.finish()
             self._world.add_up([sums])
@@ -180,7 +185,7 @@ class Students:
         # As many passes on every rank, some with nothing to measure.
         batches += [blocks[:0]] * (-len(batches) % self._world.size)
         for batch in self._world.share(batches) if self.splits_batch else batches:
-            self._teacher_pass(batch.to(self._teacher.device, torch.long), self.own, visit)
+            self._run_pass(batch.to(self._teacher.device, torch.long), self.own, visit)
         if self.splits_batch:
             self._world.add_up(sums.values())
         parts = self._world.collect({index: (error / power).item() for index, (error, power) in sums.items()})

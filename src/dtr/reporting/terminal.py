@@ -40,6 +40,16 @@ def summary_table(report: dict) -> Table:
         byte_size(dig(report, "m_opt.cache.teacher_bytes")),
         *(byte_size(dig(report, f"{m}.cache.hybrid_bytes")) for m in models),
     )
+    if realigned := report.get("realigned"):
+        table.add_section()
+        state = "kept apart" if realigned["kept"] else "not kept"
+        row(
+            "realigned M_opt",
+            f"{count(realigned['num_tokens'])} tokens",
+            f"validation {score(realigned['val'], '+/-')}",
+            state,
+        )
+        row("", "", f"test {score(realigned['test'], '+/-')}", interval(realigned["paired"]))
     table.add_section()
     _add_cost(row, report)
     return table

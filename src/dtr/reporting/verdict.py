@@ -8,7 +8,7 @@ from typing import Literal
 
 from dtr.reporting.formats import change, dig, is_number, metric, percent, signed
 
-Which = Literal["m_opt", "m_best"]
+Which = Literal["m_opt", "m_best", "realigned"]
 Status = Literal["held", "not held", "within noise", "nothing replaced", "not measured"]
 
 _Z95 = 1.96
