@@ -89,6 +89,11 @@ def test_two_processes_are_timed_against_one_in_one_run(place):
     # One rank alone prints, and its last line is the record.
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
     record = json.loads(line)
+    # All say what they are about to do, the plainest step first.
+    for rank in range(2):
+        phases = [phase for phase in done.stderr.splitlines() if phase.startswith(f"[rank {rank}, ")]
+        assert "neither compiled nor recorded" in phases[2]
+        assert phases[-2].endswith("2 x 24: 2 processes together, plain")
     (size,) = record["sizes"]
     assert record["num_processes"] == size["together"]["num_processes"] == 2
     rates = size["together"]["distill_tokens_per_second"], size["distill_tokens_per_second"]

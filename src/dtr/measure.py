@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -131,9 +133,16 @@ def bench_distillation(
 
     Under torchrun every rank takes part; nothing is returned on any but the first.
     """
-    caches = compile_caches()
+    caches, began = compile_caches(), time.monotonic()
     world, place = join_world(pick_device(device))
+
+    def say(phase: str) -> None:
+        rank = f"rank {world.rank}, " if world.size > 1 else ""
+        # In one piece, as lines of several processes would run into each other.
+        print(f"[{rank}{time.monotonic() - began:.0f} s] {phase}\n", end="", file=sys.stderr, flush=True)
+
     use_backend(backend, place.type)
+    say(f"loading {source}")
     teacher = load_teacher(source, device=str(place))
     choice = use_backend(backend, place.type, head_dim=teacher.geometry.head_dim)
     results = list(
@@ -146,8 +155,10 @@ def bench_distillation(
             fast=False if slow or place.type != "cuda" else None,
             baseline=baseline,
             world=world,
+            on_phase=say,
         )
     )
+    say("parting from the other processes" if world.size > 1 else "done")
     leave_world()
     if not world.is_first:
         return {}

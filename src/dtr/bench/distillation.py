@@ -32,6 +32,7 @@ def bench_distill(
     fast: bool | None = None,
     baseline: bool = False,
     world: World | None = None,
+    on_phase: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Time whole training steps of all layers and the teacher's body (no LM head), medians in one process.
 
@@ -47,6 +48,7 @@ def bench_distill(
         fast: compile the students and replay the step as a CUDA graph; by default on a GPU.
         baseline: time the straightforward float32 loop as well (`bench/baseline.py`).
         world: the ranks that take part.
+        on_phase: called, on every rank, with what is about to be done: most of it takes long or waits for others.
 
     Yields:
         one dict per size, on the first rank with what it measured alone: tokens per second of both, their ratio, cold
@@ -57,24 +59,35 @@ def bench_distill(
     Raises:
         DeviceError: the backend's results are wrong on this machine.
     """
-    world = world or World()
+    world, say = world or World(), on_phase or (lambda phase: None)
+    say("comparing the kernels with a reference in float64")
     make = partial(mixer_from_teacher, mixer, options=options)
     began = time.perf_counter()
     check_backend(teacher.device, teacher.dtype)
     check_seconds = time.perf_counter() - began
     fast = teacher.device.type == "cuda" if fast is None else fast
+    if world.size > 1:
+        # The plainest step first: if it hangs, neither compiling nor recording is to blame.
+        say(f"a step of {world.size} processes together, neither compiled nor recorded")
+        _one_plain_step(teacher, make, *sizes[0], world)
     ceiling = matmul_flops_per_second(teacher.device, teacher.dtype) if world.is_first else 0.0
     for batch, tokens in sizes:
         # Kernels are compiled and tuned by the check, which is part of a cold start.
         size: dict[str, Any] = {"batch": batch, "seq_len_tokens": tokens, "backend_check_seconds": check_seconds}
         if world.is_first:
-            size |= _alone(teacher, make, batch, tokens, num_steps, fast, ceiling)
+            size |= _alone(teacher, make, batch, tokens, num_steps, fast, ceiling, say)
         if world.is_first and baseline:
+            say(f"{batch} x {tokens}: the plain float32 loop")
             size["baseline_tokens_per_second"] = baseline_tokens_per_second(
                 teacher, make, _random_ids(teacher, batch, tokens), num_steps=num_steps
             )
+        if world.size > 1:
+            say(f"{batch} x {tokens}: waiting for all processes")
         world.wait()
         if world.size > 1:
+            say(
+                f"{batch} x {tokens}: {world.size} processes together, {'compiling and recording' if fast else 'plain'}"
+            )
             size["together"] = _together(teacher, make, batch, tokens, num_steps, fast, world)
             if world.is_first:
                 size["together"]["speedup"] = (
@@ -136,16 +149,31 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / median_seconds(device, lambda: a @ b, 10)
 
 
+def _one_plain_step(teacher: Teacher, make: MixerMaker, batch: int, tokens: int, world: World) -> None:
+    ids = _random_ids(teacher, batch * world.size, tokens).to(teacher.device)
+    Trial(teacher, make, ids, num_layers=teacher.num_layers, fast=False, world=world)
+    world.wait()
+
+
 def _alone(
-    teacher: Teacher, make: MixerMaker, batch: int, tokens: int, num_steps: int, fast: bool, ceiling: float
+    teacher: Teacher,
+    make: MixerMaker,
+    batch: int,
+    tokens: int,
+    num_steps: int,
+    fast: bool,
+    ceiling: float,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     ids = _random_ids(teacher, batch, tokens).to(teacher.device)
+    say(f"{batch} x {tokens}: this process alone, {'compiling and recording' if fast else 'plain'}")
     trial = Trial(teacher, make, ids, num_layers=teacher.num_layers, fast=fast, world=World())
 
     @torch.no_grad()
     def forward() -> None:
         teacher.model.model(input_ids=ids, use_cache=False)
 
+    say(f"{batch} x {tokens}: timing steps, the teacher's forward pass and stages")
     step = median_seconds(teacher.device, trial.step, num_steps)
     bare = median_seconds(teacher.device, forward, num_steps)
     # Two operations per weight and token forward, four more backward; attention itself is left out.
@@ -164,6 +192,7 @@ def _alone(
     if trial.peak_bytes is not None:
         num_layers = max(1, teacher.num_layers // 2)
         del trial
+        say(f"{batch} x {tokens}: memory with half of the layers")
         half = Trial(teacher, make, ids, num_layers=num_layers, fast=fast, world=World())
         result["half_of_the_layers"] = {
             "num_layers": num_layers,
