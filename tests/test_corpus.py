@@ -61,6 +61,20 @@ def test_documents_are_joined_with_an_end_token_and_cut_into_blocks(tmp_path, to
     assert (blocks.train == tokenizer.eos_token_id).sum() >= 15
 
 
+def test_blocks_that_start_with_documents(tmp_path, tokenizer):
+    docs = [*documents(20, length=5), *documents(40, length=30)[20:]]
+    options = {"tokenizer": tokenizer, "seq_len_tokens": 64, "num_held_out_tokens": 64}
+    blocks = load_text(write(tmp_path / "a.txt", docs), **options, whole_starts=True)
+    parts = [tokenizer.decode(row.tolist()).split("<eos>") for row in blocks.train]
+    assert all(row[0] in docs or any(doc.startswith(row[0]) for doc in docs) for row in parts)
+    # Short documents follow each other within a block, each whole but the last.
+    assert all(part in docs for row in parts for part in row[:-1])
+    assert max(len(row) for row in parts) >= 2
+    packed = load_text(write(tmp_path / "a.txt", docs), **options)
+    assert torch.equal(packed.held_out, blocks.held_out)
+    assert len(blocks.train) < len(packed.train)
+
+
 def test_no_held_out_document_is_in_train(tmp_path, tokenizer):
     source = write(tmp_path / "a.txt", documents(40))
     blocks = load_text(source, tokenizer=tokenizer, seq_len_tokens=16, num_held_out_tokens=256)

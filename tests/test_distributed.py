@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import pico_teacher, token_blocks
+from tiny import byte_tokenizer, pico_teacher, token_blocks
 
+from dtr.corpus import load_text, stream_text
 from dtr.distillation.trainer import distill
 
 SETTINGS = {"num_tokens": 5 * 32 * 12, "batch_size": 5, "learning_rate": 5e-3, "seed": 3, "checkpoint_every_steps": 6}
@@ -52,6 +53,13 @@ leave_world()
 """
 
 
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def search_path() -> str:
+    return os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+
 def launch(
     folder: Path, kinds: str, num_processes: int, stop_after: int = 0, teacher: str = "whole"
 ) -> subprocess.CompletedProcess:
@@ -60,8 +68,7 @@ def launch(
     command = [sys.executable]
     if num_processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, str(script), str(folder), kinds, str(stop_after), teacher],
         capture_output=True,
@@ -125,7 +132,7 @@ def resume(checkpoint: Path):
 
 
 def test_the_command_line_under_torchrun(place, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dtr", "run"]
+    command = [*TWO_PROCESSES, "-m", "dtr", "run"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [str(place / "recipe.yaml"), "--out", str(tmp_path / "run"), "--progress", "quiet"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
@@ -136,3 +143,66 @@ def test_the_command_line_under_torchrun(place, tmp_path):
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
     assert done.returncode != 0
     assert "--overwrite" in done.stderr
+
+
+TEXT_WORKER = """
+import json
+import sys
+import torch
+from test_distributed import TEXT_OPTIONS, CountingTokenizer
+from dtr.corpus import load_text, stream_text
+from dtr.distributed import join_world, leave_world, side_world
+
+world, _ = join_world(torch.device("cpu"))
+source, out = sys.argv[1:]
+tokenizers = CountingTokenizer(), CountingTokenizer()
+whole = load_text(source, tokenizer=tokenizers[0], **TEXT_OPTIONS, world=side_world())
+stream = stream_text(source, tokenizer=tokenizers[1], **TEXT_OPTIONS, world=side_world(), pool_chars=1500)
+held_out = tokenizers[1].num_chars
+blocks = [stream.batch(step, batch_size=5, seed=3) for step in range(90)]
+stream.finish()
+counts = {"whole": tokenizers[0].num_chars, "stream": tokenizers[1].num_chars - held_out}
+if world.is_first:
+    torch.save({"whole": whole.train, "stream": torch.cat(blocks)}, out)
+print(json.dumps(counts), flush=True)
+leave_world()
+"""
+TEXT_OPTIONS = {"seq_len_tokens": 16, "num_held_out_tokens": 64, "seed": 3}
+
+
+class CountingTokenizer:
+    """The byte tokenizer, which counts what it is given."""
+
+    def __init__(self) -> None:
+        self._tokenizer, self.num_chars = byte_tokenizer(), 0
+        self.eos_token_id = self._tokenizer.eos_token_id
+
+    def __call__(self, texts, **options):
+        self.num_chars += sum(map(len, texts))
+        return self._tokenizer(texts, **options)
+
+
+def test_ranks_share_the_tokenizing_and_get_the_same_blocks(tmp_path):
+    documents = [" ".join(f"{n:03d}x{i:02d}" for i in range(20)) for n in range(48)]
+    source = tmp_path / "text.txt"
+    source.write_text("\n<|doc|>\n".join(documents))
+    script = tmp_path / "worker.py"
+    script.write_text(TEXT_WORKER)
+    done = subprocess.run(
+        [*TWO_PROCESSES, str(script), str(source), str(tmp_path / "blocks.pt")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "blocks.pt")
+    tokenizer = CountingTokenizer()
+    whole = load_text(str(source), tokenizer=tokenizer, **TEXT_OPTIONS)
+    stream = stream_text(str(source), tokenizer=byte_tokenizer(), **TEXT_OPTIONS, pool_chars=1500)
+    assert torch.equal(found["whole"], whole.train)
+    assert torch.equal(found["stream"], torch.cat([stream.batch(n, batch_size=5, seed=3) for n in range(90)]))
+    counts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert sum(count["whole"] for count in counts) == tokenizer.num_chars
+    for name in ("whole", "stream"):
+        shares = [count[name] for count in counts]
+        assert max(shares) < 0.6 * sum(shares)

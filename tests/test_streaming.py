@@ -86,6 +86,12 @@ def test_it_goes_on_at_the_exact_sample(folder, stop_at):
     assert torch.equal(after.first(5), whole[0])
 
 
+def test_a_stream_of_blocks_that_start_with_documents(folder):
+    text = open_text(folder, whole_starts=True)
+    starts = [words(row)[0] for block in batches(text, range(6)) for row in block]
+    assert {start[3:] for start in starts} == {"x00"}
+
+
 def test_faults_are_named_counted_and_passed_over(folder):
     (folder / "b.jsonl").write_text((folder / "b.jsonl").read_text() + '{"id": 7}\n{"text": "and on we go"}\n')
     packed = folder / "d.jsonl.xz"

@@ -8,10 +8,12 @@ exchange does nothing.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
+import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    group: Any = None
+    """The connection that exchanges go over; None is the one that training uses."""
 
     @property
     def is_first(self) -> bool:
@@ -63,7 +67,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def wait(self) -> None:
@@ -83,6 +87,9 @@ def join_world(device: torch.device) -> tuple[World, torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # What to do when nothing moves any more: `kill -USR1 PID` prints where every thread is.
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
     if not dist.is_initialized():
         # With its device given, NCCL connects now and not inside the first step.
         dist.init_process_group(
@@ -96,6 +103,14 @@ def current_world() -> World:
     if not dist.is_initialized():
         return World()
     return World(rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def side_world() -> World:
+    """The same processes over a connection of their own, on the CPU, as a thread beside training needs; only `collect`
+    and `share` work over it. All processes must call this together.
+    """
+    world = current_world()
+    return replace(world, group=dist.new_group(backend="gloo")) if world.size > 1 else world
 
 
 def leave_world() -> None:

@@ -97,6 +97,8 @@ def run(
         assert text is not None
         with clock("realign"), memory_advice("distill.batch_size"):
             realigned = prepare_realigned(recipe, teacher, mixers, text, tasks, result, folder, emit)
+    if text is not None:
+        text.finish()
     leave_world()
     if not world.is_first:
         # All ranks know the result; the first one measures speed and writes.

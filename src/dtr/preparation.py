@@ -14,7 +14,7 @@ from dtr.corpus.loading import pack_documents
 from dtr.corpus.mixing import MixedBlocks, Part, Text
 from dtr.corpus.sources import check_sources
 from dtr.corpus.writing import write_documents
-from dtr.distributed import join_world
+from dtr.distributed import join_world, side_world
 from dtr.evaluation.generation import render_turn
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
@@ -111,8 +111,10 @@ def prepare_text(
             "tokenizer": teacher.tokenizer,
             "seq_len_tokens": recipe.distill.seq_len_tokens,
             "num_held_out_tokens": num_held_out_tokens,
+            "whole_starts": settings.whole_starts,
             "seed": recipe.seed,
             "faults": faults[name],
+            "world": side_world(),
         }
         num_tokens = math.ceil(share * recipe.distill.num_tokens)
         if source == TASK:

@@ -55,6 +55,9 @@ class TextSection(Section):
     that is measured on."""
     streaming: bool = False
     """Read, shuffle and tokenize while training goes on, for text that does not fit into memory."""
+    whole_starts: bool = False
+    """Begin every training block with a document, as prompts do, and drop what of its last document does not fit: it
+    costs text where documents are longer than distill.seq_len_tokens."""
     num_held_out_tokens: int = Field(default=16_384, ge=512)
     """Tokens set aside to measure the error of each layer; never trained on."""
     writing: WritingSection = WritingSection()

@@ -75,6 +75,9 @@ class TokenBlocks:
     def seek(self, position: None) -> None:
         """Nothing to do."""
 
+    def finish(self) -> None:
+        """Nothing to wait for."""
+
     def batches(self, batch_size: int, *, seed: int, start_step: int = 0) -> Iterator[torch.Tensor]:
         """Batches of all steps from `start_step` on, without an end; each (B, T) int64."""
         step = start_step

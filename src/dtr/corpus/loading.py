@@ -10,8 +10,16 @@ import torch
 
 from dtr.corpus.blocks import TokenBlocks
 from dtr.corpus.faults import Faults
-from dtr.corpus.packing import encode, held_out_first, shuffle_documents, take_held_out, take_train
+from dtr.corpus.packing import (
+    encode,
+    held_out_first,
+    shuffle_documents,
+    start_with_documents,
+    take_held_out,
+    take_train,
+)
 from dtr.corpus.reading import find_files, read_documents
+from dtr.distributed import World
 from dtr.errors import DataError
 
 
@@ -22,8 +30,10 @@ def load_text(
     seq_len_tokens: int,
     num_held_out_tokens: int,
     max_tokens: int | None = None,
+    whole_starts: bool = False,
     seed: int = 0,
     faults: Faults | None = None,
+    world: World | None = None,
 ) -> TokenBlocks:
     """Read text, tokenize it and pack it into blocks.
 
@@ -38,8 +48,10 @@ def load_text(
         seq_len_tokens: length of a block.
         num_held_out_tokens: tokens to hold out, rounded down to whole blocks, at least one; 0 holds nothing out.
         max_tokens: stop after that many training tokens (whole blocks, at least one); all when left out.
+        whole_starts: begin every training block with a document and drop what of its last one does not fit.
         seed: decides the order of the documents and which are held out.
         faults: takes note of what cannot be read, which is passed over; without it the first such thing is an error.
+        world: processes that share out the tokenizing and all end with the whole; all must call this alike.
 
     Raises:
         DataError: missing files, too little text, or without `faults` an unreadable or malformed file.
@@ -53,8 +65,10 @@ def load_text(
         seq_len_tokens=seq_len_tokens,
         num_held_out_tokens=num_held_out_tokens,
         max_tokens=max_tokens,
+        whole_starts=whole_starts,
         seed=seed,
         faults=faults,
+        world=world,
     )
 
 
@@ -75,8 +89,10 @@ def _pack(
     seq_len_tokens: int,
     num_held_out_tokens: int,
     max_tokens: int | None = None,
+    whole_starts: bool = False,
     seed: int = 0,
     faults: Faults | None = None,
+    world: World | None = None,
 ) -> TokenBlocks:
     """As `load_text`; `read` may be called more than once."""
     assert seq_len_tokens >= 1, "blocks hold at least one token"
@@ -85,12 +101,13 @@ def _pack(
         max_tokens = max(max_tokens // seq_len_tokens, 1) * seq_len_tokens
     # At least eight documents are to be held out; where there are too few, one alone may be.
     for max_document_tokens in (max(num_held_out // 8, seq_len_tokens), num_held_out):
-        stream = encode(tokenizer, _ordered(read, source, seed, faults))
+        stream = encode(tokenizer, _ordered(read, source, seed, faults), world)
         held_out = take_held_out(stream, num_held_out, max_document_tokens)
-        train = take_train(stream, max_tokens)
+        blocks = start_with_documents(stream, seq_len_tokens) if whole_starts else stream
+        train = take_train(blocks, max_tokens)
         if len(held_out) == num_held_out and len(train) >= seq_len_tokens:
-            blocks = [_block(ids, seq_len_tokens) for ids in (train, held_out)]
-            return TokenBlocks.from_tensors(*blocks, source=source)
+            packed = [_block(ids, seq_len_tokens) for ids in (train, held_out)]
+            return TokenBlocks.from_tensors(*packed, source=source)
     raise DataError(
         source,
         got=f"text of {sum(map(len, encode(tokenizer, _ordered(read, source, seed, faults))))} tokens",

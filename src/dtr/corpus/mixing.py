@@ -97,6 +97,11 @@ class MixedBlocks:
         for part, place in zip(self.parts, position, strict=True):
             part.text.seek(place)
 
+    def finish(self) -> None:
+        """Wait for what several ranks are making ready together, before they part."""
+        for part in self.parts:
+            part.text.finish()
+
     def _owners(self, start: int, stop: int) -> torch.Tensor:
         """Which part each block of that range comes from, (stop - start,) int64."""
         points = torch.arange(start, stop) * GOLDEN % 2**32

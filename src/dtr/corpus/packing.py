@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dtr.corpus.cutting import cut_text
+from dtr.distributed import World
 
 POOL_CHARS = 64_000_000
 """Text that is shuffled at a time; smaller text is shuffled as a whole."""
@@ -42,22 +43,32 @@ def held_out_first(pool: list[str]) -> list[str]:
     return sorted(pool, key=lambda document: len(document) > limit_chars)
 
 
-def encode(tokenizer: Any, documents: Iterable[str]) -> Iterator[array]:
-    """Token ids of each document, ended by the tokenizer's end-of-text token (or begin, if it has no end)."""
+def encode(tokenizer: Any, documents: Iterable[str], world: World | None = None) -> Iterator[array]:
+    """Token ids of each document, ended by the tokenizer's end-of-text token (or begin, if it has no end).
+
+    With a `world` each process tokenizes its share and all get the whole; all must have the same documents and take as
+    many of what this yields.
+    """
+    world = world or World()
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     for batch in _batches(documents):
         pieces = [(number, piece) for number, document in enumerate(batch) for piece in cut_text(document, PIECE_CHARS)]
-        # verbose=False: a document longer than the model's context is no mistake here.
-        encoded = tokenizer(
-            [piece for _, piece in pieces], add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        shares = world.collect(_encode_pieces(tokenizer, world.share([piece for _, piece in pieces])))
         ids = [array("i") for _ in batch]
-        for (number, _), piece_ids in zip(pieces, encoded):
-            ids[number].extend(piece_ids)
+        for place, (number, _) in enumerate(pieces):
+            ids[number].extend(shares[world.owner(place)][place // world.size])
         for document_ids in ids:
             if separator is not None:
                 document_ids.append(separator)
             yield document_ids
+
+
+def _encode_pieces(tokenizer: Any, pieces: list[str]) -> list[array]:
+    if not pieces:
+        return []
+    # verbose=False: a document longer than the model's context is no mistake here.
+    encoded = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [array("i", ids) for ids in encoded]
 
 
 def take_held_out(stream: Iterator[array], num_tokens: int, max_document_tokens: int) -> array:
@@ -74,6 +85,16 @@ def take_train(stream: Iterator[array], max_tokens: int | None) -> array:
     while (max_tokens is None or len(train) < max_tokens) and (ids := next(stream, None)) is not None:
         train.extend(ids)
     return train if max_tokens is None else train[:max_tokens]
+
+
+def start_with_documents(stream: Iterable[array], num_tokens: int) -> Iterator[array]:
+    """Blocks of `num_tokens`, each beginning with a document; what of its last document does not fit is dropped."""
+    block = array("i")
+    for ids in stream:
+        block.extend(ids[: num_tokens - len(block)])
+        if len(block) == num_tokens:
+            yield block
+            block = array("i")
 
 
 def seeded_order(num_items: int, key: str) -> list[int]:

@@ -6,7 +6,8 @@ again. A pool is the unit of resuming: its place in the source is saved, it is r
 trained on are passed over, so a resumed run goes on at the exact sample. The next pool is made ready in a thread
 meanwhile.
 
-Every rank reads the same stream and trains on its own share of each batch, so the number of ranks changes nothing.
+Every rank reads the same stream, tokenizes its share of each pool and trains on its own share of each batch, so the
+number of ranks changes nothing.
 
 Shapes: `N` blocks, `B` batch, `T` tokens.
 """
@@ -16,7 +17,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,8 +27,9 @@ import torch
 
 from dtr.corpus.cutting import cut_text
 from dtr.corpus.faults import Faults
-from dtr.corpus.packing import POOL_CHARS, encode, held_out_first, seeded_order
+from dtr.corpus.packing import POOL_CHARS, encode, held_out_first, seeded_order, start_with_documents
 from dtr.corpus.sources import open_documents
+from dtr.distributed import World
 from dtr.errors import DataError
 
 
@@ -62,8 +65,10 @@ class StreamedBlocks:
     _tokenizer: Any
     _seed: int
     _pool_chars: int
+    _whole_starts: bool
     _held_out_documents: frozenset[bytes]
     _start: dict[str, Any]
+    _world: World
     _pool: _Pool | None = None
     _ahead: tuple[_Place, Future] | None = None
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
@@ -102,6 +107,11 @@ class StreamedBlocks:
         """Go to a place that `position` gave; from the start where it is None."""
         self._pool = self._read(_Place(**position)) if position else None
 
+    def finish(self) -> None:
+        """Wait for what several ranks are making ready together, before they part."""
+        if self._ahead is not None and self._world.size > 1:
+            self._ahead[1].result()
+
     def _pool_with(self, number: int) -> _Pool:
         """The pool that holds the block of that number."""
         if self._pool is None or number < self._pool.place.first_block:
@@ -122,7 +132,10 @@ class StreamedBlocks:
         documents, after = _next_documents(self._dataset, place.dataset or self._start, self._pool_chars)
         key = f"{self._seed}/{place.epoch}/{place.pool}"
         kept = [text for text in _cut_if_alone(documents, place) if _digest(text) not in self._held_out_documents]
-        ids = [i for document in encode(self._tokenizer, _in_order(kept, key)) for i in document]
+        encoded: Iterable[array] = encode(self._tokenizer, _in_order(kept, key), self._world)
+        if self._whole_starts:
+            encoded = start_with_documents(encoded, self.seq_len_tokens)
+        ids = [i for document in encoded for i in document]
         blocks = _blocks(ids, self.seq_len_tokens)
         blocks = blocks[seeded_order(len(blocks), f"{key}/blocks")]
         if not len(blocks) and place.pool == 0 and after is None:
@@ -141,8 +154,10 @@ def stream_text(
     tokenizer: Any,
     seq_len_tokens: int,
     num_held_out_tokens: int,
+    whole_starts: bool = False,
     seed: int = 0,
     faults: Faults | None = None,
+    world: World | None = None,
     pool_chars: int = POOL_CHARS,
 ) -> StreamedBlocks:
     """Open text for streaming and set aside what is measured on.
@@ -153,8 +168,11 @@ def stream_text(
         tokenizer: a Hugging Face tokenizer.
         seq_len_tokens: length of a block.
         num_held_out_tokens: tokens to hold out from the first pool, in whole blocks, at least one.
+        whole_starts: begin every training block with a document and drop what of its last one does not fit.
         seed: decides the order of files, documents and blocks, and which documents are held out.
         faults: takes note of what cannot be read; without it the first such thing is an error.
+        world: processes that share out the tokenizing, over a connection that nothing else uses (`side_world`): pools
+            are made ready in a thread. All must ask for the same batches.
         pool_chars: characters of text that are shuffled, and held in memory, at a time.
 
     Raises:
@@ -178,7 +196,9 @@ def stream_text(
     if len(held_out) < seq_len_tokens:
         raise _too_little(name, seq_len_tokens, faults)
     blocks = _blocks(held_out, seq_len_tokens)
-    digest = hashlib.sha256(json.dumps([facts, seed, seq_len_tokens, pool_chars], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([facts, seed, seq_len_tokens, pool_chars, whole_starts], sort_keys=True).encode()
+    )
     digest.update(blocks.numpy().astype("<i4").tobytes())
     return StreamedBlocks(
         source=name,
@@ -189,8 +209,10 @@ def stream_text(
         _tokenizer=tokenizer,
         _seed=seed,
         _pool_chars=pool_chars,
+        _whole_starts=whole_starts,
         _held_out_documents=frozenset(digests),
         _start=start,
+        _world=world or World(),
     )
 
 

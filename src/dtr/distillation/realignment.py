@@ -123,7 +123,10 @@ def realign(
     Raises:
         BankError, DeviceError, Interrupted: as `distill`.
     """
-    mixers = {number: copy.deepcopy(bank.mixers[number]).requires_grad_(True) for number in sorted(numbers)}
+    mixers = {number: copy.deepcopy(bank.mixers[number]) for number in sorted(numbers)}
+    for mixer in mixers.values():
+        # Several ranks leave their last gradients behind.
+        mixer.zero_grad()
     identity = {
         "bank": bank.fingerprint,
         "text": text.fingerprint,
