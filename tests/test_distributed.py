@@ -135,10 +135,12 @@ def test_the_command_line_under_torchrun(place, tmp_path):
     command = [*TWO_PROCESSES, "-m", "dtr", "run"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [str(place / "recipe.yaml"), "--out", str(tmp_path / "run"), "--progress", "quiet"]
+    arguments += ["--set", "text.streaming=true", "--set", "realign.num_tokens=2048"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert len(report["search"]["steps"]) == 4
+    assert report["realigned"]["val_before"]["value"] == report["m_opt"]["val"]["value"]
     # A mistake ends all ranks with its message.
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
     assert done.returncode != 0
