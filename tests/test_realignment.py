@@ -61,6 +61,16 @@ def test_the_error_falls_and_the_first_layer_sees_what_it_saw_before(bank):
     assert {event["event"] for event in events} == {"realign", "realign_nmse"}
 
 
+def test_mixers_of_several_kinds():
+    kinds = ["gated_deltanet", "gated_linear_attention"]
+    bank = distill(pico_teacher(), token_blocks(), mixer=kinds, **SETTINGS | {"num_tokens": 4 * 4 * 32})
+    # Layer 0 by the first kind, layer 2 by the second.
+    found = realign(pico_teacher(), bank, token_blocks(), [0, 6], **SETTINGS)
+    assert found.layers == [0, 2]
+    assert all(found.nmse_after[i] < found.nmse_before[i] for i in (0, 6))
+    assert [spec["kind"] for spec in hybrid_of(pico_teacher(), found, [0, 6]).config.mixers if spec] == kinds
+
+
 def test_an_interrupted_realignment_ends_in_the_same_bits(bank, tmp_path):
     whole = realign(pico_teacher(), bank, token_blocks(), [0, 2], **SETTINGS)
 
