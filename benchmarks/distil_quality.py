@@ -148,8 +148,9 @@ def by_share(recipe: Recipe, teacher: Teacher, bank: MixerBank, recall: Task) ->
         bank,
         recall,
         strategy=recipe.search.strategy,
-        # Nothing stops the search before the largest share.
-        p_min=0.01,
+        # The search goes on to the largest share wherever the limit is. With a limit that no hybrid breaks `auto` would
+        # see nothing to choose and give an order without meaning.
+        p_min=recipe.search.p_min,
         run_to_end=True,
         max_linear_layers=max(wanted.values()),
         test_curve=True,

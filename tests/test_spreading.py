@@ -86,9 +86,9 @@ def make_bank(teacher):
     attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
     mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a).eval() for i, a in enumerate(attention)}
     return MixerBank(
-        kind="gated_deltanet",
-        options={},
+        specs=[{"kind": "gated_deltanet"}],
         mixers=mixers,
+        num_model_layers=len(mixers),
         teacher_fingerprint=teacher.fingerprint,
         geometry=teacher.geometry,
         nmse_after={i: 1.0 / (i + 1) for i in mixers},
