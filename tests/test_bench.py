@@ -18,7 +18,7 @@ from dtr.errors import DeviceError, RecipeError
 
 
 def test_figures_hang_together():
-    (result,) = bench_distill(pico_teacher(), sizes=[(2, 24)], num_steps=2)
+    (result,) = bench_distill(pico_teacher(), sizes=[(2, 24)], fast=False, num_steps=2)
     rates = result["distill_tokens_per_second"], result["teacher_forward_tokens_per_second"]
     assert result["ratio_to_teacher_forward"] == pytest.approx(rates[0] / rates[1])
     assert 0 < result["ratio_to_teacher_forward"] < 1
@@ -27,7 +27,7 @@ def test_figures_hang_together():
 
 
 def test_time_by_stage_adds_up_to_the_step():
-    (result,) = bench_distill(pico_teacher(), sizes=[(2, 24)], num_steps=2)
+    (result,) = bench_distill(pico_teacher(), sizes=[(2, 24)], fast=False, num_steps=2)
     stages = result["stage_seconds"]
     assert stages.keys() == {"teacher_forward", "students_forward_backward", "clip_and_optimizer"}
     assert sum(stages.values()) == pytest.approx(2 * 24 / result["distill_tokens_per_second"])
@@ -36,7 +36,7 @@ def test_time_by_stage_adds_up_to_the_step():
 
 
 def test_the_plain_loop_is_timed_beside_ours():
-    (result,) = bench_distill(pico_teacher(), sizes=[(2, 24)], num_steps=1, baseline=True)
+    (result,) = bench_distill(pico_teacher(), sizes=[(2, 24)], fast=False, num_steps=1, baseline=True)
     assert result["baseline_tokens_per_second"] > 0
 
 
@@ -62,7 +62,7 @@ def test_sizes():
 
 def test_the_verb_prints_a_table_and_one_json_line(place):
     command = [sys.executable, "-m", "dtr", "bench", "distill", str(place / "model"), "--sizes", "2x24", "--steps", "1"]
-    command += ["--device", "cpu", "--baseline", "--mixer-option", "head_copies=2"]
+    command += ["--device", "cpu", "--slow", "--baseline", "--mixer-option", "head_copies=2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 x 24" in done.stdout
@@ -82,7 +82,18 @@ def test_an_unknown_option_of_the_mixer_is_one_line(place):
 
 def test_two_processes_are_timed_against_one_in_one_run(place):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["bench", "distill", str(place / "model"), "--sizes", "2x24", "--steps", "1", "--device", "cpu"]
+    arguments = [
+        "bench",
+        "distill",
+        str(place / "model"),
+        "--sizes",
+        "2x24",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--slow",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, "-m", "dtr", *arguments], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -165,7 +165,9 @@ def test_certified_hybrids_hold_and_plain_ones_often_do_not():
 
 
 @pytest.mark.slow
-def test_in_500_runs_at_most_5_percent_of_the_certificates_are_wrong():
-    found = simulate_certificates(500, num_items=800)
-    assert found["violations"] <= 25
-    assert found["violations_plain"] > 100
+# `benchmarks/search_bench.py --simulate 500` is the figure that is reported; the slow test repeats it.
+@pytest.mark.parametrize("num_runs", [160, pytest.param(500, marks=pytest.mark.slow)])
+def test_at_most_5_percent_of_the_certificates_are_wrong(num_runs):
+    found = simulate_certificates(num_runs, num_items=800)
+    assert found["violations"] <= num_runs / 20
+    assert found["violations_plain"] > num_runs / 5

@@ -29,7 +29,7 @@ def bench_distill(
     backend: Annotated[str, typer.Option("--backend", help="auto, torch, triton or fla.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     steps: Annotated[int, typer.Option("--steps", help="Timed steps per size.", min=1)] = 10,
-    slow: Annotated[bool, typer.Option("--slow", help="Neither compile nor replay the step.")] = False,
+    slow: Annotated[bool, typer.Option("--slow", help="Neither compile nor record the step.")] = False,
     baseline: Annotated[bool, typer.Option("--baseline", help="Time the plain float32 loop as well.")] = False,
     debug: DebugOpt = False,
 ) -> None:

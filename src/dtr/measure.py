@@ -152,7 +152,7 @@ def bench_distillation(
             mixer=mixer,
             options=options,
             num_steps=num_steps,
-            fast=False if slow or place.type != "cuda" else None,
+            fast=not slow,
             baseline=baseline,
             world=world,
             on_phase=say,

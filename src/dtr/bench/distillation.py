@@ -29,7 +29,7 @@ def bench_distill(
     mixer: str = "gated_deltanet",
     options: dict[str, Any] | None = None,
     num_steps: int = 10,
-    fast: bool | None = None,
+    fast: bool = True,
     baseline: bool = False,
     world: World | None = None,
     on_phase: Callable[[str], None] | None = None,
@@ -45,7 +45,7 @@ def bench_distill(
         mixer: kind of mixer.
         options: that mixer's.
         num_steps: timed steps per size.
-        fast: compile the students and replay the step as a CUDA graph; by default on a GPU.
+        fast: compile the students, and on a GPU replay the step as a CUDA graph; so by default.
         baseline: time the straightforward float32 loop as well (`bench/baseline.py`).
         world: the ranks that take part.
         on_phase: called, on every rank, with what is about to be done: most of it takes long or waits for others.
@@ -65,7 +65,6 @@ def bench_distill(
     began = time.perf_counter()
     check_backend(teacher.device, teacher.dtype)
     check_seconds = time.perf_counter() - began
-    fast = teacher.device.type == "cuda" if fast is None else fast
     if world.size > 1:
         # The plainest step first: if it hangs, neither compiling nor recording is to blame.
         say(f"a step of {world.size} processes together, neither compiled nor recorded")
@@ -85,9 +84,7 @@ def bench_distill(
             say(f"{batch} x {tokens}: waiting for all processes")
         world.wait()
         if world.size > 1:
-            say(
-                f"{batch} x {tokens}: {world.size} processes together, {'compiling and recording' if fast else 'plain'}"
-            )
+            say(f"{batch} x {tokens}: {world.size} processes together, {_way(fast, teacher.device)}")
             size["together"] = _together(teacher, make, batch, tokens, num_steps, fast, world)
             if world.is_first:
                 size["together"]["speedup"] = (
@@ -166,7 +163,7 @@ def _alone(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     ids = _random_ids(teacher, batch, tokens).to(teacher.device)
-    say(f"{batch} x {tokens}: this process alone, {'compiling and recording' if fast else 'plain'}")
+    say(f"{batch} x {tokens}: this process alone, {_way(fast, teacher.device)}")
     trial = Trial(teacher, make, ids, num_layers=teacher.num_layers, fast=fast, world=World())
 
     @torch.no_grad()
@@ -184,6 +181,7 @@ def _alone(
         "ratio_to_teacher_forward": bare / step,
         "flop_utilisation": (2 * body + 6 * trial.num_parameters) * batch * tokens / step / ceiling,
         "cold_start_seconds": trial.cold_start_seconds,
+        "compiled": trial.students.is_compiled,
         "recorded": trial.students.refusal is None,
         "stage_seconds": trial.stage_seconds(step, num_steps),
         "peak_bytes_beyond_model_students_and_optimizer": trial.peak_bytes,
@@ -217,6 +215,10 @@ def _together(
         "recorded": not any(refusals),
         "refusal": next((why for why in refusals if why), None),
     }
+
+
+def _way(fast: bool, device: torch.device) -> str:
+    return "plain" if not fast else "compiling and recording" if device.type == "cuda" else "compiling"
 
 
 def _random_ids(teacher: Teacher, batch: int, tokens: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ class Trial:
         make: gives a mixer from the teacher's geometry, a layer's number and its attention.
         input_ids: the global batch (B, T).
         num_layers: how many layers are trained.
-        fast: compile the students and replay the step as a CUDA graph.
+        fast: compile the students, and on a GPU replay the step as a CUDA graph.
         world: the ranks that share the batch.
     """
 
@@ -100,8 +100,9 @@ class Trial:
 
         seconds = {}
         for name, work in (("teacher_forward", forward), ("clip_and_optimizer", update)):
-            run = Replay(work) if self._fast else work
-            for _ in range(WARMUP_STEPS if self._fast else 0):
+            recorded = self._fast and ids.device.type == "cuda"
+            run = Replay(work) if recorded else work
+            for _ in range(WARMUP_STEPS if recorded else 0):
                 run(ids)
             seconds[name] = median_seconds(self._teacher.device, lambda run=run: run(ids), num_runs)  # type: ignore[misc]
         self.students.optimizer.zero_grad()

@@ -105,6 +105,11 @@ class MixerBank:
         kind = {"kind": self.kind_of(number)} if len(self.specs) > 1 else {}
         return {"layer": self.mixers[number].layer_idx, **kind}
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that are trained, of all mixers."""
+        return sum(p.numel() for mixer in self.mixers.values() for p in mixer.parameters() if p.requires_grad)
+
     def spec(self, number: int) -> Spec:
         """A mixer's entry in a hybrid's `config.mixers`."""
         return self.specs[number // self.num_model_layers]

@@ -23,6 +23,7 @@ from torch import nn
 from dtr.arch import LayerRunner, capture_attention, with_mixer
 from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank
+from dtr.distillation.compiled import pays
 from dtr.distillation.loop import memory_advice, train
 from dtr.distillation.state import TrainingState
 from dtr.distillation.students import Students
@@ -160,7 +161,7 @@ def realign(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
-        fast=teacher.device.type == "cuda",
+        fast=pays(teacher.device, num_parameters=realigned.num_parameters, num_tokens=num_tokens),
         world=world,
         run_pass=HybridPass(teacher, mixers),
     )

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtr.allocation import keep_freed_memory
+from dtr.distillation.compiled import Compiled
 from dtr.distillation.exchange import GradientExchange
 from dtr.distillation.replay import Replay
 from dtr.distillation.targets import capture_targets
@@ -49,7 +50,7 @@ class Students:
     """The mixers under training, with their optimizer.
 
     On a GPU the step is bound by launching some 10,000 small kernels, so it is compiled, and after a few steps recorded
-    once as a CUDA graph and replayed; `fast` turns both on.
+    once as a CUDA graph and replayed; `fast` turns both on. On a CPU it compiles.
     """
 
     def __init__(
@@ -82,19 +83,20 @@ class Students:
             teacher.device.type, torch.bfloat16, enabled=teacher.dtype in (torch.bfloat16, torch.float16)
         )
         # One compiled graph serves all layers: their parameters are its inputs.
-        self._sums = torch.compile(squared_sums, dynamic=False) if fast else squared_sums
+        self._sums = Compiled(squared_sums) if fast else squared_sums
         # A sharded teacher gathers its weights from Python, layer by layer.
-        self._replay = Replay(self._step) if fast and not teacher.is_sharded else None
+        can_record = fast and teacher.device.type == "cuda"
+        self._replay = Replay(self._step) if can_record and not teacher.is_sharded else None
         self._groups = [self._trained(index) for index in self.active]
         self._exchange = self._make_exchange()
         self.optimizer = torch.optim.AdamW(
             [p for group in self._groups for p in group] or [torch.zeros(1)],
             # A recorded step reads the rate from device memory.
-            lr=torch.tensor(learning_rate, device=teacher.device) if fast else learning_rate,
+            lr=torch.tensor(learning_rate, device=teacher.device) if can_record else learning_rate,
             betas=(0.9, 0.95),
             weight_decay=weight_decay,
             fused=True,
-            capturable=fast,
+            capturable=can_record,
         )
 
     def stop(self, index: int) -> None:
@@ -132,6 +134,11 @@ class Students:
     def refusal(self) -> str | None:
         """Why the step is not replayed as a CUDA graph; None where it is, or will be."""
         return "not asked for" if self._replay is None else self._replay.refusal
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether forward and backward run compiled, as far as is known by now."""
+        return isinstance(self._sums, Compiled) and self._sums.refusal is None
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
         sums = self.accumulate(input_ids)

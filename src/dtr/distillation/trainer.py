@@ -14,6 +14,7 @@ from dtr.corpus import load_text
 from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank, Spec
 from dtr.distillation.calibration import calibrate
+from dtr.distillation.compiled import pays
 from dtr.distillation.loop import memory_advice, train
 from dtr.distillation.refit import refit_outputs
 from dtr.distillation.start import check_distillation, start_mixers
@@ -112,7 +113,7 @@ def distill(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
-        fast=teacher.device.type == "cuda",
+        fast=pays(teacher.device, num_parameters=bank.num_parameters, num_tokens=num_tokens),
         world=world,
         parallel=parallel,
     )

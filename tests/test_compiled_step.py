@@ -1,0 +1,64 @@
+"""Compiling the students' step: when it is done, that it learns the same, and what happens where it cannot be."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from tiny import pico_teacher, token_blocks
+
+from dtr.distillation import compiled
+from dtr.distillation.compiled import Compiled, pays
+from dtr.distillation.trainer import distill
+
+SETTINGS = {"num_tokens": 8 * 32 * 6, "batch_size": 8, "learning_rate": 5e-3, "seed": 3}
+
+
+def test_a_cpu_compiles_what_takes_minutes():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert pays(gpu, num_parameters=1, num_tokens=1)
+    # SmolLM2's 30 layers: the demo's 90k tokens, and a smoke test.
+    assert pays(cpu, num_parameters=50_000_000, num_tokens=90_000)
+    assert not pays(cpu, num_parameters=50_000_000, num_tokens=10_000)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    calls = []
+
+    def refusing(function, **_):
+        def fail(*_):
+            calls.append("compiled")
+            raise torch._dynamo.exc.BackendCompilerFailed(function, RuntimeError("no C++ compiler"), None)
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", refusing)
+    step = Compiled(lambda x: x + 1)
+    with pytest.warns(UserWarning, match=r"not compiled.*no C\+\+ compiler"):
+        assert step(1) == 2
+    assert step(2) == 3
+    assert calls == ["compiled"], "tried once"
+    assert "no C++ compiler" in step.refusal
+
+
+def test_an_error_of_ours_is_not_taken_for_the_compilers():
+    step = Compiled(lambda x: x.no_such_method())
+    with pytest.raises(AttributeError):
+        step(torch.ones(2))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_the_compiled_step_learns_the_same(monkeypatch):
+    teacher, blocks = pico_teacher(), token_blocks()
+    plain = distill(teacher, blocks, **SETTINGS)
+    monkeypatch.setattr(compiled, "CPU_PARAMETER_TOKENS", 0)
+    ours, again = (distill(teacher, blocks, **SETTINGS) for _ in range(2))
+    assert ours.mean_nmse == pytest.approx(plain.mean_nmse, rel=1e-3)
+    for number, mixer in ours.mixers.items():
+        for (name, weight), other, repeated in zip(
+            mixer.named_parameters(), plain.mixers[number].parameters(), again.mixers[number].parameters()
+        ):
+            torch.testing.assert_close(weight, other, rtol=1e-2, atol=1e-3, msg=name)
+            assert torch.equal(weight, repeated), name
