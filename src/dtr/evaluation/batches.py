@@ -15,9 +15,10 @@ import torch
 from dtr.arch import LayerRunner, Prepared
 from dtr.evaluation.branching import Branches, lay_out
 
-BATCH_OVERHEAD_TOKENS = {"cpu": 256, "cuda": 4096}
+BATCH_OVERHEAD_TOKENS = {"cpu": 256, "cuda": 16_384}
 """Padded tokens that take as long as starting the kernels of one more batch: what a split by length must save.
-An estimate, not measured: 50 ns a token and layer on an H100, and 0.2 ms to start a layer's kernels."""
+On an H100 starting a layer's kernels took 0.8 to 1.5 ms a batch and a token 60 ns (SmolLM2's shape, dev/LOG.md); that
+of a CPU is an estimate."""
 PART_SHARE = 0.5
 """Attention's share of a layer's kernels: what each further part costs of a batch's overhead. An estimate."""
 BRANCH_TOKENS = 4
