@@ -25,6 +25,8 @@ class Compiled:
     """A function compiled at its first call; where that fails, as without a C++ compiler, it runs as it is."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        # About its own internals, of no use to whoever reads our log.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")
         self._plain = function
         self._compiled = torch.compile(function, dynamic=False)
         self.refusal: str | None = None
