@@ -19,6 +19,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the model")
     out = parser.parse_args().out
+    random_model().bfloat16().save_pretrained(out)
+    byte_tokenizer().save_pretrained(out)
+    print(out)
+
+
+def random_model() -> LlamaForCausalLM:
+    """SmolLM2-135M's shape, float32 on the CPU."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -32,9 +39,7 @@ def main() -> None:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(out)
-    byte_tokenizer().save_pretrained(out)
-    print(out)
+    return LlamaForCausalLM(config)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

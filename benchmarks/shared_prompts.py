@@ -17,7 +17,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_model import random_model
+from transformers import LlamaForCausalLM
 
 from dtr.arch import LayerRunner, decoder_layers, read_geometry, with_mixer
 from dtr.evaluation.batches import TokenPair
@@ -67,18 +68,8 @@ def main() -> None:
 
 
 def make_model(kind: str, device: torch.device) -> tuple[LlamaForCausalLM, dict[int, torch.nn.Module]]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
-    geometry = read_geometry(config)
+    model = random_model().to(device, torch.bfloat16).eval()
+    geometry = read_geometry(model.config)
     mixers = {
         index: mixer_from_teacher(kind, geometry, index, layer.self_attn).to(device, torch.bfloat16).eval()
         for index, layer in enumerate(decoder_layers(model))

@@ -14,6 +14,7 @@ from tiny import pico_teacher
 
 from dtr.bench import distillation
 from dtr.bench.distillation import bench_distill, check_backend, parse_sizes
+from dtr.cli import main
 from dtr.errors import DeviceError, RecipeError
 
 
@@ -78,6 +79,14 @@ def test_an_unknown_option_of_the_mixer_is_one_line(place):
     assert done.returncode == 2
     assert "head_copies" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_option_without_a_value_names_its_flag(place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dtr", "bench", "distill", str(place / "model"), "--mixer-option", "head_copies"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "--mixer-option" in capsys.readouterr().err
 
 
 def test_two_processes_are_timed_against_one_in_one_run(place):

@@ -120,7 +120,13 @@ def bench_search(
 
 
 def _options(model: str, pairs: list[str] | None) -> dict[str, Any]:
+    from dtr.errors import RecipeError
     from dtr.recipe import read_recipe
 
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise RecipeError(
+                "--mixer-option", got=f"'{pair}'", expected="NAME=VALUE", hint="As --mixer-option head_copies=2."
+            )
     given = [f"teacher.source={model}", *(f"mixer.options.{pair}" for pair in pairs or [])]
     return read_recipe(None, given).mixer.options

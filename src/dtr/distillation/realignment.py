@@ -23,10 +23,9 @@ from torch import nn
 from dtr.arch import LayerRunner, capture_attention, with_mixer
 from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank
-from dtr.distillation.compiled import pays
 from dtr.distillation.loop import memory_advice, train
+from dtr.distillation.start import start_students
 from dtr.distillation.state import TrainingState
-from dtr.distillation.students import Students
 from dtr.distributed import current_world
 from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
@@ -155,16 +154,7 @@ def realign(
         seconds=0.0,
     )
     world = current_world()
-    students = Students(
-        teacher,
-        mixers,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        fast=pays(teacher.device, num_parameters=realigned.num_parameters, num_tokens=num_tokens),
-        world=world,
-        run_pass=HybridPass(teacher, mixers),
-    )
+    students = start_students(teacher, realigned, world, run_pass=HybridPass(teacher, mixers))
     state = TrainingState(realigned, students, text, Path(checkpoint) if checkpoint else None, world)
     with memory_advice(batch_size, text.seq_len_tokens):
         train(

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from dtr.arch import decoder_layers
-from dtr.distillation.bank import Spec, read_specs
+from dtr.distillation.bank import MixerBank, Spec, read_specs
+from dtr.distillation.compiled import pays
+from dtr.distillation.students import Students
+from dtr.distributed import World
 from dtr.errors import RecipeError
 from dtr.mixers import check_mixer, mixer_from_teacher
 from dtr.teacher import Teacher, whole_weights
@@ -57,3 +60,10 @@ def start_mixers(teacher: Teacher, specs: list[Spec], layers: list[int], seed: i
                     mixer = mixer_from_teacher(spec["kind"], teacher.geometry, index, layer.self_attn, options)
                 mixers[index + at * teacher.num_layers] = mixer
     return dict(sorted(mixers.items(), key=lambda pair: pair[1].layer_idx))
+
+
+def start_students(teacher: Teacher, bank: MixerBank, world: World, **options: Any) -> Students:
+    """Students and optimizer of a bank, with the settings that its identity names; `options` as `Students`."""
+    settings = {name: bank.identity[name] for name in ("learning_rate", "weight_decay", "max_grad_norm")}
+    fast = pays(teacher.device, num_parameters=bank.num_parameters, num_tokens=bank.num_tokens)
+    return Students(teacher, bank.mixers, **settings, fast=fast, world=world, **options)

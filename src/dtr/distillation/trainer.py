@@ -14,10 +14,9 @@ from dtr.corpus import load_text
 from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank, Spec
 from dtr.distillation.calibration import calibrate
-from dtr.distillation.compiled import pays
 from dtr.distillation.loop import memory_advice, train
 from dtr.distillation.refit import refit_outputs
-from dtr.distillation.start import check_distillation, start_mixers
+from dtr.distillation.start import check_distillation, start_mixers, start_students
 from dtr.distillation.state import TrainingState
 from dtr.distillation.students import ParallelKind, Students
 from dtr.distributed import current_world
@@ -107,16 +106,7 @@ def distill(
         "seed": seed,
     }
     bank = _start_bank(teacher, text, specs, identity)
-    students = Students(
-        teacher,
-        bank.mixers,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        fast=pays(teacher.device, num_parameters=bank.num_parameters, num_tokens=num_tokens),
-        world=world,
-        parallel=parallel,
-    )
+    students = start_students(teacher, bank, world, parallel=parallel)
     state = TrainingState(bank, students, text, Path(checkpoint) if checkpoint else None, world)
     emit = on_event or (lambda event: None)
     with memory_advice(batch_size, text.seq_len_tokens):
