@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 from dtr.arch import LayerRunner, decoder_layers, read_geometry, with_mixer
 from dtr.evaluation.batches import TokenPair
 from dtr.evaluation.likelihood import LikelihoodScorer
+from dtr.evaluation.recording import LayerPasses
 from dtr.measure import hardware
 from dtr.mixers import mixer_from_teacher
 
@@ -62,6 +63,10 @@ def main() -> None:
                 "candidate": (half | {len(layers) // 2}, half),
             }.items()
         }
+        # The same without CUDA graphs; on a CPU both run kernel by kernel.
+        score._passes = LayerPasses(LayerRunner(model), None)
+        plain = seconds(partial(score, half | {len(layers) // 2}, base=half), args.repeats)
+        record["seconds"][name]["candidate_kernel_by_kernel"] = plain
         print(name, record["tokens"][name], record["seconds"][name], flush=True)
     record["largest_difference"] = max(abs(a - b) for a, b in zip(scores["repeated"], scores["shared"]))
     print(json.dumps(record))

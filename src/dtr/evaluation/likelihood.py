@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from dtr.allocation import keep_freed_memory
-from dtr.arch import LayerRunner, Prepared
+from dtr.arch import LayerRunner
 from dtr.evaluation.batches import Batch, TokenPair, make_batches
-from dtr.evaluation.branching import with_branches
+from dtr.evaluation.recording import GraphRecorders, LayerPasses
 from dtr.tasks.base import Likelihood
 
 LOGIT_ROWS = {"cpu": 1024, "cuda": 8192}
@@ -62,8 +62,7 @@ class LikelihoodScorer:
         self._num_layers = len(runner.layers)
         self._device = device
         self._base: frozenset[int] = frozenset()
-        self._branching: dict[nn.Module, nn.Module] = {}
-        """Decoder layers to those that take branches."""
+        self._passes = LayerPasses(runner, GraphRecorders() if device.type == "cuda" else None)
         parts = groups if groups is not None else [range(len(pairs))]
         group_of = {index: number for number, members in enumerate(parts) for index in members}
         in_group: list[list[Sequence[int]]] = [[] for _ in parts]
@@ -171,22 +170,15 @@ class LikelihoodScorer:
         for index in range(known, layer):
             hidden = self._run(batch, hidden, range(index, index + 1), self._base)
             if (index + 1) % self._stride == 0 and index + 1 < self._num_layers:
-                batch.boundaries[index + 1] = hidden
+                batch.boundaries[index + 1] = self._passes.keep(hidden, batch)
         return hidden
 
     def _run(self, batch: Batch, hidden: torch.Tensor, layers: range, linear: frozenset[int]) -> torch.Tensor:
         swapped = {self._layer_of[number]: self._linear[number] for number in linear}
         for index in layers:
-            hidden = self._run_layer(index, swapped.get(index, self._runner.layers[index]), hidden, batch)
+            hidden = self._passes(index, swapped.get(index, self._runner.layers[index]), hidden, batch)
         self._layer_tokens += len(layers) * batch.num_tokens
         return hidden
-
-    def _run_layer(self, index: int, layer: nn.Module, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if isinstance(batch.prepared, Prepared):
-            return self._runner.run_layer(index, layer, hidden, batch.prepared)
-        if layer not in self._branching:
-            self._branching[layer] = with_branches(self._runner, index, layer)
-        return self._branching[layer](hidden, branches=batch.prepared)
 
     def _read(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each target, and whether another token is likelier."""
