@@ -49,6 +49,7 @@ def finetune(recipe: Recipe, out: Path, *, epochs: float, learning_rate: float, 
     learning = load_task(source, **{**settings, "validation": "train", "num_validation": None}, seed=recipe.seed)
     task = load_task(source, **settings, seed=recipe.seed)
     device = pick_device(recipe.runtime.device)
+    dtype = pick_dtype(recipe.teacher.dtype, device)
     # Weights are updated in float32; in bfloat16 small steps would be lost.
     model, tokenizer = load_model(recipe.teacher.source, device=str(device), dtype="float32")
     items = learning.splits["validation"]
@@ -64,20 +65,23 @@ def finetune(recipe: Recipe, out: Path, *, epochs: float, learning_rate: float, 
         warmup_steps=max(1, int(0.05 * epochs * len(examples) / batch_size)),
         # Little padding: a batch holds rows of about the same length.
         train_sampling_strategy="group_by_length",
-        bf16=device.type == "cuda",
+        bf16=dtype is torch.bfloat16,
         use_cpu=device.type == "cpu",
         seed=recipe.seed,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         logging_steps=50,
+        # Looking at every loss would make the GPU wait for Python at every step.
+        logging_nan_inf_filter=False,
     )
     began = time.monotonic()
     trainer = Trainer(model=model.train(), args=arguments, train_dataset=examples, data_collator=Padding(tokenizer))
     trainer.train()
     seconds = time.monotonic() - began
-    # Saved as it will be loaded, so that the score below is that of the teacher.
-    model.eval().to(pick_dtype(recipe.teacher.dtype, device)).save_pretrained(out)
+    # Without the casts around it that trained it, and saved as it will be loaded: the score below is the teacher's.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.eval().to(dtype).save_pretrained(out)
     tokenizer.save_pretrained(out)
     score = evaluate(
         model, task, split="validation", tokenizer=tokenizer, batch_tokens=recipe.runtime.eval_batch_tokens

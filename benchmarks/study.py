@@ -6,7 +6,11 @@ The list names a base recipe, teachers and tasks. Each teacher is distilled once
 teachers with `finetune` are trained first (`benchmarks/finetune_teacher.py`). `--bank TEACHER=DIR` takes a bank that is
 there already, `--model TEACHER=SOURCE` another place for a teacher's weights. A task that fails is told and left out,
 the others go on. What is finished is not done again, so the command may be cut off and repeated, with `--only` for
-some of the tasks; with `--jobs` several teachers are worked on at once, each in a process of its own.
+some of the tasks.
+
+With `--jobs N` so many processes work at once, spread over the GPUs that are there: first on the teachers, and on each
+task as soon as its teacher's bank is there. Two share a GPU where N is larger than their number. A teacher's `gpus` in
+the list (or `--gpus TEACHER=N`) are those that distil it together. OUT/logs holds what each of them says.
 
 Results go to `benchmarks/results/study.json` (the table) and `benchmarks/results/study/NAME.json` (the whole record of
 each run) after every task; `docs/make_study.py` makes the page.
@@ -17,19 +21,21 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
+import os
+import signal
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from finetune_teacher import finetune
+from study_jobs import Job, alone, end_with_parent, find_places, run_jobs
+from study_plan import ROOT, Study, at_home, write_recipe
 
+from dtr.distributed import leave_world
 from dtr.errors import DtrError
 from dtr.evaluation.paired import mean_confidence_interval
 from dtr.evaluation.score import Score
@@ -37,32 +43,9 @@ from dtr.files import write_json
 from dtr.pipeline import distill_only, run
 from dtr.recipe import read_recipe
 from dtr.runfolder import EVENTS, RECIPE
+from dtr.teacher import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-@dataclass(kw_only=True)
-class Study:
-    """The list, where everything lies, and which teachers could not be made."""
-
-    plan: dict[str, Any]
-    out: Path
-    results: Path
-    settings: list[str]
-    """section.key=value for every run."""
-    banks: dict[str, Path]
-    """Folders of banks that were made before, by teacher."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Teachers that failed, and why: their other tasks need not try again."""
-
-    def teacher_of(self, name: str) -> str:
-        return self.plan["tasks"][name].get("teacher", next(iter(self.plan["teachers"])))
-
-    def source_of(self, teacher: str) -> str:
-        """Where the weights come from; a fine-tuned teacher starts from those of its `base`."""
-        entry = self.plan["teachers"][teacher]
-        return entry["source"] if "source" in entry else self.source_of(entry["base"])
 
 
 def main() -> None:
@@ -73,14 +56,19 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="a task of the list; repeatable")
     parser.add_argument("--model", action="append", default=[], help="TEACHER=SOURCE, its weights; repeatable")
     parser.add_argument("--bank", action="append", default=[], help="TEACHER=DIR, its bank; repeatable")
+    parser.add_argument("--gpus", action="append", default=[], help="TEACHER=N, GPUs that distil it; repeatable")
     parser.add_argument("--set", action="append", default=[], help="section.key=value for every run")
-    parser.add_argument("--jobs", type=int, default=1, help="teachers that are worked on at once")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that work at once, spread over the GPUs")
+    parser.add_argument("--step", choices=STEPS, help="this step alone, for --teacher, as jobs do")
+    parser.add_argument("--teacher", help="for --step")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    end_with_parent()
     plan = at_home(yaml.safe_load(args.study.read_text(encoding="utf-8")), args.data)
-    sources, banks = (named(parser, plan, texts) for texts in (args.model, args.bank))
-    for teacher, source in sources.items():
+    for teacher, source in named(parser, plan, args.model).items():
         plan["teachers"][teacher]["source"] = source
+    for teacher, num_gpus in named(parser, plan, args.gpus).items():
+        plan["teachers"][teacher]["gpus"] = int(num_gpus)
     if unknown := set(args.only) - set(plan["tasks"]):
         parser.error(f"--only {' '.join(sorted(unknown))}: the list has {', '.join(plan['tasks'])}")
     study = Study(
@@ -88,19 +76,16 @@ def main() -> None:
         out=args.out,
         results=args.results,
         settings=args.set,
-        banks={teacher: Path(folder) for teacher, folder in banks.items()},
+        banks={teacher: Path(folder) for teacher, folder in named(parser, plan, args.bank).items()},
     )
+    if args.step:
+        STEPS[args.step](study, args.teacher)
+        leave_world()
+        return
     names = args.only or list(plan["tasks"])
     num_failed = run_apart(study, names, args.jobs) if args.jobs > 1 else run_here(study, names)
     write_table(study)
     raise SystemExit(f"{num_failed} of {len(names)} tasks failed" if num_failed else 0)
-
-
-def at_home(value: Any, data: str) -> Any:
-    """The list with `data/` at the beginning of any text replaced by the folder where the data is."""
-    if isinstance(value, dict):
-        return {key: at_home(inner, data) for key, inner in value.items()}
-    return f"{data.rstrip('/')}/{value[5:]}" if isinstance(value, str) and value.startswith("data/") else value
 
 
 def named(parser: argparse.ArgumentParser, plan: dict[str, Any], texts: list[str]) -> dict[str, str]:
@@ -131,27 +116,51 @@ def run_here(study: Study, names: list[str]) -> int:
     return num_failed
 
 
-def run_apart(study: Study, names: list[str], jobs: int) -> int:
-    """Run each teacher's tasks in a process of their own, `jobs` at once; returns how many tasks failed."""
-    by_teacher: dict[str, list[str]] = {}
-    for name in names:
-        by_teacher.setdefault(study.teacher_of(name), []).append(name)
-    (study.out / "logs").mkdir(parents=True, exist_ok=True)
-    given = without(without(sys.argv[1:], "--only"), "--jobs")
+def run_apart(study: Study, names: list[str], num_at_once: int) -> int:
+    """Run every step in a process of its own, `num_at_once` of them; returns how many tasks failed."""
+    # Told to end, we end our jobs first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with alone(study.out):
+        failed = run_jobs(
+            jobs_of(study, names),
+            program=Path(__file__),
+            places=find_places(num_at_once),
+            logs=study.out / "logs",
+            say=say,
+            on_end=lambda: write_table(study),
+        )
+    return len(failed.keys() & set(names))
 
-    def work(teacher: str) -> None:
-        command = [sys.executable, __file__, *given, *(f"--only={name}" for name in by_teacher[teacher])]
-        path = study.out / "logs" / f"{teacher}.log"
-        say(f"{teacher}: {path}")
-        with path.open("w", encoding="utf-8") as log:
-            subprocess.run(command, stdout=log, stderr=log)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(work, by_teacher))
-    missing = [name for name in names if not (study.out / name / "report.json").is_file()]
-    for name in missing:
-        say(f"{name} FAILED: see {study.out / 'logs' / study.teacher_of(name)}.log")
-    return len(missing)
+def jobs_of(study: Study, names: list[str]) -> list[Job]:
+    """What is still to be done for these tasks: the steps of their teachers, then the tasks."""
+    given = sys.argv[1:]
+    for option in ("--only", "--jobs"):
+        given = without(given, option)
+    left = [name for name in names if not (study.out / name / "report.json").is_file()]
+    jobs: dict[str, Job] = {}
+
+    def add(step: str, teacher: str, needs: tuple[str, ...] = (), num_gpus: int = 1) -> tuple[str, ...]:
+        key = f"{step}-{teacher}"
+        arguments = [*given, f"--step={step}", f"--teacher={teacher}"]
+        jobs.setdefault(key, Job(name=key, arguments=arguments, needs=needs, num_gpus=num_gpus))
+        return (key,)
+
+    needs_of: dict[str, tuple[str, ...]] = {}
+    for teacher in dict.fromkeys(map(study.teacher_of, left)):
+        needs: tuple[str, ...] = ()
+        packed = study.packed_of(teacher)
+        if packed and not study.is_made(packed) and not study.is_made(teacher):
+            needs = add("unpack", packed)
+        if study.tuning_of(teacher) and not study.is_made(teacher):
+            needs = add("tune", teacher, needs)
+        if not (study.bank_of(teacher) / "bank.json").is_file():
+            needs = add("distill", teacher, needs, study.plan["teachers"][teacher].get("gpus", 1))
+        needs_of[teacher] = needs
+    tasks = [
+        Job(name=name, arguments=[*given, f"--only={name}"], needs=needs_of[study.teacher_of(name)]) for name in left
+    ]
+    return [*jobs.values(), *tasks]
 
 
 def without(arguments: list[str], option: str) -> list[str]:
@@ -165,72 +174,67 @@ def without(arguments: list[str], option: str) -> list[str]:
 
 
 def run_task(study: Study, name: str) -> dict[str, Any]:
-    """Fine-tune and distil where that is still to be done, then search; returns the run's record."""
+    """Make the teacher and its bank where that is still to be done, then search; returns the run's record."""
     folder, teacher = study.out / name, study.teacher_of(name)
     if (folder / "report.json").is_file():
         return json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if teacher in study.failed:
         raise RuntimeError(f"its teacher {teacher} failed before: {study.failed[teacher]}")
     try:
-        make_teacher(study, name, teacher)
-        bank = make_bank(study, teacher)
+        for step in STEPS.values():
+            step(study, teacher)
     except Exception as error:
         study.failed[teacher] = str(error)
         raise
     recipe = read_recipe(write_recipe(study, name, teacher), study.settings)
-    return run(recipe, folder, bank=bank, resume=is_begun(folder), on_event=show)
+    return run(recipe, folder, bank=study.bank_of(teacher), resume=is_begun(folder), on_event=show)
 
 
-def make_teacher(study: Study, name: str, teacher: str) -> None:
+def unpack(study: Study, teacher: str) -> None:
+    """Keep packed weights (GGUF) as plain ones, in float32: they are read many times, and unpacking takes longest."""
+    packed = study.packed_of(teacher)
+    if packed is None or study.is_made(packed):
+        return
+    say(f"{packed}: unpacking")
+    model, tokenizer = load_model(study.start_of(packed), device="cpu", dtype="float32")
+    model.save_pretrained(study.folder_of(packed))
+    tokenizer.save_pretrained(study.folder_of(packed))
+
+
+def tune(study: Study, teacher: str) -> None:
     """Fine-tune on the task's train split, where the list says so and it is not done yet."""
-    folder, options = study.out / "teachers" / teacher, study.plan["teachers"][teacher].get("finetune")
-    # The tokenizer is saved last.
-    if options is None or (folder / "tokenizer_config.json").is_file():
+    options = study.tuning_of(teacher)
+    if options is None or study.is_made(teacher):
         return
     say(f"{teacher}: fine-tuning")
-    source = f"teacher.source={json.dumps(study.source_of(teacher))}"
-    recipe = read_recipe(write_recipe(study, name, teacher), [*study.settings, source])
+    source = f"teacher.source={json.dumps(study.start_of(teacher))}"
+    recipe = read_recipe(write_recipe(study, study.task_of(teacher), teacher), [*study.settings, source])
     done = finetune(
-        recipe, folder, epochs=options["epochs"], learning_rate=options["rate"], batch_size=options["batch"]
+        recipe,
+        study.folder_of(teacher),
+        epochs=options["epochs"],
+        learning_rate=options["rate"],
+        batch_size=options["batch"],
     )
-    say(f"{teacher}: {json.dumps({key: done[key] for key in ('num_examples', 'seconds')})}")
+    say(f"{teacher}: {json.dumps(done)}")
     release_memory()
 
 
-def make_bank(study: Study, teacher: str) -> Path:
-    """The teacher's bank: the one given, or else distilled unless that is done."""
-    if teacher in study.banks:
-        given = study.banks[teacher]
-        return given if (given / "bank.json").is_file() else given / "bank"
+def distill(study: Study, teacher: str) -> None:
+    """Distil the teacher's bank unless it is there; with the other processes that torchrun started, if any."""
+    if (study.bank_of(teacher) / "bank.json").is_file():
+        return
+    say(f"{teacher}: distilling")
     folder = study.out / "banks" / teacher
-    if not (folder / "bank" / "bank.json").is_file():
-        say(f"{teacher}: distilling")
-        recipe = read_recipe(write_recipe(study, None, teacher), study.settings)
-        bank = distill_only(recipe, folder, resume=is_begun(folder), on_event=show)
-        say(f"{teacher}: mean NMSE {bank.mean_nmse:.4f} in {bank.seconds:.0f} s")
-        del bank
-        release_memory()
-    return folder / "bank"
+    recipe = read_recipe(write_recipe(study, None, teacher), study.settings)
+    bank = distill_only(recipe, folder, resume=is_begun(folder), on_event=show)
+    say(f"{teacher}: mean NMSE {bank.mean_nmse:.4f} in {bank.seconds:.0f} s")
+    del bank
+    release_memory()
 
 
-def write_recipe(study: Study, name: str | None, teacher: str) -> Path:
-    """The base recipe with the sections of study, teacher and task over it; without a task that of the teacher's bank,
-    which must be the same whichever task comes first."""
-    plan = study.plan
-    base = yaml.safe_load((ROOT / plan["recipe"]).read_text(encoding="utf-8"))
-    entry, task = plan["teachers"][teacher], plan["tasks"][name] if name else {}
-    source = str(study.out / "teachers" / teacher) if "finetune" in entry else study.source_of(teacher)
-    recipe: dict[str, Any] = {"teacher": {**base.get("teacher", {}), "source": source}}
-    for section in ("text", "mixer", "distill", *(("search",) if name else ()), "runtime"):
-        layers = [layer.get(section) or {} for layer in (base, plan, entry, task)]
-        if merged := {key: value for layer in layers for key, value in layer.items()}:
-            recipe[section] = merged
-    if name:
-        recipe["task"] = task["task"]
-    path = study.out / "recipes" / f"{name or 'bank-' + teacher}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    return path
+STEPS = {"unpack": unpack, "tune": tune, "distill": distill}
+"""What makes a teacher and its bank, in order."""
 
 
 def is_begun(folder: Path) -> bool:
@@ -239,7 +243,8 @@ def is_begun(folder: Path) -> bool:
 
 
 def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def show(event: dict[str, Any]) -> None:

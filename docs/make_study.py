@@ -46,7 +46,8 @@ def page() -> str:
     if not rows:
         return f"{INTRO}\n{NONE_YET}\n{PAPER}"
     records = {row["name"]: _record(row["name"]) for row in rows}
-    table = "\n".join([HEAD, *(_line(row, records[row["name"]]) for row in rows)])
+    plan = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
+    table = "\n".join([HEAD, *(_line(row, records[row["name"]], _teacher(plan, row["name"])) for row in rows)])
     share = sum(map(_share, rows)) / len(rows)
     drops = [row["test_drop"] for row in rows if row["test_drop"] is not None]
     within = sum(drop <= AIM_DROP for drop in drops)
@@ -54,7 +55,7 @@ def page() -> str:
         f"Mean share of layers replaced: {share:.0%} over {len(rows)} tasks (the aim: {AIM_SHARE:.0%} or more). Mean "
         f"test drop: {sum(drops) / len(drops):.1%}; at most {AIM_DROP:.0%} on {within} of {len(rows)} tasks."
     )
-    parts = [INTRO, table, summary, _made_on(rows), *_notes(records), *_missed(rows, records), PAPER]
+    parts = [INTRO, table, summary, _made_on(rows), *_notes(plan, records), *_missed(rows, records), PAPER]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -62,14 +63,21 @@ def _share(row: dict[str, Any]) -> float:
     return row["num_replaced"] / row["num_layers"]
 
 
-def _notes(records: dict[str, dict[str, Any]]) -> list[str]:
+def _teacher(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    """The list's entry for a task's teacher, with its name."""
+    teacher = plan["tasks"].get(name, {}).get("teacher", next(iter(plan["teachers"])))
+    return {"title": teacher, **plan["teachers"][teacher]}
+
+
+def _notes(plan: dict[str, Any], records: dict[str, dict[str, Any]]) -> list[str]:
     """What a reader must know of a task, from the list and from its record."""
-    tasks = yaml.safe_load(STUDY.read_text(encoding="utf-8"))["tasks"]
-    lines = [
-        f"- `{name}`: {note}"
-        for name, record in records.items()
-        for note in [*filter(None, [tasks.get(name, {}).get("note")]), *record["task"]["notes"]]
-    ]
+    lines = []
+    for name, record in records.items():
+        mix = _teacher(plan, name).get("text", {}).get("mix", {})
+        notes = [plan["tasks"].get(name, {}).get("note"), *record["task"]["notes"]]
+        if "task" in mix:
+            notes.append(f"{mix['task']:.0%} of what its mixers were distilled on are rows of the task's train split.")
+        lines += [f"- `{name}`: {note}" for note in notes if note]
     return ["## Notes", "\n".join(lines)] if lines else []
 
 
@@ -88,12 +96,12 @@ def _record(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / "study" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _line(row: dict[str, Any], record: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], record: dict[str, Any], teacher: dict[str, Any]) -> str:
     low, high = row["test_ci95"]
     best = record["m_best"]
     cells = (
         row["name"],
-        Path(record["teacher"]["source"]).stem,
+        teacher["title"],
         record["task"]["metric"],
         f"{row['teacher_test']:.3f}",
         f"{best['test']['value']:.3f} ({best['num_replaced']})",

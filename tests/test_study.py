@@ -109,9 +109,55 @@ def test_banks_and_models_that_are_there_in_a_process_apart(study, place, labels
     given = ["--bank", f"plain={bank}", "--model", f"plain={place / 'model'}", "--jobs", 2]
     assert call(study, monkeypatch, *arguments, *given, "--out", tmp_path / "two") == 0
     assert not (tmp_path / "two" / "banks").exists()
-    assert "choices: " in (tmp_path / "two" / "logs" / "plain.log").read_text()
+    assert "choices: " in (tmp_path / "two" / "logs" / "choices.log").read_text()
     assert call(study, monkeypatch, plan, "--bank", "nobody=there") == 2
     assert "nobody: write TEACHER=VALUE; teachers are plain, tuned" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_teachers_and_tasks_in_processes_apart(study, place, labels, tmp_path, monkeypatch, capfd):
+    """`pytest -m slow tests/test_study.py -k processes`: fine-tuned, distilled by two processes, then searched."""
+    plan, results = study_of(place, labels, tmp_path), tmp_path / "results"
+    changed = yaml.safe_load(plan.read_text())
+    changed["teachers"]["tuned"] |= {"gpus": 2, "text": {"mix": {"task": 0.3}}}
+    plan.write_text(yaml.safe_dump(changed, sort_keys=False))
+    arguments = [plan, "--results", results, "--out", tmp_path / "out", "--jobs", 3]
+    assert call(study, monkeypatch, *arguments) == "1 of 4 tasks failed"
+    assert [row["name"] for row in json.loads((results / "study.json").read_text())] == ["choices", "strict", "labels"]
+    assert "broken FAILED" in capfd.readouterr().err
+    log = (tmp_path / "out" / "logs" / "distill-tuned.log").read_text()
+    # Told once, by the first of two processes.
+    assert log.count("reading and tokenizing task") == 1
+    assert log.count("tuned: mean NMSE") == 1
+
+
+def test_the_jobs_of_the_study(study, tmp_path, monkeypatch):
+    plan = yaml.safe_load((ROOT / "benchmarks" / "study.yaml").read_text(encoding="utf-8"))
+    there = tmp_path / "bank"
+    there.mkdir()
+    (there / "bank.json").write_text("{}")
+    whole = study.Study(plan=plan, out=tmp_path, results=tmp_path, settings=[], banks={"smollm2": there})
+    monkeypatch.setattr(sys, "argv", ["study.py", "study.yaml", "--jobs", "8", "--only=piqa", "--out", "there"])
+    jobs = {job.name: job for job in study.jobs_of(whole, ["boolq", "ag_news", "piqa_qwen2", "arc_easy_qwen2"])}
+    assert {name: job.needs for name, job in jobs.items()} == {
+        "unpack-smollm2": (),
+        "tune-ag_news": ("unpack-smollm2",),
+        "distill-ag_news": ("tune-ag_news",),
+        "unpack-qwen2_coder": (),
+        "distill-qwen2_coder": ("unpack-qwen2_coder",),
+        "boolq": ("unpack-smollm2",),
+        "ag_news": ("distill-ag_news",),
+        "piqa_qwen2": ("distill-qwen2_coder",),
+        "arc_easy_qwen2": ("distill-qwen2_coder",),
+    }
+    assert [job.num_gpus for job in jobs.values()] == [1, 1, 1, 1, 2, 1, 1, 1, 1]
+    assert jobs["tune-ag_news"].arguments == ["study.yaml", "--out", "there", "--step=tune", "--teacher=ag_news"]
+    assert jobs["boolq"].arguments == ["study.yaml", "--out", "there", "--only=boolq"]
+    # What is there is not made again.
+    folder = tmp_path / "teachers" / "ag_news"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert [job.name for job in study.jobs_of(whole, ["ag_news"])] == ["distill-ag_news", "ag_news"]
 
 
 def test_a_head_is_fine_tuned_too(place, labels, tmp_path):
@@ -150,10 +196,15 @@ def test_the_list_of_the_study_names_known_teachers_and_settings(study, tmp_path
     for name in plan["tasks"]:
         teacher = whole.teacher_of(name)
         recipe = read_recipe(study.write_recipe(whole, name, teacher))
-        assert recipe.search.p_min == 0.98
+        assert recipe.search.p_min == (0.96 if name == "wikitext" else 0.98)
         assert recipe.text.source == "there/text"
         assert (recipe.task.path or recipe.task.source).startswith(("recall", "there/tasks/"))
-        assert ("teachers" in recipe.teacher.source) == ("finetune" in plan["teachers"][teacher])
+        # Fine-tuned, or unpacked once for all of its tasks.
+        assert recipe.teacher.source == str(tmp_path / "teachers" / teacher)
+        assert plan["teachers"][teacher]["title"]
+        if study_mix := read_recipe(study.write_recipe(whole, None, teacher)).text.mix:
+            assert study_mix == {"task": 0.3}
+            assert "finetune" in plan["teachers"][teacher]
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["label texts", "head"])
