@@ -3,23 +3,24 @@
     python benchmarks/search_bench.py --model MODEL --bank BANK --task arc_easy=DATA/arc_easy --task recall=recall
     python benchmarks/search_bench.py --simulate 500
     python benchmarks/search_bench.py --simulate-stops 240 --simulated-items 500
+    python benchmarks/search_bench.py --merge arc_easy.json recall.json
 
 All write into one file: a run with tasks replaces those tasks and keeps the simulations, and the other way round. The
-file is written after every strategy. The order in which layers fall is drawn beside it. The last line on stdout is the
-record as JSON.
+file is written after every strategy. With several GPUs either give each task to one of them, with an --out of its own,
+and `--merge` the files, or start the program by torchrun. The order in which layers fall is drawn beside the file. The
+last line on stdout is the record as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from dtr.environment import hardware, own_commit
+from dtr.environment import command_line, hardware, own_commit
 
 OUT = Path(__file__).parent / "results" / "search.json"
 STRATEGIES = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,impact,uniform,random"
@@ -28,7 +29,7 @@ STRATEGIES = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,impact,uniform,rand
 def main() -> None:
     args = read_arguments()
     record: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    provenance = {"command": shlex.join(["python", *sys.argv]), "commit": own_commit()}
+    provenance = {"command": command_line(), "commit": own_commit()}
     if args.simulate:
         from dtr.selection.trials import simulate_certificates
 
@@ -45,7 +46,11 @@ def main() -> None:
         record["stop_simulation"] = found
     if args.task:
         record |= provenance
-        measure(args, record)
+        if not measure(args, record):
+            return
+    if args.merge:
+        merge(record, args.merge)
+    if args.task or args.merge:
         draw_orders(record, args.out.with_name(args.out.stem + "_order.png"))
     write(args.out, record)
     print(json.dumps(record))
@@ -69,15 +74,34 @@ def read_arguments() -> argparse.Namespace:
         "--simulate-stops", type=int, default=0, metavar="RUNS", help="simulate search.safety and confidences"
     )
     parser.add_argument("--simulated-items", type=int, default=800)
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", default=[], metavar="FILE", help="add the tasks of these files"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    if not args.simulate and not args.simulate_stops and not (args.task and args.model and args.bank):
-        parser.error("give --simulate or --simulate-stops RUNS, or --model, --bank and at least one --task")
+    is_asked = args.simulate or args.simulate_stops or args.merge or args.task
+    if not is_asked or (args.task and not (args.model and args.bank)):
+        parser.error("give --simulate or --simulate-stops RUNS, --merge FILES, or --model, --bank and some --task")
+    if missing := [str(path) for path in args.merge if not path.is_file()]:
+        parser.error(f"--merge: no such file: {', '.join(missing)}")
     return args
 
 
-def measure(args: argparse.Namespace, record: dict[str, Any]) -> None:
-    """All strategies on every task; with a confidence first `auto` under it."""
+def merge(record: dict[str, Any], paths: list[Path]) -> None:
+    """Add what other runs found to the record, theirs in place of its own."""
+    before = record.get("tasks", {})
+    found = [json.loads(path.read_text()) for path in paths]
+    for one in found:
+        record |= one
+    record["tasks"] = {name: task for one in ({"tasks": before}, *found) for name, task in one.get("tasks", {}).items()}
+    # What each task was measured with stands in its own entry, too.
+    for key in ("command", "commit"):
+        record[key] = "; ".join(dict.fromkeys(str(one[key]) for one in found if key in one))
+
+
+def measure(args: argparse.Namespace, record: dict[str, Any]) -> bool:
+    """All strategies on every task; with a confidence first `auto` under it. False on all but torchrun's first rank."""
+    from dtr.distributed import current_world, leave_world
     from dtr.errors import DtrError
     from dtr.preparation import prepare_teacher
     from dtr.recipe import read_recipe
@@ -101,6 +125,9 @@ def measure(args: argparse.Namespace, record: dict[str, Any]) -> None:
             except DtrError as error:
                 # Such as too few items for the confidence; the other strategies and tasks are worth having.
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
+    is_first = current_world().is_first
+    leave_world()
+    return is_first
 
 
 def measure_task(
@@ -120,7 +147,7 @@ def measure_task(
     def keep(found: dict[str, Any]) -> None:
         rows.update({label or key: row for key, row in found["strategies"].items()})
         record["hardware"] = found["hardware"]
-        record["tasks"][name] = {**found, "strategies": rows}
+        record["tasks"][name] = {**found, "command": record["command"], "strategies": rows}
         write(args.out, record)
         print(f"{name}: {label or list(rows)[-1]} is done", file=sys.stderr, flush=True)
 

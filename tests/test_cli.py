@@ -175,6 +175,7 @@ BAD = {
         "p_min",
     ),
     "no such model": (["--model", "nothing/here"], "teacher.source"),
+    "a mistyped packaged model": (["--model", "smollm2-dem"], "'smollm2-dem'; expected a model. Did you mean"),
     "a mistyped path": (["--model", "./nothing/here"], "FileNotFoundError: no such file or folder"),
     "no GPU": (["--set", "runtime.device=cuda"], "runtime.device=cpu"),
     "unknown device": (["--set", "runtime.device=cdua"], "cuda"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +60,33 @@ def test_bench_search_prints_a_table_and_one_json_line(dtr, place, bank):
     assert "uniform" in out.split("{")[0]
 
 
+def test_bench_search_on_two_processes_finds_what_one_does(dtr, place, bank):
+    arguments = [
+        "bench",
+        "search",
+        place / "recipe.yaml",
+        "--bank",
+        bank,
+        "--strategies",
+        "exact,auto",
+        "--p-min",
+        "0.5",
+    ]
+    _, out, _ = dtr(*arguments)
+    alone = json.loads(out.splitlines()[-1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dtr"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    # The first rank alone speaks.
+    assert done.stdout.count('"strategies"') == 1
+    together = json.loads(done.stdout.splitlines()[-1])
+    assert list(together["strategies"]) == ["exact", "auto"]
+    for name, row in together["strategies"].items():
+        for key in ("layers", "order", "val", "test", "at_share"):
+            assert row[key] == alone["strategies"][name][key]
+
+
 def test_bench_search_refuses_unknown_strategies_at_once(dtr, place, bank):
     code, _, err = dtr("bench", "search", place / "recipe.yaml", "--bank", bank, "--strategies", "exact,lasy")
     assert code == 2
@@ -84,6 +113,31 @@ def test_the_benchmark_script_keeps_what_it_does_not_measure(tmp_path, monkeypat
     assert wanted <= row.keys()
     assert {"command", "hardware", "commit"} <= record.keys()
     assert (tmp_path / "search_order.png").stat().st_size > 1000
+
+
+def test_results_of_several_runs_become_one(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("search_bench", BENCHMARK)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    row = {"num_replaced": 2, "order": [1, 0]}
+    for file, names, commit in (("old", ["a", "b"], "1"), ("x", ["b"], "2"), ("y", ["c"], "2")):
+        tasks = {name: {"num_layers": 2, "made": file, "strategies": {"exact": row}} for name in names}
+        record = {"command": f"python {file}", "commit": commit, "hardware": {"gpu": "one"}, "tasks": tasks}
+        extra = {"certificate_simulation": {"runs": 5}} if file == "old" else {}
+        (tmp_path / f"{file}.json").write_text(json.dumps(record | extra))
+    paths = [str(tmp_path / f"{file}.json") for file in ("x", "y")]
+    monkeypatch.setattr(sys, "argv", ["search_bench.py", "--out", str(tmp_path / "old.json"), "--merge", *paths])
+    script.main()
+    merged = json.loads((tmp_path / "old.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == merged
+    assert {name: task["made"] for name, task in merged["tasks"].items()} == {"a": "old", "b": "x", "c": "y"}
+    assert (merged["command"], merged["commit"]) == ("python x; python y", "2")
+    assert merged["certificate_simulation"] == {"runs": 5}
+    assert (tmp_path / "old_order.png").stat().st_size > 1000
+    monkeypatch.setattr(sys, "argv", ["search_bench.py", "--merge", str(tmp_path / "nothing.json")])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_a_run_with_guard_and_budget_reports_them(dtr, tmp_path, place, recipe, bank):

@@ -110,13 +110,16 @@ def bench_search(
 ) -> None:
     """All search strategies on one bank and task: what each finds, holds on test and costs."""
     from dtr.display import strategy_table
+    from dtr.distributed import leave_world
     from dtr.measure import bench_strategies
 
     plan = make_recipe(recipe, model, task, p_min, settings)
     with watched(log) as show:
         record = bench_strategies(plan, bank, strategies.split(","), on_event=show)
-    show_table(strategy_table(record))
-    print(json.dumps(record))
+    leave_world()
+    if record:
+        show_table(strategy_table(record))
+        print(json.dumps(record))
 
 
 def _options(model: str, pairs: list[str] | None) -> dict[str, Any]:

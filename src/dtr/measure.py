@@ -73,6 +73,9 @@ def bench_strategies(
 ) -> dict[str, Any]:
     """`dtr bench search`: each strategy on the recipe's task, with what it was measured on.
 
+    Under torchrun the ranks share out the candidates, as in a search; they stay together until `leave_world`. Nothing
+    is told or returned on any but the first.
+
     Args:
         recipe: teacher, task and limits.
         bank: folder of the bank.
@@ -82,7 +85,8 @@ def bench_strategies(
         on_event: called with the events of every search.
         on_row: called with the record so far after every strategy.
     """
-    emit = on_event or (lambda event: None)
+    world, _ = join_world(pick_device(recipe.runtime.device))
+    emit = on_event if on_event is not None and world.is_first else lambda event: None
     task = prepare_task(recipe)
     settings = search_settings(recipe, [])
     for strategy in strategies:
@@ -112,9 +116,9 @@ def bench_strategies(
         on_event=emit,
     ):
         record["strategies"][row["strategy"]] = row
-        if on_row is not None:
+        if on_row is not None and world.is_first:
             on_row(record)
-    return record
+    return record if world.is_first else {}
 
 
 def bench_distillation(

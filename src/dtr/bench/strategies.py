@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 
 from dtr.binding import Selection, find_layers, make_evaluator
 from dtr.distillation.bank import MixerBank
+from dtr.distributed import current_world
 from dtr.errors import RecipeError
 from dtr.evaluation.paired import mean_confidence_interval, paired_difference
 from dtr.evaluation.score import Score
 from dtr.settings import SearchSettings
+from dtr.spreading import clock_of
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher
 
@@ -52,16 +53,28 @@ def compare_strategies(
     """
     settings = replace(settings or SearchSettings(), **changes)
     test = TestScores(teacher, bank, task, settings.batch_tokens)
-    deadline = time.monotonic() + time_limit_seconds if time_limit_seconds else None
+    # All ranks must give up at the same place, so the first one's clock and limit count.
+    world = current_world()
+    clock, limit_seconds = clock_of(world), world.collect(time_limit_seconds)[0]
+    deadline = clock() + limit_seconds if limit_seconds else None
+
+    def timed(strategy: str, **more: Any) -> SearchSettings | None:
+        """The settings with what is left of the time as a limit, or None if nothing is."""
+        changed = replace(settings, strategy=strategy, **more)
+        if deadline is None:
+            return changed
+        left = deadline - clock()
+        return replace(changed, max_seconds=min(left, settings.max_seconds or left)) if left > 0 else None
+
     reference: Score | None = None
     for strategy in strategies:
         with tempfile.TemporaryDirectory() as folder:
             where: dict[str, Any] = {"journal": Path(folder) / "journal.jsonl", "on_event": on_event}
-            timed = _within(deadline, replace(settings, strategy=strategy))
-            if timed is None:
+            limits = timed(strategy)
+            if limits is None:
                 break
             try:
-                result = find_layers(teacher, bank, task, timed, **where)
+                result = find_layers(teacher, bank, task, limits, **where)
             except RecipeError as error:
                 # Such as a ranking that this kind of task does not have; the other strategies can still be compared.
                 if on_event is not None:
@@ -70,10 +83,10 @@ def compare_strategies(
                     raise
                 continue
             order = list(result.trace.m_opt.layers)
-            timed = _within(deadline, replace(settings, strategy=strategy, run_to_end=True))
-            if timed and len(order) < max((_num_layers(share, teacher) for share in shares), default=0):
+            limits = timed(strategy, run_to_end=True)
+            if limits and len(order) < max((_num_layers(share, teacher) for share in shares), default=0):
                 # What was scored above is in the journal; only the rest of the path is new.
-                whole = find_layers(teacher, bank, task, timed, **where)
+                whole = find_layers(teacher, bank, task, limits, **where)
                 order = [layer for step in whole.trace.steps for layer in step.added]
         score = test(result.trace.m_opt.layers)
         reference = score if strategy == "exact" else reference
@@ -113,14 +126,6 @@ class TestScores:
             "test_ci95": [low, high],
             "paired": paired_difference(score, self(())).to_dict(),
         }
-
-
-def _within(deadline: float | None, settings: SearchSettings) -> SearchSettings | None:
-    """The settings with what is left of the time as a limit, or None if nothing is."""
-    if deadline is None:
-        return settings
-    left = deadline - time.monotonic()
-    return replace(settings, max_seconds=min(left, settings.max_seconds or left)) if left > 0 else None
 
 
 def _num_layers(share: float, teacher: Teacher) -> int:
