@@ -127,8 +127,9 @@ def run_jobs(
 def _start(job: Job, place: list[str | None], program: Path, logs: Path, num_at_once: int) -> _Running:
     command = [sys.executable, str(program), *job.arguments]
     if job.num_gpus > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.num_gpus)]
-        command = [sys.executable, *torchrun, *command[1:]]
+        # By this address they find one another on a machine whose own name leads nowhere, too.
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        command = [sys.executable, *torchrun, "--nproc-per-node", str(job.num_gpus), *command[1:]]
     # Each process would otherwise take all cores, for its products and for its compilers.
     num_threads = str(max(1, len(os.sched_getaffinity(0)) // num_at_once))
     shares = {"OMP_NUM_THREADS": num_threads, "TORCHINDUCTOR_COMPILE_THREADS": num_threads}
