@@ -9,7 +9,7 @@ import torch
 from tiny import pico_teacher, token_blocks
 
 from dtr.distillation import compiled
-from dtr.distillation.compiled import Compiled, pays
+from dtr.distillation.compiled import Compiled, CompiledLayers, pays
 from dtr.distillation.trainer import distill
 
 SETTINGS = {"num_tokens": 8 * 32 * 6, "batch_size": 8, "learning_rate": 5e-3, "seed": 3}
@@ -46,6 +46,24 @@ def test_an_error_of_ours_is_not_taken_for_the_compilers():
     step = Compiled(lambda x: x.no_such_method())
     with pytest.raises(AttributeError):
         step(torch.ones(2))
+
+
+def test_layers_are_as_they_were_after_running_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = pico_teacher().model
+    layers, ids = CompiledLayers(model), torch.arange(12).view(2, 6)
+    expected = model(input_ids=ids).logits
+    kept = {name: dict(vars(part)) for name, part in model.named_modules()}
+
+    def stop_inside() -> None:
+        with layers.compiled():
+            assert torch.equal(model(input_ids=ids).logits, expected)
+            assert "forward" in vars(model.model.layers[1].mlp)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_inside()
+    assert {name: dict(vars(part)) for name, part in model.named_modules()} == kept
 
 
 @pytest.mark.timeout(240)

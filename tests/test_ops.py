@@ -86,14 +86,17 @@ def test_chunked_float32_equals_naive_float64(op, kind, num_tokens, device):
 
 @cases
 @pytest.mark.parametrize("num_tokens", [7, 130])
-def test_chunked_bfloat16_loses_only_the_rounding_of_its_results(op, kind, num_tokens, device):
+def test_chunked_bfloat16_loses_only_what_its_type_must(op, kind, num_tokens, device):
     inputs = cast(make_inputs(op, kind, num_tokens, device), torch.bfloat16)
     actual = run(op.chunked, inputs)
     expected = run(op.naive, [x.double() for x in inputs])
-    assert_close(actual, expected, 1e-2)
+    # On a CPU the delta rule multiplies in bfloat16; elsewhere only results are rounded.
+    multiplies_low = op is DELTA and device == "cpu"
+    bound, state_bound = ((5e-2 if kind == "correlated" else 2e-2), 1e-2) if multiplies_low else (1e-2, 1e-5)
+    assert_close(actual, expected, bound)
     assert actual["o"].dtype == torch.bfloat16
     assert actual["last_state"].dtype == torch.float32
-    assert relative_errors(actual, expected)["last_state"] < 1e-5
+    assert relative_errors(actual, expected)["last_state"] < state_bound
 
 
 @cases
@@ -195,11 +198,12 @@ def test_padding_tokens_change_nothing(op, num_left, num_right):
     assert_close(actual, {"o": o.double(), "last": last.double()}, 1e-6)
 
 
-def test_inverse_is_stable_where_all_entries_are_near_one():
+@pytest.mark.parametrize("inverse", [DELTA.unit_lower_inverse, DELTA.inverse_by_halving])
+def test_inverse_is_stable_where_all_entries_are_near_one(inverse):
     a = (1 - 0.01 * torch.rand(10, 64, 64)).tril(-1)
     expected = torch.linalg.inv(torch.eye(64, dtype=torch.float64) + a.double())
     # What is on and above the diagonal is not looked at.
-    actual = DELTA.unit_lower_inverse(a + torch.ones(64, 64).triu())
+    actual = inverse(a + torch.ones(64, 64).triu())
     assert float((actual - expected).norm() / expected.norm()) < 1e-6
 
 

@@ -1,12 +1,17 @@
-"""The students' forward and backward compiled, where that pays and can be done."""
+"""Training steps compiled, where that pays and can be done: students, and on a CPU the teacher's layers."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+
+from dtr.arch import decoder_layers
 
 CPU_PARAMETER_TOKENS = 3e12
 """Trained parameters times tokens from which a CPU compiles.
@@ -32,12 +37,35 @@ class Compiled:
         self.refusal: str | None = None
         """Why it is not compiled; it is then slower and gives the same up to rounding."""
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.refusal is None:
             try:
-                return self._compiled(*args)
+                return self._compiled(*args, **kwargs)
             # Raised before anything has run, and only while compiling.
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 self.refusal = " ".join(str(error).split())[:200]
-                warnings.warn(f"the students' step is not compiled: {self.refusal}", stacklevel=2)
-        return self._plain(*args)
+                warnings.warn(f"the training step is not compiled: {self.refusal}", stacklevel=2)
+        return self._plain(*args, **kwargs)
+
+
+class CompiledLayers:
+    """A model whose decoder layers can run with their parts compiled; one graph serves the same part of all layers.
+
+    Attention is a part like the others: what is hooked to it is called as ever, outside the graph.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parts = [part for layer in decoder_layers(model) for part in layer.children()]
+        # By kind, as each has its own graphs and their number is limited.
+        self._forwards = {kind: Compiled(kind.forward) for kind in {type(part) for part in self._parts}}
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """While open, the parts' `forward` is compiled; afterwards they are as they were."""
+        for part in self._parts:
+            part.forward = partial(self._forwards[type(part)], part)
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                del part.forward

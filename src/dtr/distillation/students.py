@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D hidden dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtr.allocation import keep_freed_memory
-from dtr.distillation.compiled import Compiled
+from dtr.distillation.compiled import Compiled, CompiledLayers
 from dtr.distillation.exchange import GradientExchange
 from dtr.distillation.replay import Replay
 from dtr.distillation.targets import capture_targets
@@ -50,7 +51,7 @@ class Students:
     """The mixers under training, with their optimizer.
 
     On a GPU the step is bound by launching some 10,000 small kernels, so it is compiled, and after a few steps recorded
-    once as a CUDA graph and replayed; `fast` turns both on. On a CPU it compiles.
+    once as a CUDA graph and replayed; `fast` turns both on. On a CPU it compiles students and the teacher's layers.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class Students:
         self._teacher, self.mixers = teacher, mixers
         self._max_grad_norm = max_grad_norm
         self._run_pass = run_pass or self._teacher_pass
+        # A sharded teacher gathers its weights from Python, layer by layer.
+        compiles_layers = fast and run_pass is None and teacher.device.type == "cpu" and not teacher.is_sharded
+        self._layers = CompiledLayers(teacher.model) if compiles_layers else None
         self._world = world or World()
         self.splits_batch = parallel == "data"
         """Whether all processes train all layers, each on its part of a batch."""
@@ -84,7 +88,6 @@ class Students:
         )
         # One compiled graph serves all layers: their parameters are its inputs.
         self._sums = Compiled(squared_sums) if fast else squared_sums
-        # A sharded teacher gathers its weights from Python, layer by layer.
         can_record = fast and teacher.device.type == "cuda"
         self._replay = Replay(self._step) if can_record and not teacher.is_sharded else None
         self._groups = [self._trained(index) for index in self.active]
@@ -166,7 +169,9 @@ class Students:
             if self._exchange is not None:
                 self._exchange.layer_done(position_of[index])
 
-        self._run_pass(input_ids, self.active, visit)
+        # Only here, as batches of other shapes would each be compiled anew.
+        with self._fast_layers():
+            self._run_pass(input_ids, self.active, visit)
         if self._exchange is not None:
             self._exchange.finish()
             self._world.add_up([sums])
@@ -198,6 +203,15 @@ class Students:
         parts = self._world.collect({index: (error / power).item() for index, (error, power) in sums.items()})
         merged = {index: value for part in parts for index, value in part.items()}
         return {index: merged[index] for index in self.mixers}
+
+    def _fast_layers(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._layers is None else self._layers.compiled()
+
+    @torch.no_grad()
+    def teacher_forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The teacher's pass over (B, T) as a training step runs it, with nothing trained; its last hidden states."""
+        with self._fast_layers():
+            return self._teacher.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def _teacher_pass(self, input_ids: torch.Tensor, numbers: list[int], visit: Any) -> None:

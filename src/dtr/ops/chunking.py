@@ -24,8 +24,10 @@ def state_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def to_chunks(x_BTH: torch.Tensor, num_chunk_tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """[B, T, H, ...] to contiguous [G, N, C, ...], zeros after the end.
+def to_chunks(
+    x_BTH: torch.Tensor, num_chunk_tokens: int, dtype: torch.dtype, *, chunks_first: bool = False
+) -> torch.Tensor:
+    """[B, T, H, ...] to contiguous [G, N, C, ...], or [N, G, C, ...] for loops over chunks; zeros after the end.
 
     A token of zeros neither writes to a state nor decays it, in both recurrences.
     """
@@ -33,11 +35,15 @@ def to_chunks(x_BTH: torch.Tensor, num_chunk_tokens: int, dtype: torch.dtype) ->
     x_BHT = x_BTH.to(dtype).transpose(1, 2)
     if num_pad:
         x_BHT = F.pad(x_BHT, (0, 0) * (x_BHT.dim() - 3) + (0, num_pad))
-    return x_BHT.contiguous().flatten(0, 1).unflatten(1, (-1, num_chunk_tokens))
+    x_BHNC = x_BHT.unflatten(2, (-1, num_chunk_tokens))
+    return x_BHNC.movedim(2, 0).contiguous().flatten(1, 2) if chunks_first else x_BHNC.contiguous().flatten(0, 1)
 
 
-def from_chunks(x_GNCV: torch.Tensor, num_tokens: int, num_heads: int) -> torch.Tensor:
-    """[G, N, C, V] to [B, T, H, V] without the padding."""
+def from_chunks(x_GNCV: torch.Tensor, num_tokens: int, num_heads: int, *, chunks_first: bool = False) -> torch.Tensor:
+    """[G, N, C, V], or [N, G, C, V], to [B, T, H, V] without the padding."""
+    if chunks_first:
+        x_BNCHV = x_GNCV.unflatten(1, (-1, num_heads)).permute(1, 0, 3, 2, 4)
+        return x_BNCHV.flatten(1, 2)[:, :num_tokens]
     return x_GNCV.flatten(1, 2).unflatten(0, (-1, num_heads))[:, :, :num_tokens].transpose(1, 2)
 
 
@@ -54,11 +60,13 @@ def start_state(
 def pair_decays(g: torch.Tensor) -> torch.Tensor:
     """exp of the sum of g over the tokens after j up to i, for j <= i, else 0; [..., C, C].
 
-    Summed apart for each j: a difference of running sums would lose its digits after one strong decay.
+    A difference of running sums loses its digits after one strong decay, so these are kept as two numbers each.
     """
-    size = g.shape[-1]
-    upto = torch.ones(size, size, dtype=torch.bool, device=g.device).triu()
-    return g.unsqueeze(-1).expand(*g.shape, size).masked_fill(upto, 0).cumsum_(-2).exp_().tril_()
+    sums = g.double().cumsum(-1)
+    high = sums.to(g.dtype)
+    low = (sums - high).to(g.dtype)
+    differences = (high.unsqueeze(-1) - high.unsqueeze(-2)).add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
+    return differences.exp_().tril_()
 
 
 def full_precision(x: torch.Tensor) -> torch.autocast:
