@@ -16,8 +16,8 @@ from dtr.arch import decoder_layers
 CPU_PARAMETER_TOKENS = 3e12
 """Trained parameters times tokens from which a CPU compiles.
 
-Measured on two cores with AMX, SmolLM2's 30 layers, 8 x 256 tokens, the students alone and their recurrence still in
-float32: compiling takes 20 to 30 s, and then a step takes 2.1 to 2.7 s instead of 3.3. Both are even at about 2.5e12.
+Measured on two cores with AMX, SmolLM2's 30 layers, 16 x 256 tokens: compiling takes 43 s with empty caches, and then a
+step takes 3.4 s instead of 5.6. Both are even at about 4e12, and earlier once the caches are filled.
 """
 
 
