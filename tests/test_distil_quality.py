@@ -49,3 +49,22 @@ def test_the_result_file_holds_the_recipe_and_its_rivals(place, tmp_path):
     assert [row["settings"] for row in again["ablation"]] == ["mixer.options.window=8", "seed=1"]
     assert again["ablation"][1]["seeds"] == [1]
     assert again["mean_nmse"] == result["mean_nmse"]
+
+
+def test_where_hybrids_part_from_the_teacher(place, tmp_path):
+    out = tmp_path / "quality.json"
+    arguments = [str(place / "recipe.yaml"), "--task", f"words={place / 'task'}", "--out", str(out), "--for-choosing"]
+    arguments += ["--by-position", "--only-tries", "--set", "distill.num_tokens=2048"]
+    load_program("distil_quality").main([*arguments, "--try", "seed=1", "--try", "distill.seq_len_tokens=32"])
+    for row in json.loads(out.read_text())["ablation"]:
+        assert set(row["validation_all_linear_retention"]) == {"words", "mean"}
+        assert not {"all_linear_retention", "recall_retention"} & row.keys(), "test is for the final report"
+        assert set(row["all_linear_kl"]) == {"held_out", "words"}
+        by_layer = row["kl_by_layer"]
+        assert list(by_layer) == [
+            "all_linear",
+            *(f"{way} {layer}" for way in ("only", "without") for layer in range(4)),
+        ]
+        assert by_layer["only 2"] < by_layer["all_linear"]
+        # In the base recipe's blocks of 64 tokens, whatever the trial's are.
+        assert list(row["nmse_by_position"]) == ["0", "1-3", "4-15", "16-63"]

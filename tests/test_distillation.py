@@ -337,7 +337,7 @@ def test_a_refit_is_the_ridge_solution_and_never_hurts_where_it_is_chosen(blocks
     features, targets = [], []
     hook = mixer.o_proj.register_forward_pre_hook(lambda _, args: features.append(args[0].flatten(0, 1)))
 
-    def visit(_index, hidden, rotary, target):
+    def visit(_index, hidden, rotary, target, _stream):
         mixer(hidden, rotary)
         targets.append(target.flatten(0, 1))
 

@@ -28,7 +28,7 @@ def training_prompts(source: str, *, seen: Iterable[Task], **settings: Any) -> l
     """
     items = _train_items(source, settings)
     held_back = {item.requests for task in seen for split in task.splits.values() for item in split}
-    prompts = [_right(item) for item in items if item.requests not in held_back]
+    prompts = [right_answer(item) for item in items if item.requests not in held_back]
     if not prompts:
         raise DataError(
             "text.mix", got=f"no training row of {source} besides those of validation and test", expected="some"
@@ -61,7 +61,7 @@ def _train_items(source: str, settings: dict[str, Any]) -> Iterable[Item]:
     ) from None
 
 
-def _right(item: Item) -> LikelihoodRequest:
+def right_answer(item: Item) -> LikelihoodRequest:
     """Context and right answer; the context alone where the answer is no text of the task's."""
     likely = [request for request in item.requests if isinstance(request, LikelihoodRequest)]
     answer = item.row.get("target", item.row.get("answer"))
