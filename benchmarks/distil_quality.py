@@ -31,7 +31,8 @@ from dtr.evaluation.generation import encode_context
 from dtr.files import write_json
 from dtr.ops.dispatch import use_backend
 from dtr.preparation import prepare_text
-from dtr.recipe import Recipe, read_recipe
+from dtr.recipe import Recipe
+from dtr.recipe_reading import read_recipe
 from dtr.replace import search
 from dtr.tasks.base import Task
 from dtr.tasks.loading import load_task

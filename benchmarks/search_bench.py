@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace, record: dict[str, Any]) -> bool:
     from dtr.distributed import current_world, leave_world
     from dtr.errors import DtrError
     from dtr.preparation import prepare_teacher
-    from dtr.recipe import read_recipe
+    from dtr.recipe_reading import read_recipe
 
     record.setdefault("tasks", {})
     teacher = None

@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "dtr"
 ROOMS = (
     ["errors", "registry"],
-    ["allocation", "distributed", "files", "interrupt", "pretrained", "recipe", "recipe_errors"],
+    ["allocation", "distributed", "files", "interrupt", "pretrained", "recipe", "recipe_errors", "recipe_reading"],
     ["runfolder", "ops"],
     ["arch"],
     ["teacher", "mixers"],

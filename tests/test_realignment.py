@@ -15,7 +15,7 @@ from dtr.distillation.realignment import HybridPass, realign
 from dtr.distillation.trainer import distill
 from dtr.errors import Interrupted
 from dtr.pipeline import run
-from dtr.recipe import read_recipe
+from dtr.recipe_reading import read_recipe
 from dtr.replace import hybrid_of
 from dtr.reporting import render_html, summary_table
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from dtr.errors import OutputError, RecipeError
-from dtr.recipe import Recipe, read_recipe
+from dtr.recipe import Recipe
+from dtr.recipe_reading import read_recipe
 from dtr.runfolder import RunFolder
 
 BASE = {"teacher": {"source": "somewhere"}}

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from dtr.inference.decoder import Decoder
     from dtr.inference.generate import fast_generate
     from dtr.pipeline import run
-    from dtr.recipe import Recipe, read_recipe
+    from dtr.recipe import Recipe
+    from dtr.recipe_reading import read_recipe
     from dtr.replace import SearchResult, search
     from dtr.settings import GuardFloor, SearchSettings
     from dtr.tasks import load_task
@@ -50,7 +51,7 @@ _HOMES = {
     "load_task": "dtr.tasks",
     "load_teacher": "dtr.teacher",
     "load_text": "dtr.corpus",
-    "read_recipe": "dtr.recipe",
+    "read_recipe": "dtr.recipe_reading",
     "run": "dtr.pipeline",
     "search": "dtr.replace",
 }

@@ -124,7 +124,7 @@ def bench_search(
 
 def _options(model: str, pairs: list[str] | None) -> dict[str, Any]:
     from dtr.errors import RecipeError
-    from dtr.recipe import read_recipe
+    from dtr.recipe_reading import read_recipe
 
     for pair in pairs or []:
         if "=" not in pair:

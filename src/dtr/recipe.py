@@ -1,19 +1,15 @@
 """The recipe: everything that decides what a run produces, and the few settings that only decide how it runs.
 
 A recipe is a YAML file with the sections below; unknown keys are refused with the nearest known one. It is saved with
-the run, defaults filled in, so that the run can be repeated. No torch in here.
+the run, defaults filled in, so that the run can be repeated (`dtr.recipe_reading`). No torch in here.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
-
-from dtr.errors import RecipeError
-from dtr.recipe_errors import as_recipe_error
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -267,69 +263,3 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """The recipe without `runtime`: two runs with equal identity make the same thing."""
         return self.model_dump(exclude={"runtime"})
-
-
-def read_recipe(path: str | Path | None, overrides: list[str] = (), base: dict[str, Any] | None = None) -> Recipe:  # type: ignore[assignment]
-    """Read a YAML recipe and apply `section.key=value` overrides.
-
-    Args:
-        path: YAML file, or None for `base` alone.
-        overrides: each `section.key=value`; the value is read as YAML.
-        base: settings that the file may replace.
-
-    Raises:
-        RecipeError: the file cannot be read, a key is unknown, a value does not fit. All problems in one message.
-    """
-    data: dict[str, Any] = dict(base or {})
-    if path is not None:
-        for key, value in _read_yaml(Path(path)).items():
-            data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
-    for override in overrides:
-        _apply(data, override)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise as_recipe_error(error, Recipe, str(path) if path else "recipe") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            str(path), got=str(error), expected="a readable YAML recipe", hint="Check the path."
-        ) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            str(path), got=" ".join(str(error).split()), expected="YAML", hint="Mend the line that is named."
-        ) from None
-    if not isinstance(data, dict):
-        raise RecipeError(str(path), got=type(data).__name__, expected="sections such as 'teacher:' and 'task:'")
-    return data
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    dotted, sep, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not sep or not all(keys):
-        raise RecipeError(
-            "--set", got=f"'{override}'", expected="section.key=value", hint="As in --set search.p_min=0.9"
-        )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    # To YAML a template such as "Question: {question}" is a mapping; one that is meant has braces and values.
-    if isinstance(value, dict) and (not text.lstrip().startswith("{") or None in value.values()):
-        value = text
-    # YAML 1.1 reads 1e-3 as a string.
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    for key in keys[:-1]:
-        inner = data.get(key)
-        data[key] = dict(inner) if isinstance(inner, dict) else {}
-        data = data[key]
-    data[keys[-1]] = value
