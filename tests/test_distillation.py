@@ -335,11 +335,12 @@ def test_a_refit_is_the_ridge_solution_and_never_hurts_where_it_is_chosen(blocks
     layer = next(i for i, ridge in refit.identity["ridges"].items() if ridge)
     ridge, mixer = refit.identity["ridges"][layer], plain.mixers[layer]
     features, targets = [], []
-    hook = mixer.o_proj.register_forward_pre_hook(lambda _, args: features.append(args[0].flatten(0, 1)))
+    # The first token of a block does not come out of the projection.
+    hook = mixer.o_proj.register_forward_pre_hook(lambda _, args: features.append(args[0][:, 1:].flatten(0, 1)))
 
     def visit(_index, hidden, rotary, target, _stream):
         mixer(hidden, rotary)
-        targets.append(target.flatten(0, 1))
+        targets.append(target[:, 1:].flatten(0, 1))
 
     with torch.no_grad(), capture_attention(teacher.model, [layer], visit):
         for step in range(plain.num_steps, plain.num_steps + 20):

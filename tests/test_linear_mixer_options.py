@@ -24,7 +24,8 @@ OPTIONS = {
     "one tap": {"conv_tokens": 1},
     "copies": {"head_copies": 2},
     "window": {"window": 5, "sinks": 2},
-    "all": {"conv_tokens": 4, "head_copies": 2, "window": 3, "sinks": 1},
+    "first value": {"exact_first": True},
+    "all": {"conv_tokens": 4, "head_copies": 2, "window": 3, "sinks": 1, "exact_first": True},
     "both": {"conv_tokens": 3, "head_copies": 3},
 }
 
@@ -74,6 +75,20 @@ def test_a_jet_block_starts_as_gated_deltanet_and_agrees_in_pieces(teacher):
     torch.testing.assert_close(torch.cat(parts, dim=1), mixer(hidden, (cos, sin))[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(RecipeError, match="conv_tokens"):
         make_mixer("jet_block", teacher.geometry, 0, {"conv_tokens": 4})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_first_token_is_the_teachers(kind, teacher):
+    layer, hidden = decoder_layers(teacher.model)[1], torch.randn(2, 9, 32)
+    angles = rotary(teacher, 9)
+    expected, _ = layer.self_attn(hidden, angles, attention_mask=None)
+    ours, _ = made(teacher, kind, {"exact_first": True, "head_copies": 2})(hidden, angles)
+    torch.testing.assert_close(ours[:, 0], expected[:, 0], rtol=1e-4, atol=1e-5)
+    plain, _ = made(teacher, kind, {"head_copies": 2})(hidden, angles)
+    assert torch.equal(plain[:, 1:], ours[:, 1:]), "the state is as it was"
+    # The weights of hedgehog sum to 1, so that it does so by itself.
+    assert torch.allclose(plain[:, 0], expected[:, 0], rtol=1e-2) == (kind == "hedgehog")
 
 
 def test_short_convolution_is_the_librarys():

@@ -94,7 +94,10 @@ def _stream(teacher: Teacher, mixers: dict[int, Mixer], batches: Iterable[torch.
     def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor, _stream: torch.Tensor) -> None:
         with amp:
             mixers[index](hidden, rotary)
-        sums[index].add(seen.pop(index), target if last[index].bias is None else target - last[index].bias)
+        target = target if last[index].bias is None else target - last[index].bias
+        # What does not come out of the projection must not be fitted by it.
+        first = int(mixers[index].exact_first)
+        sums[index].add(seen.pop(index)[:, first:], target[:, first:])
 
     handles = [linear.register_forward_pre_hook(keep(index)) for index, linear in last.items()]
     try:

@@ -111,6 +111,7 @@ class DeltaBlock:
         padding = -self._width % _ALIGNED_COLUMNS
         self._weight, self._bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
         self._out, self._norms, self._head_dim = mixer.o_proj, _norms(mixer, g), g.head_dim
+        self._first_token = mixer.first_token
         shape = (batch, mixer.num_heads, g.head_dim, g.head_dim)
         self.state_BHKV = self._weight.new_zeros(shape, dtype=torch.float32)
 
@@ -137,7 +138,8 @@ class DeltaBlock:
         self.state_BHKV[rows] = state
         width = self._sizes[2]
         out = decoding.gated_product(gate.reshape(-1, width), out.reshape(-1, width), activation="identity_gate")
-        return self._out(out.view(*hidden_BTD.shape[:2], width))
+        out = self._out(out.view(*hidden_BTD.shape[:2], width))
+        return out if self._first_token is None else self._first_token(hidden_BTD, out, prompt.token_mask_BT)
 
 
 class MixerBlock:

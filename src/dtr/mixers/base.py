@@ -9,13 +9,14 @@ Shapes: B batch, T tokens, D hidden dim, H heads, K head dim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
+from dtr.mixers.first_token import FirstToken
 from dtr.ops.rotary import rotate, rotate_to_unit_length
 from dtr.ops.short_convolution import short_convolution
 from dtr.ops.window_attention import attend_window, kept_bytes
@@ -49,6 +50,11 @@ class Mixer(nn.Module):
     """Whether `calibrate` wants to see a batch of the teacher's inputs and outputs before training."""
     is_pure_linear = True
     """False where softmax attention on a window takes part: on shorter prompts that is full attention."""
+    exact_first = False
+    """Whether the output at a sequence's first token is the teacher's and passes by the output projection."""
+    options_when_new: ClassVar[dict[str, Any]] = {}
+    """Options that a new bank gives this kind unless told otherwise, and names; those that a bank or hybrid does not
+    name are as `__init__` has them."""
 
     def __init__(self, geometry: HeadGeometry, layer_idx: int) -> None:
         super().__init__()
@@ -123,8 +129,11 @@ class LinearMixer(Mixer):
         window: last tokens that softmax attention by the same queries and keys also sees; each token decides, head by
             head, how much of its output comes from there and how much from the state. 0 leaves it out.
         sinks: first tokens that the window keeps in sight.
+        exact_first: give the first token of a sequence what the teacher's attention gives there, exactly. The largest
+            activations of a model grow on that token, and few tokens train it.
     """
 
+    options_when_new: ClassVar[dict[str, Any]] = {"exact_first": True}
     has_unit_keys = True
     """Whether `recur` gets queries and keys of length 1."""
 
@@ -137,6 +146,7 @@ class LinearMixer(Mixer):
         head_copies: int = 1,
         window: int = 0,
         sinks: int = 4,
+        exact_first: bool = False,
     ) -> None:
         super().__init__(geometry, layer_idx)
         g = geometry
@@ -153,6 +163,8 @@ class LinearMixer(Mixer):
         self.v_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
         self.o_proj = nn.Linear(inner_dim, g.hidden_dim, bias=g.o_bias)
         self.gate_proj = nn.Linear(g.hidden_dim, inner_dim)
+        self.exact_first = exact_first
+        self.first_token = FirstToken(g) if exact_first else None
         if conv_tokens:
             self.conv_taps = nn.Parameter(torch.empty(3 * inner_dim, conv_tokens))
         if window:
@@ -198,6 +210,8 @@ class LinearMixer(Mixer):
         if self.window:
             nn.init.zeros_(self.window_proj.weight)
             nn.init.constant_(self.window_proj.bias, WINDOW_BIAS)
+        if self.first_token is not None:
+            self.first_token.start_from(attention)
         self.reset_gates()
 
     def reset_gates(self) -> None:
@@ -238,6 +252,7 @@ class LinearMixer(Mixer):
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         if g.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        starts_here = memory is None or memory.read() is None
         near: torch.Tensor | None = None
         kept: tuple[torch.Tensor, ...] = ()
         if self.has_unit_keys and not self.window:
@@ -256,7 +271,10 @@ class LinearMixer(Mixer):
             out = share * near + (1 - share) * out
 
         gate = 2 * torch.sigmoid(self.gate_proj(hidden_states)).view(heads)
-        return self.o_proj((out * gate).flatten(2)), None
+        out = self.o_proj((out * gate).flatten(2))
+        if self.first_token is not None and starts_here:
+            out = self.first_token(hidden_states, out, None if mask is None else mask[..., 0])
+        return out, None
 
     def mix_tokens(
         self,
