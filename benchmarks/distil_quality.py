@@ -24,6 +24,7 @@ import torch
 from dtr.bench.closeness import Sequences, divergences, layer_errors
 from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank, load_bank
+from dtr.distillation.realignment import realign
 from dtr.distillation.trainer import distill
 from dtr.environment import hardware, own_commit
 from dtr.evaluation.evaluator import Evaluator
@@ -65,12 +66,20 @@ def main(argv: list[str] | None = None) -> None:
         text, _ = prepare_text(recipe, teacher, emit=lambda event: None)
         if bank is None:
             bank = make_bank(recipe, teacher, text)
-        measured = measure(recipe, teacher, bank, tasks, recall)
-        if args.by_position:
-            # In blocks of the same length whatever a trial trains on.
-            held_out = text.held_out.flatten()
-            held_out = held_out[: len(held_out) // length * length].view(-1, length)
-            measured |= partings(teacher, bank, held_out, tasks, args.text_blocks, args.layer_blocks)
+        # In blocks of the same length whatever a trial trains on.
+        held_out = text.held_out.flatten()
+        held_out = held_out[: len(held_out) // length * length].view(-1, length)
+
+        def describe(bank: MixerBank) -> dict[str, Any]:
+            found = measure(recipe, teacher, bank, tasks, recall)
+            if args.by_position:
+                found |= partings(teacher, bank, held_out, tasks, args.text_blocks, args.layer_blocks)
+            return found
+
+        measured = describe(bank)
+        if recipe.realign.num_tokens:
+            # Reported apart: it is no part of the plain method.
+            measured["realigned"] = describe(realign_all(recipe, teacher, bank, text))
         return {**measured, **facts, "seeds": [recipe.seed]}
 
     length = base.distill.seq_len_tokens
@@ -119,6 +128,20 @@ def make_bank(recipe: Recipe, teacher: Teacher, text: Text) -> MixerBank:
         options=recipe.mixer.options,
         seed=recipe.seed,
         **recipe.distill.model_dump(exclude={"seq_len_tokens"}),
+    )
+
+
+def realign_all(recipe: Recipe, teacher: Teacher, bank: MixerBank, text: Text) -> MixerBank:
+    """The bank's layers once more, on the hidden states of the hybrid that has all of them."""
+    own = {"num_tokens", "seq_len_tokens", "learning_rate", "refit_tokens", "layers"}
+    return realign(
+        teacher,
+        bank,
+        text,
+        list(bank.mixers),
+        **recipe.realign.model_dump(),
+        **recipe.distill.model_dump(exclude=own),
+        seed=recipe.seed,
     )
 
 

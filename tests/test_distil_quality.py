@@ -55,8 +55,13 @@ def test_where_hybrids_part_from_the_teacher(place, tmp_path):
     out = tmp_path / "quality.json"
     arguments = [str(place / "recipe.yaml"), "--task", f"words={place / 'task'}", "--out", str(out), "--for-choosing"]
     arguments += ["--by-position", "--only-tries", "--set", "distill.num_tokens=2048"]
-    load_program("distil_quality").main([*arguments, "--try", "seed=1", "--try", "distill.seq_len_tokens=32"])
-    for row in json.loads(out.read_text())["ablation"]:
+    load_program("distil_quality").main(
+        [*arguments, "--try", "seed=1 realign.num_tokens=1024", "--try", "distill.seq_len_tokens=32"]
+    )
+    rows = json.loads(out.read_text())["ablation"]
+    assert rows[0]["realigned"]["all_linear_kl"] != rows[0]["all_linear_kl"]
+    assert "realigned" not in rows[1]
+    for row in [*rows, rows[0]["realigned"]]:
         assert set(row["validation_all_linear_retention"]) == {"words", "mean"}
         assert not {"all_linear_retention", "recall_retention"} & row.keys(), "test is for the final report"
         assert set(row["all_linear_kl"]) == {"held_out", "words"}

@@ -77,10 +77,14 @@ def test_a_jet_block_starts_as_gated_deltanet_and_agrees_in_pieces(teacher):
         make_mixer("jet_block", teacher.geometry, 0, {"conv_tokens": 4})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "family"), [*((kind, "qwen3") for kind in KINDS), ("gated_deltanet", "qwen2")])
 @torch.no_grad()
-def test_the_first_token_is_the_teachers(kind, teacher):
+def test_the_first_token_is_the_teachers(kind, family):
+    teacher = pico_teacher(family)
     layer, hidden = decoder_layers(teacher.model)[1], torch.randn(2, 9, 32)
+    for name, weight in layer.self_attn.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
     angles = rotary(teacher, 9)
     expected, _ = layer.self_attn(hidden, angles, attention_mask=None)
     ours, _ = made(teacher, kind, {"exact_first": True, "head_copies": 2})(hidden, angles)
