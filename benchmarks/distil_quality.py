@@ -202,7 +202,6 @@ def partings(
             bucket: [error.nmse_by_position[bucket] for error in errors.values()]
             for bucket in sorted(buckets, key=lambda name: int(name.partition("-")[0]))
         },
-        "residual_nmse": [error.residual_nmse for error in errors.values()],
     }
 
 

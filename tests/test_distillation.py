@@ -338,7 +338,7 @@ def test_a_refit_is_the_ridge_solution_and_never_hurts_where_it_is_chosen(blocks
     # The first token of a block does not come out of the projection.
     hook = mixer.o_proj.register_forward_pre_hook(lambda _, args: features.append(args[0][:, 1:].flatten(0, 1)))
 
-    def visit(_index, hidden, rotary, target, _stream):
+    def visit(_index, hidden, rotary, target):
         mixer(hidden, rotary)
         targets.append(target[:, 1:].flatten(0, 1))
 

@@ -210,7 +210,7 @@ def test_calibration_finds_the_best_weight_of_the_norm():
     seen = {}
     with torch.no_grad(), capture_attention(teacher.model, [1], lambda *event: seen.update([(event[0], event[1:])])):
         teacher.model(torch.randint(1, 257, (8, 64)))
-    hidden, rotary, target, _ = seen[1]
+    hidden, rotary, target = seen[1]
     mixer = Mamba2(teacher.geometry, 1)
     mixer.start_from(decoder_layers(teacher.model)[1].self_attn)
 

@@ -71,7 +71,7 @@ def test_calibration_opens_the_gate_and_fits_the_output():
     seen = {}
     with torch.no_grad(), capture_attention(teacher.model, [1], lambda *event: seen.update([(event[0], event[1:])])):
         teacher.model(torch.randint(1, 257, (8, 64)))
-    hidden, rotary, target, _ = seen[1]
+    hidden, rotary, target = seen[1]
     mixer = mixer_from_teacher("qwen35_gated_deltanet", teacher.geometry, 1, decoder_layers(teacher.model)[1].self_attn)
     # A direction on which all tokens agree, as real hidden states have.
     hidden = hidden + 3.0 * torch.ones(32) / 32**0.5

@@ -30,7 +30,7 @@ def bank():
 def captured(model, index: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Input and output of the attention of one layer."""
     seen = []
-    with torch.no_grad(), capture_attention(model, [index], lambda _i, hidden, _r, out, _s: seen.append((hidden, out))):
+    with torch.no_grad(), capture_attention(model, [index], lambda _i, hidden, _r, out: seen.append((hidden, out))):
         model(ids, use_cache=False)
     return seen[0]
 

@@ -168,31 +168,18 @@ def rotary_table(model: Any, num_positions: int) -> tuple[torch.Tensor, torch.Te
 
 @contextmanager
 def capture_attention(model: nn.Module, layers: Sequence[int], visit: Any) -> Iterator[None]:
-    """While open, call `visit(layer, hidden_BTD, (cos, sin), output_BTD, stream_BTD)` as attentions of `layers` run.
-
-    `hidden_BTD` is what the attention reads, `stream_BTD` the residual stream that its output is added to.
-    """
-    streams: dict[int, torch.Tensor] = {}
-
-    def keep_stream(index: int):
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            streams[index] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-        return hook
+    """While open, call `visit(layer, hidden_BTD, (cos, sin), output_BTD)` after each attention of `layers` has run."""
 
     def hook_for(index: int):
         def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            visit(index, hidden, kwargs["position_embeddings"], output[0], streams.pop(index))
+            visit(index, hidden, kwargs["position_embeddings"], output[0])
 
         return hook
 
     stack = decoder_layers(model)
-    handles = []
-    for index in layers:
-        layer: Any = stack[index]
-        handles.append(layer.register_forward_pre_hook(keep_stream(index), with_kwargs=True))
-        handles.append(layer.self_attn.register_forward_hook(hook_for(index), with_kwargs=True))
+    attentions: list[Any] = [stack[i].self_attn for i in layers]
+    handles = [a.register_forward_hook(hook_for(i), with_kwargs=True) for i, a in zip(layers, attentions)]
     try:
         yield
     finally:

@@ -30,7 +30,7 @@ def baseline_tokens_per_second(teacher: Teacher, make: MixerMaker, input_ids: to
         with torch.no_grad(), capture_attention(model, list(mixers), lambda i, *rest: seen.__setitem__(i, rest)):
             model.model(input_ids=ids, use_cache=False)
         for index, mixer in mixers.items():
-            hidden, rotary, target, _ = seen[index]
+            hidden, rotary, target = seen[index]
             out, _ = mixer(hidden, rotary)
             loss = (out - target).square().mean() / target.square().mean()
             optimizers[index].zero_grad()

@@ -1,8 +1,7 @@
 """How far hybrids are from their teacher on text, token by token: what they predict, and what each layer gives on.
 
 Predictions: KL(teacher || hybrid) in nats and how often both name the same next token, for any choice of linear layers
-and by position in the text. Layers alone: the normalised error of the mixer's output, and the same error against the
-residual stream that it is added to, which is what the rest of the model reads.
+and by position in the text. Layers alone: the normalised error of the mixer's output by position.
 
 Shapes: B sequences, T tokens, D hidden dim, N predicted tokens.
 """
@@ -69,8 +68,6 @@ class LayerErrors:
     nmse: float
     """sum |o - o'|^2 / sum |o|^2"""
     nmse_by_position: dict[str, float]
-    residual_nmse: float
-    """mean of |o - o'|^2 / |h|^2 over tokens, h the residual stream with o added"""
 
 
 @torch.no_grad()
@@ -118,14 +115,13 @@ def layer_errors(
     teacher: Teacher, mixers: Mapping[int, Mixer], text: Sequences, *, batch_size: int = 8
 ) -> dict[int, LayerErrors]:
     """Each mixer's error where the teacher shows it its input; arguments as for `divergences`."""
-    sums = {number: _PositionSums(3, teacher.device) for number in mixers}
+    sums = {number: _PositionSums(2, teacher.device) for number in mixers}
     mask = torch.empty(0)
 
-    def visit(number: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor, stream: torch.Tensor) -> None:
+    def visit(number: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
         out, _ = mixers[number](hidden, rotary)
         error = (out.float() - target.float()).square().sum(-1)
-        power, residual = target.float().square().sum(-1), (stream.float() + target.float()).square().sum(-1)
-        sums[number].add(torch.stack([error, power, error / residual], dim=-1)[mask], mask)
+        sums[number].add(torch.stack([error, target.float().square().sum(-1)], dim=-1)[mask], mask)
 
     with capture_targets(teacher.model, mixers, visit):
         # `visit` reads the mask.
@@ -133,9 +129,9 @@ def layer_errors(
             teacher.model.model(input_ids=input_ids, use_cache=False)
     found = {}
     for number, one in sums.items():
-        error, power, residual = one.mean().tolist()
-        ratios = {name: error / power for name, (error, power, _) in one.means().items()}
-        found[number] = LayerErrors(nmse=error / power, nmse_by_position=ratios, residual_nmse=residual)
+        error, power = one.mean().tolist()
+        ratios = {name: error / power for name, (error, power) in one.means().items()}
+        found[number] = LayerErrors(nmse=error / power, nmse_by_position=ratios)
     return found
 
 

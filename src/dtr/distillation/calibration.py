@@ -20,7 +20,7 @@ def calibrate(teacher: Teacher, mixers: Mapping[int, Mixer], input_ids: torch.Te
     """
     waiting = {index: mixer for index, mixer in mixers.items() if mixer.needs_calibration}
 
-    def visit(index: int, hidden: torch.Tensor, _rotary: Any, target: torch.Tensor, _stream: torch.Tensor) -> None:
+    def visit(index: int, hidden: torch.Tensor, _rotary: Any, target: torch.Tensor) -> None:
         mixers[index].calibrate(hidden.float(), target.float())
 
     if waiting:

@@ -49,19 +49,16 @@ class HybridPass:
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, numbers: list[int], visit: Any) -> None:
-        """Run (B, T) token ids and call `visit` as `capture_targets` does, for the mixers in `numbers`.
-
-        Inputs are the hybrid's, targets and the residual stream the teacher's.
-        """
+        """Run (B, T) token ids and call `visit(number, hidden_BTD, rotary, target_BTD)` for the mixers in `numbers`."""
         if not (len(input_ids) and numbers):
             return
         batch = self._runner.prepare(input_ids)
         theirs = ours = batch.hidden_BTD
-        targets: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        targets: dict[int, torch.Tensor] = {}
         last = max(index for index, number in self._number.items() if number in numbers)
 
-        def keep(index: int, _hidden: torch.Tensor, _rotary: Any, target: torch.Tensor, stream: torch.Tensor) -> None:
-            targets[index] = target, stream
+        def keep(index: int, _hidden: torch.Tensor, _rotary: Any, target: torch.Tensor) -> None:
+            targets[index] = target
 
         with capture_attention(self._model, list(self._slots), keep):
             for index, layer in enumerate(self._runner.layers[: last + 1]):
@@ -69,7 +66,7 @@ class HybridPass:
                 if index in self._swapped:
                     ours = self._runner.run_layer(index, self._swapped[index], ours, batch)
                     if self._number[index] in numbers:
-                        visit(self._number[index], *self._slots[index].seen, *targets.pop(index))
+                        visit(self._number[index], *self._slots[index].seen, targets.pop(index))
                 else:
                     # Below the first swapped layer the two are one.
                     ours = after if ours is theirs else self._runner.run_layer(index, layer, ours, batch)

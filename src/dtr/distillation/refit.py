@@ -91,7 +91,7 @@ def _stream(teacher: Teacher, mixers: dict[int, Mixer], batches: Iterable[torch.
     def keep(index: int) -> Any:
         return lambda _module, args: seen.__setitem__(index, args[0])
 
-    def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor, _stream: torch.Tensor) -> None:
+    def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
         with amp:
             mixers[index](hidden, rotary)
         target = target if last[index].bias is None else target - last[index].bias

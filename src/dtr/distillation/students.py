@@ -31,8 +31,7 @@ from dtr.teacher import Teacher
 
 ParallelKind = Literal["data", "layers"]
 Pass = Callable[[torch.Tensor, list[int], Any], None]
-"""Runs (B, T) token ids and calls `visit(index, hidden_BTD, (cos, sin), target_BTD, stream_BTD)` for each of the named
-mixers."""
+"""Runs (B, T) token ids and calls `visit(index, hidden_BTD, (cos, sin), target_BTD)` for each of the named mixers."""
 
 
 def squared_sums(
@@ -162,7 +161,7 @@ class Students:
         if self._exchange is not None:
             self._exchange.begin()
 
-        def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor, _stream: torch.Tensor) -> None:
+        def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
             with torch.enable_grad(), self._amp:
                 error, power = self._sums(self.mixers[index], hidden, rotary, target)
             error.backward()
@@ -188,7 +187,7 @@ class Students:
         """Normalised MSE of each layer over held-out blocks (num_blocks, T): sum((o - o')^2) / sum(o^2)."""
         sums = {index: torch.zeros(2, dtype=torch.float64, device=self._teacher.device) for index in self.own}
 
-        def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor, _stream: torch.Tensor) -> None:
+        def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
             with self._amp:
                 out, _ = self.mixers[index](hidden, rotary)
             error = (out.float() - target.float()).square().sum(dtype=torch.float64)

@@ -12,7 +12,7 @@ from dtr.mixers.base import Mixer
 
 @contextmanager
 def capture_targets(model: Any, mixers: Mapping[int, Mixer], visit: Any) -> Iterator[None]:
-    """While open, call `visit(number, hidden_BTD, (cos, sin), target_BTD, stream_BTD)` for each mixer as layers run.
+    """While open, call `visit(number, hidden_BTD, (cos, sin), target_BTD)` for each mixer as its layer runs.
 
     Several mixers of one layer come one after the other, in the order that they have in `mixers`.
     """
