@@ -9,7 +9,6 @@ from test_hybrid import hybrid_of
 from tiny import byte_tokenizer, pico_teacher
 from transformers import AutoModelForCausalLM, pipeline
 
-from dtr.errors import ModelError
 from dtr.mixers import MIXERS
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -80,11 +79,6 @@ def test_device_map(hybrid, saved, ids):
 def test_compiled_forward(hybrid, ids):
     compiled = torch.compile(hybrid, backend="eager")
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, hybrid(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_static_cache_is_refused_with_the_way_out(hybrid, ids):
-    with pytest.raises(ModelError, match="fast_generate"):
-        hybrid.generate(ids, max_new_tokens=2, cache_implementation="static")
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(hybrid, ids):

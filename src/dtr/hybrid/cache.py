@@ -4,6 +4,8 @@ Built on the library's own layers. What is added: a linear layer counts its toke
 all linear still knows its position (the stock cache raises there), and no convolution state is needed to mark a state
 as present. A mixer with a short convolution keeps its last inputs beside the state, one with a window its last keys and
 values.
+
+A static cache has a fixed number of slots, and every tensor stays at its address, as a compiled forward pass needs it.
 """
 
 from __future__ import annotations
@@ -11,34 +13,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, StaticCache
 
 from dtr.arch import HeadGeometry
 
 
 class RecurrentStateLayer(LinearAttentionLayer):
-    """State of one linear layer, with the number of tokens it has seen."""
+    """State of one linear layer, with the number of tokens it has seen.
 
-    # A cache that says it can be compiled makes `generate` hand over a finished 4D mask, which hides the padding
-    # from layers that have no keys to mask.
-    is_compileable = False
+    Args:
+        max_cache_len: slots of the attention layers in a static cache; None in one that grows.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, max_cache_len: int | None = None) -> None:
         super().__init__()
-        self.num_seen_tokens = 0
+        self._max_cache_len = max_cache_len
+        # Every linear layer could be compiled, but `generate` is to compile with a static cache alone.
+        self.is_compileable = max_cache_len is not None
+        # A compiled forward pass would be compiled anew for each value of a Python number.
+        self.num_seen_tokens: Any = 0 if max_cache_len is None else torch.tensor(0)
         self._window: list[torch.Tensor] = []
+
+    @property
+    def has_seen_tokens(self) -> bool:
+        return self.has_previous_state[0]
 
     def read(self) -> torch.Tensor | None:
         """The carried state (B, H, K, V), or None before the first token."""
-        return self.recurrent_states[0] if self.num_seen_tokens else None
+        return self.recurrent_states[0] if self.has_seen_tokens else None
 
     def read_conv(self) -> torch.Tensor | None:
         """The last inputs of a short convolution (B, num, channels), or None before the first token."""
-        return self.conv_states[0] if self.num_seen_tokens else None
+        return self.conv_states[0] if self.has_seen_tokens else None
 
     def read_window(self) -> tuple[torch.Tensor, ...] | None:
         """Keys, values and positions that a window needs, each (B, num, ...), or None before the first token."""
-        return tuple(self._window) if self.num_seen_tokens else None
+        return tuple(self._window) if self.has_seen_tokens else None
 
     def write(
         self,
@@ -48,10 +58,16 @@ class RecurrentStateLayer(LinearAttentionLayer):
         window: tuple[torch.Tensor, ...] = (),
     ) -> None:
         """Replace the state, the last inputs of a short convolution and a window after `num_new_tokens` more tokens."""
+        if self._max_cache_len is not None and not self.has_seen_tokens:
+            self._fix_addresses(state, window)
         if state is not None:
             self.device, self.dtype = state.device, state.dtype  # type: ignore[assignment]
             self.update_recurrent_state(state)
-        self._window = list(window)
+        if self._max_cache_len is None:
+            self._window = list(window)
+        else:
+            for ours, new in zip(self._window, window):
+                ours.copy_(new)
         if conv_inputs is not None:
             if not self.is_conv_states_initialized[0]:
                 self.lazy_initialization(conv_states=conv_inputs)
@@ -59,17 +75,31 @@ class RecurrentStateLayer(LinearAttentionLayer):
             assert kept is not None
             kept.copy_(conv_inputs)
         self.has_previous_state[0] = True
+        # In place where it is a tensor.
         self.num_seen_tokens += num_new_tokens
+
+    def _fix_addresses(self, state: torch.Tensor | None, window: tuple[torch.Tensor, ...]) -> None:
+        """What the library does not: the number of tokens and the window of a static cache stay where they are."""
+        device = window[0].device if state is None else state.device
+        self.num_seen_tokens = self.num_seen_tokens.to(device)
+        self._window = self._window or [torch.empty_like(x) for x in window]
+        if not torch.compiler.is_compiling():
+            for x in (self.num_seen_tokens, *self._window):
+                torch._dynamo.mark_static_address(x)
 
     def get_seq_length(self) -> int:
         return self.num_seen_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self._max_cache_len is not None:
+            return self._max_cache_len, 0
         return self.num_seen_tokens + query_length, 0
 
     def reset(self) -> None:
         super().reset()
-        self.num_seen_tokens, self._window = 0, []
+        self.num_seen_tokens *= 0
+        if self._max_cache_len is None:
+            self._window = []
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -87,20 +117,27 @@ class RecurrentStateLayer(LinearAttentionLayer):
         self._replace(lambda state: state[indices])
 
     def _replace(self, change: Any) -> None:
-        if self.num_seen_tokens:
+        if self.has_seen_tokens:
             for states in (self.recurrent_states, self.conv_states):
                 states[0] = None if states[0] is None else change(states[0])
             self._window = [change(x) for x in self._window]
 
 
 class HybridCache(DynamicCache):
-    """Cache of a hybrid model, from its config: attention layers as the library makes them, ours where linear."""
+    """Cache of a hybrid model, from its config: attention layers as the library makes them, ours where linear.
 
-    def __init__(self, config: Any) -> None:
-        stock = DynamicCache(config=config).layers
-        Cache.__init__(
-            self, layers=[RecurrentStateLayer() if mixer else stock[i] for i, mixer in enumerate(config.mixers)]
-        )
+    Args:
+        config: a hybrid's.
+        max_cache_len: tokens that a static cache holds; None for a cache that grows.
+    """
+
+    def __init__(self, config: Any, max_cache_len: int | None = None) -> None:
+        if max_cache_len is None:
+            stock = DynamicCache(config=config).layers
+        else:
+            stock = StaticCache(config=config, max_cache_len=max_cache_len).layers
+        layers = [RecurrentStateLayer(max_cache_len) if mixer else stock[i] for i, mixer in enumerate(config.mixers)]
+        Cache.__init__(self, layers=layers)
 
     # The stock methods look for an attention layer and raise where there is none; ours all know their length.
     def get_seq_length(self, layer_idx: int = 0) -> int:

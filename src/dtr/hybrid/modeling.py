@@ -94,7 +94,7 @@ class HybridModelMixin(_FamilyModel):
             # In training the library would make a cache of its own, which linear layers cannot use.
             use_cache = not self.training
             past_key_values = None if self.training else self.new_cache()
-        if attention_mask is not None and attention_mask.dim() == 2 and self.linear_layers:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and self.linear_layers:
             kwargs["token_mask"] = attention_mask
         # A classification head knows no such argument.
         if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
@@ -110,22 +110,55 @@ class HybridModelMixin(_FamilyModel):
             **kwargs,
         )
 
-    def new_cache(self) -> HybridCache:
-        """An empty cache for this model."""
-        return HybridCache(self.config)
+    def new_cache(self, max_cache_len: int | None = None) -> HybridCache:
+        """An empty cache for this model, static with slots for `max_cache_len` tokens if that is given."""
+        return HybridCache(self.config, max_cache_len)
 
-    # Releases differ in what follows the first two arguments, and none is needed.
+    # Releases differ in what follows the first two arguments.
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:  # type: ignore[override]
         kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", "hybrid"):
+        if kind not in (None, "dynamic", "hybrid", "static"):
             raise ModelError(
                 "cache_implementation",
                 got=f"'{kind}'",
-                expected="none, or 'dynamic'",
-                hint="A hybrid's states are static anyway; dtr.fast_generate decodes with static keys and values too.",
+                expected="none, 'dynamic' or 'static'",
+                hint="A linear layer's state is small, so there is little to move away or to quantise.",
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        if kind == "static":
+            # The library works out how long it must be and asks `_prepare_static_cache` for it.
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        elif generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
+
+    def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> HybridCache:  # type: ignore[override]
+        # As the library does: never shorter than the last one, whose compiled forward pass can then be used again.
+        self._previous_max_cache_length = max(max_cache_len, getattr(self, "_previous_max_cache_length", 0))
+        return self.new_cache(self._previous_max_cache_length)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As the library's, which for a static cache prepares a 4D mask; the mixers need to know the padding as well."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        is_prepared = inputs.get("attention_mask") is not attention_mask
+        if is_prepared and attention_mask is not None and attention_mask.dim() == 2 and self.linear_layers:
+            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            # Of a fixed size, so that a compiled step stays what it is.
+            inputs["token_mask"] = attention_mask[:, -tokens.shape[1] :].contiguous()
+        return inputs
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Save weights, config and the code to load them without this package; the tokenizer too if it is known."""
