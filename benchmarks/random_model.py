@@ -24,13 +24,13 @@ def main() -> None:
     print(out)
 
 
-def random_model() -> LlamaForCausalLM:
+def random_model(num_layers: int = 30) -> LlamaForCausalLM:
     """SmolLM2-135M's shape, float32 on the CPU."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
+        num_hidden_layers=num_layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=65536 + 4096,

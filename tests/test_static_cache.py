@@ -106,5 +106,5 @@ def test_a_cache_of_ones_own_stays_where_it_is_and_can_be_used_again(prompts):
 
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static", "quantized"])
 def test_other_caches_are_refused_with_what_there_is(kind, prompts):
-    with pytest.raises(ModelError, match="cache_implementation.*'dynamic' or 'static'"):
+    with pytest.raises(ModelError, match=r"cache_implementation.*'dynamic' or 'static'"):
         hybrid_of(pico_teacher(), (0,)).generate(**prompts, **OPTIONS, cache_implementation=kind)

@@ -144,7 +144,7 @@ class HybridModelMixin(_FamilyModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As the library's, which for a static cache prepares a 4D mask; the mixers need to know the padding as well."""
+        """As the library's, which prepares a 4D mask for a static cache; the mixers need the padding as well."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -82,10 +82,9 @@ class AttentionBlock:
 
     def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
         g, num_tokens = self._geometry, hidden_BTD.shape[1]
-        sizes = [n * g.head_dim for n in (g.num_heads, g.num_kv_heads, g.num_kv_heads)]
-        parts = _project(hidden_BTD, self._weight, self._bias, sizes)
-        q, k, v = (x.unflatten(-1, (-1, g.head_dim)) for x in parts)
-        q, k = _rotate(q, k, prompt, self._norms, unit_length=False)
+        heads = F.linear(hidden_BTD, self._weight, self._bias).unflatten(-1, (-1, g.head_dim))
+        q, k, v = heads.split([g.num_heads, g.num_kv_heads, g.num_kv_heads], dim=2)
+        q, k = _rotate(q, k, prompt, self._norms)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         self.keys_BGSK[rows, :, :num_tokens], self.values_BGSK[rows, :, :num_tokens] = k, v
         mask = prompt.seen_B1TT
@@ -104,16 +103,18 @@ class DeltaBlock:
         parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.decay_proj, mixer.write_proj)
         weight, bias = stacked(parts)
         assert bias is not None, "the gates have biases"
-        # The narrow gates of decay and write strength come out of one product.
-        self._sizes = [mixer.q_proj.out_features] * 4 + [2 * mixer.num_heads]
-        self._width = sum(self._sizes)
+        self._width = len(weight)
         # Rows of an odd width would keep matrix products and loads off their fast, aligned forms.
         padding = -self._width % _ALIGNED_COLUMNS
         self._weight, self._bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
-        self._out, self._norms, self._head_dim = mixer.o_proj, _norms(mixer, g), g.head_dim
+        self._out, self._norms = mixer.o_proj, _norms(mixer, g)
         self._first_token = mixer.first_token
         shape = (batch, mixer.num_heads, g.head_dim, g.head_dim)
         self.state_BHKV = self._weight.new_zeros(shape, dtype=torch.float32)
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The joined input projections (..., columns), with some columns of padding at the end."""
+        return F.linear(hidden, self._weight, self._bias)
 
     def fill_randomly(self) -> None:
         self.state_BHKV.normal_(std=0.1)
@@ -122,23 +123,19 @@ class DeltaBlock:
         return self.state_BHKV.numel() * self.state_BHKV.element_size()
 
     def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
-        rows = F.linear(hidden_BD, self._weight, self._bias)[:, : self._width]
+        rows = self.project(hidden_BD)[:, : self._width]
         return self._out(decoding.delta_step(rows, at.cos_BK, at.sin_BK, self.state_BHKV, self._norms))
 
     def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
-        weight, bias = self._weight[: self._width], self._bias[: self._width]
-        *heads, gate, narrow = _project(hidden_BTD, weight, bias, self._sizes)
-        decay, write = narrow.float().chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (-1, self._head_dim)) for x in heads)
-        q, k = _rotate(q, k, prompt, self._norms, unit_length=True)
-        log_decay, strength = -F.softplus(decay), torch.sigmoid(write)
-        if prompt.token_mask_BT is not None:
-            log_decay, strength = (x * prompt.token_mask_BT[..., None] for x in (log_decay, strength))
-        out, state = decoding.delta_prompt(q, k, v, log_decay, strength)
+        out, state = decoding.delta_prompt(
+            self.project(hidden_BTD),
+            *prompt.rotary,
+            num_heads=self.state_BHKV.shape[1],
+            token_mask_BT=prompt.token_mask_BT,
+            norms=self._norms,
+        )
         self.state_BHKV[rows] = state
-        width = self._sizes[2]
-        out = decoding.gated_product(gate.reshape(-1, width), out.reshape(-1, width), activation="identity_gate")
-        out = self._out(out.view(*hidden_BTD.shape[:2], width))
+        out = self._out(out)
         return out if self._first_token is None else self._first_token(hidden_BTD, out, prompt.token_mask_BT)
 
 
@@ -200,21 +197,13 @@ def _norms(module: Any, geometry: HeadGeometry) -> HeadNorms | None:
     return HeadNorms(query=module.q_norm.weight, key=module.k_norm.weight, eps=geometry.norm_eps)
 
 
-def _project(
-    hidden_BTD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sizes: list[int]
-) -> list[torch.Tensor]:
-    """One product per part, so that each part is contiguous."""
-    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-    return [F.linear(hidden_BTD, w, b) for w, b in zip(weight.split(sizes), biases)]
-
-
 def _rotate(
-    q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, prompt: Prompt, norms: HeadNorms | None, *, unit_length: bool
+    q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, prompt: Prompt, norms: HeadNorms | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     eps = 0.0 if norms is None else norms.eps
     weights = (None, None) if norms is None else (norms.query, norms.key)
     q, k = (
-        decoding.rotate_heads(x, *prompt.rotary, norm_weight=weight, eps=eps, unit_length=unit_length)
+        decoding.rotate_heads(x, *prompt.rotary, norm_weight=weight, eps=eps)
         for x, weight in zip((q_BTHK, k_BTGK), weights)
     )
     return q, k

@@ -148,12 +148,62 @@ def rotate_heads(
 
 
 def delta_prompt(
-    q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, g_BTH: torch.Tensor, beta_BTH: torch.Tensor
+    rows_BTC: torch.Tensor,
+    cos_BTK: torch.Tensor,
+    sin_BTK: torch.Tensor,
+    *,
+    num_heads: int,
+    token_mask_BT: torch.Tensor | None = None,
+    norms: HeadNorms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gated delta rule over a prompt from a state of zeros, scale 1: output (B, T, H, V) and the last state."""
-    if kernels := _kernels(q_BTHK, "gated_delta_prefill"):
-        return kernels.prefill(q_BTHK, k_BTHK, v_BTHK, g_BTH, beta_BTH, scale=1.0)
-    return gated_delta_rule(q_BTHK, k_BTHK, v_BTHK, g_BTH, beta_BTH, scale=1.0)
+    """A prompt through a `GatedDeltaNet` layer between its input projections and its output projection.
+
+    Args:
+        rows_BTC: as the rows of `delta_step`, perhaps with further columns that are not read.
+        cos_BTK: cosines of each token's position, (B or 1, T, K); `sin_BTK` likewise.
+        num_heads: H.
+        token_mask_BT: 0 where a token is padding, which leaves the state as it is.
+        norms: norms of queries and keys, where the family has them.
+
+    Returns:
+        The gated heads (B, T, H K) in the type of the rows, and the last state (B, H, K, V) in float32.
+    """
+    options: dict[str, Any] = {"num_heads": num_heads, "token_mask_BT": token_mask_BT, "norms": norms}
+    kernels = _kernels(rows_BTC, "delta_prompt_triton")
+    if kernels and kernels.supports(rows_BTC, cos_BTK.shape[-1]):
+        return kernels.prompt(rows_BTC, cos_BTK, sin_BTK, **options)
+    return delta_prompt_in_parts(rows_BTC, cos_BTK, sin_BTK, **options)
+
+
+def delta_prompt_in_parts(
+    rows_BTC: torch.Tensor,
+    cos_BTK: torch.Tensor,
+    sin_BTK: torch.Tensor,
+    *,
+    num_heads: int,
+    token_mask_BT: torch.Tensor | None = None,
+    norms: HeadNorms | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `delta_prompt`, one operation after the other, each by its kernel where there is one."""
+    dim, width = cos_BTK.shape[-1], num_heads * cos_BTK.shape[-1]
+    sizes = [width] * 4 + [num_heads] * 2
+    *heads, gate, decay, write = rows_BTC[..., : sum(sizes)].split(sizes, dim=-1)
+    q, k, v = (x.unflatten(-1, (num_heads, dim)) for x in heads)
+    eps = 0.0 if norms is None else norms.eps
+    weights = (None, None) if norms is None else (norms.query, norms.key)
+    q, k = (
+        rotate_heads(x, cos_BTK, sin_BTK, norm_weight=weight, eps=eps, unit_length=True)
+        for x, weight in zip((q, k), weights)
+    )
+    log_decay, strength = -F.softplus(decay.float()), torch.sigmoid(write.float())
+    if token_mask_BT is not None:
+        log_decay, strength = (x * token_mask_BT[..., None] for x in (log_decay, strength))
+    if kernels := _kernels(q, "gated_delta_prefill"):
+        out, state = kernels.prefill(q, k, v, log_decay, strength, scale=1.0)
+    else:
+        out, state = gated_delta_rule(q, k, v, log_decay, strength, scale=1.0)
+    out = gated_product(gate.flatten(0, 1), out.reshape(-1, width), activation="identity_gate")
+    return out.view(*rows_BTC.shape[:2], width), state
 
 
 def gated_product(gate: torch.Tensor, x: torch.Tensor, *, activation: str) -> torch.Tensor:

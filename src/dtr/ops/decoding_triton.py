@@ -169,28 +169,28 @@ def _merge_parts(part_ptr, top_ptr, sum_ptr, out_ptr, NUM: tl.constexpr, PARTS: 
 
 @triton.jit(do_not_specialize=["num_rows", "T"])
 def _rotate_heads(
-    x_ptr, cos_ptr, sin_ptr, norm_ptr, out_ptr, eps, num_rows, T, cos_batch_stride, H: tl.constexpr, K: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, norm_ptr, out_ptr, eps, num_rows, T, x_stride, cos_batch_stride, H: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R / BLOCK): rows of a contiguous (B T H, K) view; cos and sin are (B or 1, T, K)."""
+    """Grid (R / BLOCK): heads (B T H, K), tokens `x_stride` apart; cos and sin are (B or 1, T, K)."""
     r, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K)
     partner = (i + K // 2) % K
     valid = (r < num_rows)[:, None]
-    at = r.to(tl.int64)[:, None] * K
+    token = r // H
+    at = token.to(tl.int64)[:, None] * x_stride + (r % H)[:, None] * K
     x = tl.load(x_ptr + at + i[None, :], mask=valid, other=0.0).to(tl.float32)
     other = tl.load(x_ptr + at + partner[None, :], mask=valid, other=0.0).to(tl.float32)
     if HAS_NORM:
         inverse = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / K + eps))[:, None]
         x *= inverse * tl.load(norm_ptr + i).to(tl.float32)[None, :]
         other *= inverse * tl.load(norm_ptr + partner).to(tl.float32)[None, :]
-    token = r // H
     angle = ((token // T).to(tl.int64) * cos_batch_stride + (token % T) * K)[:, None] + i[None, :]
     cos = tl.load(cos_ptr + angle, mask=valid, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=valid, other=0.0).to(tl.float32)
     x = x * cos + tl.where(i < K // 2, -1.0, 1.0)[None, :] * other * sin
     if UNIT:
         x /= tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)[:, None]
-    tl.store(out_ptr + at + i[None, :], x.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + r.to(tl.int64)[:, None] * K + i[None, :], x.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -295,15 +295,18 @@ def rotate_heads(
     eps: float,
     unit_length: bool,
 ) -> torch.Tensor:
-    _, T, H, K = x_BTHK.shape
-    x, cos, sin = x_BTHK.contiguous(), cos_BTK.contiguous(), sin_BTK.contiguous()
-    out = torch.empty_like(x)
+    B, T, H, K = x_BTHK.shape
+    # Heads may be a part of wider rows.
+    is_row = x_BTHK.stride(3) == 1 and x_BTHK.stride(2) == K and (B == 1 or x_BTHK.stride(0) == T * x_BTHK.stride(1))
+    x = x_BTHK if is_row else x_BTHK.contiguous()
+    cos, sin = cos_BTK.contiguous(), sin_BTK.contiguous()
+    out = x.new_empty(x.shape)
     num_rows = x.numel() // K
     block = max(1, 4096 // K)
     with torch.cuda.device_of(x):
         _rotate_heads[(triton.cdiv(num_rows, block),)](
             x, cos, sin, x if norm_weight is None else norm_weight, out, eps, num_rows, T,
-            cos.stride(0) if len(cos) > 1 else 0, H=H, K=K, BLOCK=block, HAS_NORM=norm_weight is not None,
+            x.stride(1), cos.stride(0) if len(cos) > 1 else 0, H=H, K=K, BLOCK=block, HAS_NORM=norm_weight is not None,
             UNIT=unit_length, num_warps=4,
         )  # fmt: skip
     return out

@@ -1,0 +1,134 @@
+"""A prompt through a `GatedDeltaNet` layer, from its joined projections to its gated outputs, in two kernels.
+
+`delta_prompt_kernels.py` has the maths. A prompt of few sequences is cut into segments that are scanned at once, as in
+`gated_delta_prefill.py`.
+
+Shapes: B batch, T tokens, H heads, K head dim, N chunks of 64 tokens, P segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from dtr.ops.backend import TRITON_DTYPES
+from dtr.ops.delta_prompt_kernels import chunk_maps, prompt_scan
+from dtr.ops.gated_delta_kernels import carry_segments
+
+if TYPE_CHECKING:
+    from dtr.ops.decoding import HeadNorms
+
+HEAD_DIMS = (16, 32, 64)
+"""What fits into registers; larger heads take `gated_delta_prefill`."""
+_CHUNK_TOKENS = 64
+_MIN_SEGMENT_CHUNKS = 8
+_MAX_SEGMENTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How the kernels are cut for a machine."""
+
+    map_warps: int = 4
+    map_registers: int | None = 128
+    """Most registers a thread: the fewer, the more programs at a time."""
+    scan_columns: int = 16
+    """Columns of a state that a program carries."""
+    scan_warps: int = 2
+    scan_stages: int = 3
+    """Chunks that are on their way from memory."""
+    full: int = 96
+    """Sequences times heads from which on the prompt is not cut into segments."""
+    segments: int | None = None
+    """Segments, whatever there is to fill the GPU."""
+
+
+DEFAULT = Tuning()
+
+
+def supports(rows_BTC: torch.Tensor, head_dim: int) -> bool:
+    return head_dim in HEAD_DIMS and rows_BTC.dtype in TRITON_DTYPES
+
+
+@torch.no_grad()
+def prompt(
+    rows_BTC: torch.Tensor,
+    cos_BTK: torch.Tensor,
+    sin_BTK: torch.Tensor,
+    *,
+    num_heads: int,
+    token_mask_BT: torch.Tensor | None = None,
+    norms: HeadNorms | None = None,
+    tuning: Tuning = DEFAULT,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `dtr.ops.decoding.delta_prompt`, for head dims of `HEAD_DIMS`."""
+    maps = map_chunks(
+        rows_BTC, cos_BTK, sin_BTK, num_heads=num_heads, token_mask_BT=token_mask_BT, norms=norms, tuning=tuning
+    )
+    return scan_chunks(rows_BTC, maps, num_heads=num_heads, tuning=tuning)
+
+
+def map_chunks(
+    rows_BTC: torch.Tensor,
+    cos_BTK: torch.Tensor,
+    sin_BTK: torch.Tensor,
+    *,
+    num_heads: int,
+    token_mask_BT: torch.Tensor | None = None,
+    norms: HeadNorms | None = None,
+    tuning: Tuning = DEFAULT,
+) -> list[torch.Tensor]:
+    """What each chunk makes of the state before it: P, N^T, X, Y^T (B H, N, ...) and the decay over it (B H, N)."""
+    assert rows_BTC.stride(2) == 1, "a row's projections lie side by side"
+    assert rows_BTC.stride(0) == rows_BTC.shape[1] * rows_BTC.stride(1), "rows follow on each other"
+    B, T, K, H = *rows_BTC.shape[:2], cos_BTK.shape[-1], num_heads
+    N, C = triton.cdiv(T, _CHUNK_TOKENS), _CHUNK_TOKENS
+    rows, cos, sin = rows_BTC, cos_BTK.contiguous(), sin_BTK.contiguous()
+    p, n, x, y = (rows.new_empty(B * H, N, *size) for size in ((K, K), (K, K), (C, K), (K, C)))
+    total = rows.new_empty(B * H, N, dtype=torch.float32)
+    mask = rows if token_mask_BT is None else token_mask_BT.to(torch.int32).contiguous()
+    q_norm, k_norm, eps = (rows, rows, 0.0) if norms is None else (norms.query, norms.key, norms.eps)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(rows):
+        chunk_maps[(N, B * H)](
+            rows, cos, sin, mask, q_norm, k_norm, p, n, x, y, total, eps, T, rows.stride(1),
+            cos.stride(0) if len(cos) > 1 else 0, H=H, K=K, HAS_NORM=norms is not None,
+            HAS_MASK=token_mask_BT is not None, num_warps=tuning.map_warps, maxnreg=tuning.map_registers,
+        )  # fmt: skip
+    return [p, n, x, y, total]
+
+
+def scan_chunks(
+    rows_BTC: torch.Tensor, maps: list[torch.Tensor], *, num_heads: int, tuning: Tuning = DEFAULT
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gated outputs (B, T, H K) and the last state (B, H, K, K) in float32, from a state of zeros."""
+    (B, T), H, (_, N, K, _) = rows_BTC.shape[:2], num_heads, maps[0].shape
+    out = rows_BTC.new_empty(B, T, H * K)
+    length = triton.cdiv(N, tuning.segments or _num_segments(B * H, N, tuning.full))
+    P = triton.cdiv(N, length)
+    columns = min(K, tuning.scan_columns)
+
+    def scan(initial: torch.Tensor | None, last: torch.Tensor) -> None:
+        affine = last.shape[-1] > K
+        prompt_scan[(last.shape[-1] // columns, B * H, P)](
+            rows_BTC, *maps, last if initial is None else initial, last, out, T, N, length, rows_BTC.stride(1),
+            H=H, K=K, BV=columns, HAS_INITIAL=initial is not None, AFFINE=affine, num_warps=tuning.scan_warps,
+            num_stages=tuning.scan_stages,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(rows_BTC):
+        initial = None
+        if P > 1:
+            initial, affine = (rows_BTC.new_empty(B * H, P, K, w, dtype=torch.float32) for w in (K, 2 * K))
+            scan(None, affine)
+            carry_segments[(B * H, K // 16)](affine, initial, P, K=K, V=K, BV=16, num_warps=4, num_stages=1)
+        last = rows_BTC.new_empty(B * H, P, K, K, dtype=torch.float32)
+        scan(initial, last)
+    return out, last[:, -1].reshape(B, H, K, K)
+
+
+def _num_segments(num_sequences: int, num_chunks: int, full: int) -> int:
+    return max(1, min(_MAX_SEGMENTS, full // num_sequences, num_chunks // _MIN_SEGMENT_CHUNKS))
