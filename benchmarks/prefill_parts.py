@@ -1,6 +1,6 @@
 """Where a hybrid's prefill spends its time, and how the kernels of its Gated DeltaNet layers are best cut.
 
-Random weights of SmolLM2-135M's shape, 27 of 30 layers Gated DeltaNet. Prints one JSON line per result: parts of a layer
+Random weights of SmolLM2-135M's shape, 27 of 30 layers Gated DeltaNet. One JSON line per result: parts of a layer
 and their errors against float32, each kernel in several cuts, and the whole prefill of teacher and hybrid.
 
     python benchmarks/prefill_parts.py

@@ -134,6 +134,30 @@ def check_prefill(case: Case, *, num_tokens: int, segments: int, tolerance: floa
         assert float((got.cpu().double() - expected).norm() / expected.norm()) < tolerance
 
 
+def check_delta_prompt(case: Case, *, num_tokens: int, tolerance: float, **cut: int) -> None:
+    """Against the plain form in float32, with correlated keys and little decay, padding on the left and norms."""
+    from dtr.ops.delta_prompt_triton import Tuning, prompt
+
+    width = case.heads * case.dim
+    rows = case.randn(case.batch, num_tokens, 4 * width + 2 * case.heads + 6)
+    common = case.randn(case.batch, 1, width)
+    rows[..., width : 2 * width] = common + 0.3 * rows[..., width : 2 * width]
+    rows[..., 4 * width : 4 * width + case.heads] -= 5.0
+    angles = torch.arange(num_tokens)[:, None] * torch.logspace(-1, -4, case.dim // 2)
+    cos, sin = (torch.cat([x, x], dim=-1)[None].to(case.device, case.dtype) for x in (angles.cos(), angles.sin()))
+    mask = torch.ones(case.batch, num_tokens, dtype=torch.long, device=case.device)
+    mask[0, : num_tokens // 3] = 0
+    for token_mask, norms, tables in ((None, None, 1), (mask, case.norms, case.batch)):
+        given = {"num_heads": case.heads, "token_mask_BT": token_mask, "norms": norms}
+        tables = [x.expand(tables, -1, -1) for x in (cos, sin)]
+        got = prompt(rows, *tables, **given, tuning=Tuning(**cut))
+        given |= {"token_mask_BT": None if token_mask is None else token_mask.cpu(), "norms": on_cpu(norms)}
+        want = decoding.delta_prompt_in_parts(rows.cpu().float(), *(x.cpu().float() for x in tables), **given)
+        real = slice(None) if token_mask is None else token_mask.bool()
+        for ours, exact in ((got[0][real], want[0][real]), (got[1], want[1])):
+            assert float((ours.cpu().float() - exact).norm() / exact.norm()) < tolerance
+
+
 def on_cpu(norms: HeadNorms | None) -> HeadNorms | None:
     return None if norms is None else HeadNorms(query=norms.query.cpu(), key=norms.key.cpu(), eps=norms.eps)
 
@@ -185,6 +209,18 @@ def test_prefill_in_segments_on_the_gpu(num_tokens: int, segments: int, dim: int
     check_prefill(case, num_tokens=num_tokens, segments=segments, tolerance=tolerance)
 
 
+@pytest.mark.gpu
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("cut", [{}, {"segments": 7}, {"scan_columns": 32, "scan_warps": 4}], ids=str)
+def test_a_prompt_through_a_layer_on_the_gpu(dim: int, dtype: torch.dtype, cut: dict[str, int]) -> None:
+    case = Case(dim=dim, dtype=dtype, device="cuda")
+    for num_tokens in (7, 3000):
+        check_delta_prompt(case, num_tokens=num_tokens, tolerance=5e-2 if dtype == torch.bfloat16 else 1e-3, **cut)
+
+
 @needs_triton
 @pytest.mark.timeout(240)
 def test_in_the_interpreter() -> None:
@@ -202,6 +238,10 @@ def run_interpreted() -> None:
     check_all(case, 1e-5)
     check_prefill(case, num_tokens=330, segments=3, tolerance=1e-5)
     check_prefill(case, num_tokens=70, segments=1, tolerance=1e-5)
+    few = Case(dim=16, dtype=torch.float32, device="cpu", batch=2)
+    few.heads = 2
+    check_delta_prompt(few, num_tokens=150, segments=2, tolerance=1e-5)
+    check_delta_prompt(few, num_tokens=40, tolerance=1e-5)
 
 
 if __name__ == "__main__":
