@@ -140,9 +140,12 @@ def layer_parts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iter
         "output projection": lambda: layer.self_attn.o_proj(out),
         "norm": lambda: F.rms_norm(hidden, hidden.shape[-1:], layer.input_layernorm.weight, 1e-5),
         "residual": lambda: hidden + hidden,
-        "gate and up": lambda: F.linear(hidden, torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
+        "residual and norm": lambda: decoding.add_and_norm(hidden, hidden, layer.input_layernorm.weight, 1e-5),
     }
     gate_up = hidden.new_ones(batch * num_tokens, 2 * hybrid.config.intermediate_size)
+    pair = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+    work["gate and up"] = lambda: F.linear(hidden, pair)
+    work["gate, up and their product"] = lambda: decoding.gated_pair(hidden.flatten(0, 1), pair, None)
     work["down"] = lambda: layer.mlp.down_proj(gate_up[:, : hybrid.config.intermediate_size])
     work["gated product"] = lambda: decoding.gated_product(*gate_up.chunk(2, dim=1), activation="silu")
     for name, one in work.items():
@@ -180,14 +183,29 @@ def cuts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[di
     for warps, registers in ((2, 168), (2, None), (4, 96), (4, 128), (4, 168), (4, None), (8, 96), (8, 128)):
         cut = kernels.Tuning(map_warps=warps, map_registers=registers)
         yield from one_cut("maps", cut, lambda cut=cut: kernels.map_chunks(*args, **options, tuning=cut))
+    yield from pair_cuts(hybrid, batch * num_tokens)
     shapes = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
     for (columns, warps), stages, segments in itertools.product(shapes, (2, 3), (1, 2, 4)):
         cut = kernels.Tuning(scan_columns=columns, scan_warps=warps, scan_stages=stages, segments=segments)
         yield from one_cut("scan", cut, lambda cut=cut: kernels.scan_chunks(args[0], maps, **options, tuning=cut))
 
 
+def pair_cuts(hybrid: Any, num_rows: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of the gated MLP's first half, cut in different ways."""
+    from dtr.ops import mlp_triton as kernels
+
+    mlp = hybrid.model.layers[0].mlp
+    weight = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    x = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    for rows, columns, warps, stages in (
+        (128, 128, 8, 3), (128, 128, 8, 4), (128, 64, 4, 3), (128, 64, 8, 4), (256, 64, 8, 3), (64, 128, 4, 4),
+    ):  # fmt: skip
+        cut = kernels.Tiles(rows=rows, columns=columns, warps=warps, stages=stages)
+        yield from one_cut("pair", cut, lambda cut=cut: kernels.gated_pair(x, weight, cut))
+
+
 def one_cut(kernel: str, cut: Any, work: Callable[[], Any]) -> Iterator[dict[str, Any]]:
-    names = ("map",) if kernel == "maps" else ("scan", "segments")
+    names = {"maps": ("map",), "scan": ("scan", "segments")}.get(kernel, ("rows", "columns", "warps", "stages"))
     described = {key: value for key, value in dataclasses.asdict(cut).items() if key.startswith(names)}
     try:
         yield {"kernel": kernel, **described, "ms": milliseconds(work)}

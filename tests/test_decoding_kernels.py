@@ -117,6 +117,24 @@ def check_gated_product(case: Case, tolerance: float) -> None:
         close(got, decoding.gated_product(gate.cpu(), x.cpu(), activation=activation), tolerance)
 
 
+def check_gated_pair(case: Case, tolerance: float) -> None:
+    from dtr.ops import mlp_triton
+
+    x, weight = case.randn(70, 128), 0.1 * case.randn(128, 128)
+    tiles = mlp_triton.Tiles(rows=64, columns=32, warps=4)
+    got = mlp_triton.gated_pair(x, weight, tiles)
+    close(got, decoding.gated_pair(x.cpu(), weight.cpu(), None), tolerance)
+
+
+def check_add_and_norm(case: Case, tolerance: float) -> None:
+    from dtr.ops import mlp_triton
+
+    hidden, update, weight = case.randn(2, 3, 72), case.randn(2, 3, 72), case.randn(72)
+    got = mlp_triton.add_and_norm(hidden, update, weight, 1e-5)
+    for ours, plain in zip(got, decoding.add_and_norm(hidden.cpu(), update.cpu(), weight.cpu(), 1e-5)):
+        close(ours, plain, tolerance)
+
+
 def check_prefill(case: Case, *, num_tokens: int, segments: int, tolerance: float) -> None:
     from dtr.ops.gated_delta_prefill import prefill
 
@@ -175,6 +193,8 @@ def check_all(case: Case, tolerance: float) -> None:
     check_plain_step(case, tolerance)
     check_rotate_heads(case, tolerance=tolerance)
     check_gated_product(case, tolerance)
+    check_gated_pair(case, tolerance)
+    check_add_and_norm(case, tolerance)
 
 
 @pytest.mark.gpu

@@ -182,11 +182,14 @@ class Decoder:
             seen = seen | torch.eye(num_tokens, dtype=torch.bool, device=mask.device)
             prompt = Prompt(rotary=(self._cos[positions], self._sin[positions]), token_mask_BT=mask, seen_B1TT=seen)
         hidden = F.embedding(ids_BT, self._embedding)
-        for around, block in zip(self._around, self._blocks):
-            normed = F.rms_norm(hidden, hidden.shape[-1:], around.mixing_norm, around.norm_eps)
-            hidden = hidden + block.prefill(normed, prompt, rows)
-            hidden = hidden + _mlp(hidden.flatten(0, 1), around).view_as(hidden)
-        return self._lm_head(F.rms_norm(hidden[:, -1], hidden.shape[-1:], self._norm, self._eps))
+        normed = F.rms_norm(hidden, hidden.shape[-1:], self._around[0].mixing_norm, self._eps)
+        next_norms = [*(around.mixing_norm for around in self._around[1:]), self._norm]
+        for around, block, next_norm in zip(self._around, self._blocks, next_norms):
+            mixed = block.prefill(normed, prompt, rows)
+            hidden, normed = decoding.add_and_norm(hidden, mixed, around.mlp_norm, around.norm_eps)
+            update = _mlp(normed.flatten(0, 1), around).view_as(hidden)
+            hidden, normed = decoding.add_and_norm(hidden, update, next_norm, around.norm_eps)
+        return self._lm_head(normed[:, -1])
 
     def _step(self) -> None:
         at = Step(
@@ -199,7 +202,8 @@ class Decoder:
         for around, block in zip(self._around, self._blocks):
             normed = F.rms_norm(hidden, hidden.shape[-1:], around.mixing_norm, around.norm_eps)
             hidden = hidden + block.step(normed, at)
-            hidden = hidden + _mlp(hidden, around)
+            normed = F.rms_norm(hidden, hidden.shape[-1:], around.mlp_norm, around.norm_eps)
+            hidden = hidden + _mlp(normed, around)
         self.logits_BV = self._lm_head(F.rms_norm(hidden, hidden.shape[-1:], self._norm, self._eps))
         self.token_B.copy_(self.logits_BV.argmax(-1))
         self._position_B += 1
@@ -260,7 +264,5 @@ def _check_head_dim(head_dim: int, device: torch.device) -> None:
         )
 
 
-def _mlp(hidden_RD: torch.Tensor, around: Any) -> torch.Tensor:
-    normed = F.rms_norm(hidden_RD, hidden_RD.shape[-1:], around.mlp_norm, around.norm_eps)
-    gate, up = F.linear(normed, *around.gate_up).chunk(2, dim=-1)
-    return F.linear(decoding.gated_product(gate, up, activation="silu"), *around.down)
+def _mlp(normed: torch.Tensor, around: Any) -> torch.Tensor:
+    return F.linear(decoding.gated_pair(normed, *around.gate_up), *around.down)

@@ -215,6 +215,25 @@ def gated_product(gate: torch.Tensor, x: torch.Tensor, *, activation: str) -> to
     return (opened * x.float()).to(x.dtype)
 
 
+def add_and_norm(
+    hidden_BTD: torch.Tensor, update_BTD: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`hidden + update`, and its RMS norm with a weight (D,)."""
+    if kernels := _kernels(hidden_BTD, "mlp_triton"):
+        return kernels.add_and_norm(hidden_BTD, update_BTD, weight, eps)
+    hidden = hidden_BTD + update_BTD
+    return hidden, F.rms_norm(hidden, hidden.shape[-1:], weight, eps)
+
+
+def gated_pair(x_RD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`silu(gate) * up` (R, C) of a gated MLP, from weight (2 C, D) and bias of gate and up, one below the other."""
+    kernels = _kernels(x_RD, "mlp_triton")
+    if kernels and kernels.supports(x_RD, weight, bias):
+        return kernels.gated_pair(x_RD, weight)
+    gate, up = F.linear(x_RD, weight, bias).chunk(2, dim=-1)
+    return gated_product(gate, up, activation="silu")
+
+
 def _rotated(
     q_BHK: torch.Tensor, k_BGK: torch.Tensor, cos_BK: torch.Tensor, sin_BK: torch.Tensor, norms: HeadNorms | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
