@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dtr.ops.gated_delta_kernels import _decay, _dot, _inverse_of_unit_lower
+from dtr.ops.gated_delta_kernels import _decay, _dot, _inverses_of_blocks, _merge_blocks
 
 
 @triton.jit
@@ -71,6 +71,19 @@ def _gates(row_ptr, mask_ptr, tokens, valid, stride, H: tl.constexpr, HAS_MASK: 
     return tl.where(counts, -softplus, 0.0), tl.where(counts, _logistic(write), 0.0)
 
 
+@triton.jit
+def _two_inverses(a, b):
+    """(I + a)^-1 and (I + b)^-1 for strictly lower triangular a and b (32, 32): one substitution serves both."""
+    half = tl.arange(0, 2)
+    same = half[None, :, None, None, None] == half[None, None, None, :, None]
+    both = tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), [2, 2, 16, 2, 16])
+    diagonal = tl.reshape(tl.sum(tl.where(same, both, 0.0), axis=3), [4, 16, 16])
+    x = tl.reshape(_inverses_of_blocks(diagonal, 4), [2, 2, 16, 1, 16])
+    x = tl.reshape(tl.where(same, x, 0.0), [2, 32, 32])
+    x_a, x_b = tl.split(tl.permute(x, (1, 2, 0)))
+    return _merge_blocks(x_a, a), _merge_blocks(x_b, b)
+
+
 @triton.jit(do_not_specialize=["T"])
 def chunk_maps(
     rows_ptr, cos_ptr, sin_ptr, mask_ptr, q_norm_ptr, k_norm_ptr, p_ptr, n_ptr, x_ptr, y_ptr, total_ptr, eps, T,
@@ -110,8 +123,10 @@ def chunk_maps(
 
     strict = i[:, None] > i[None, :]
     across = tl.exp(cum_1[:, None] - cum_0[None, :])
-    t_00 = _inverse_of_unit_lower(beta_0[:, None] * _decay(cum_0, cum_0, strict) * _dot(k_0, side_0))
-    t_11 = _inverse_of_unit_lower(beta_1[:, None] * _decay(cum_1, cum_1, strict) * _dot(k_1, side_1))
+    t_00, t_11 = _two_inverses(
+        beta_0[:, None] * _decay(cum_0, cum_0, strict) * _dot(k_0, side_0),
+        beta_1[:, None] * _decay(cum_1, cum_1, strict) * _dot(k_1, side_1),
+    )
     t_10 = -_dot(_dot(t_11, beta_1[:, None] * across * _dot(k_1, side_0)), t_00)
     t_00, t_10, t_11 = t_00.to(dtype), t_10.to(dtype), t_11.to(dtype)
 
