@@ -145,7 +145,8 @@ class HybridModelMixin(_FamilyModel):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As the library's, which prepares a 4D mask for a static cache; the mixers need the padding as well."""
-        inputs = super().prepare_inputs_for_generation(
+        library: Any = super()
+        inputs = library.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,

@@ -1,4 +1,4 @@
-"""A prompt through a `GatedDeltaNet` layer, from its joined projections to its gated outputs, in two kernels.
+"""A prompt through a `GatedDeltaNet` layer, from its joined projections to its gated outputs.
 
 `delta_prompt_kernels.py` has the maths. A prompt of few sequences is cut into segments that are scanned at once, as in
 `gated_delta_prefill.py`.
@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import triton
+from torch.nn import functional as F
 
 from dtr.ops.backend import TRITON_DTYPES
+from dtr.ops.decoding_triton import rotate_heads
 from dtr.ops.delta_prompt_kernels import chunk_maps, prompt_scan
-from dtr.ops.gated_delta_kernels import carry_segments
+from dtr.ops.gated_delta_kernels import carry_segments, chunk_inverse
 
 if TYPE_CHECKING:
     from dtr.ops.decoding import HeadNorms
@@ -33,14 +35,12 @@ class Tuning:
     """How the kernels are cut for a machine."""
 
     map_warps: int = 4
-    map_registers: int | None = 128
-    """Most registers a thread: the fewer, the more programs at a time."""
     scan_columns: int = 16
     """Columns of a state that a program carries."""
-    scan_warps: int = 2
+    scan_warps: int = 4
     scan_stages: int = 3
     """Chunks that are on their way from memory."""
-    full: int = 96
+    full: int = 72
     """Sequences times heads from which on the prompt is not cut into segments."""
     segments: int | None = None
     """Segments, whatever there is to fill the GPU."""
@@ -83,20 +83,26 @@ def map_chunks(
 ) -> list[torch.Tensor]:
     """What each chunk makes of the state before it: P, N^T, X, Y^T (B H, N, ...) and the decay over it (B H, N)."""
     assert rows_BTC.stride(2) == 1, "a row's projections lie side by side"
-    assert rows_BTC.stride(0) == rows_BTC.shape[1] * rows_BTC.stride(1), "rows follow on each other"
     B, T, K, H = *rows_BTC.shape[:2], cos_BTK.shape[-1], num_heads
     N, C = triton.cdiv(T, _CHUNK_TOKENS), _CHUNK_TOKENS
-    rows, cos, sin = rows_BTC, cos_BTK.contiguous(), sin_BTK.contiguous()
-    p, n, x, y = (rows.new_empty(B * H, N, *size) for size in ((K, K), (K, K), (C, K), (K, C)))
+    rows, sizes = rows_BTC, [H * K] * 4 + [H] * 2
+    q, k, _, _, decay, write = rows[..., : sum(sizes)].split(sizes, dim=-1)
+    eps, weights = (0.0, (None, None)) if norms is None else (norms.eps, (norms.query, norms.key))
+    q, k = (
+        rotate_heads(x.unflatten(-1, (H, K)), cos_BTK, sin_BTK, weight, eps, True) for x, weight in zip((q, k), weights)
+    )
+    g, beta = -F.softplus(decay.float()), torch.sigmoid(write.float())
+    if token_mask_BT is not None:
+        g, beta = (x * token_mask_BT[..., None] for x in (g, beta))
+    p, n, x, y, inverses = (rows.new_empty(B * H, N, *size) for size in ((K, K), (K, K), (C, K), (K, C), (C, C)))
+    cum = rows.new_empty(B * H, N, C, dtype=torch.float32)
     total = rows.new_empty(B * H, N, dtype=torch.float32)
-    mask = rows if token_mask_BT is None else token_mask_BT.to(torch.int32).contiguous()
-    q_norm, k_norm, eps = (rows, rows, 0.0) if norms is None else (norms.query, norms.key, norms.eps)
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(rows):
-        chunk_maps[(N, B * H)](
-            rows, cos, sin, mask, q_norm, k_norm, p, n, x, y, total, eps, T, rows.stride(1),
-            cos.stride(0) if len(cos) > 1 else 0, H=H, K=K, HAS_NORM=norms is not None,
-            HAS_MASK=token_mask_BT is not None, num_warps=tuning.map_warps, maxnreg=tuning.map_registers,
+        chunk_inverse[(B * H, N)](k, g.contiguous(), beta.contiguous(), cum, inverses, T, H, K=K, num_warps=2)
+        chunk_maps[(B * H, N)](
+            q, k, rows, beta.contiguous(), cum, inverses, p, n, x, y, total, T, rows.stride(1), H=H, K=K,
+            num_warps=tuning.map_warps,
         )  # fmt: skip
     return [p, n, x, y, total]
 

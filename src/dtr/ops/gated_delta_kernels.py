@@ -77,26 +77,14 @@ def _inverse_of_unit_lower(a):
     block = tl.arange(0, 2)
     same = block[:, None, None, None] == block[None, None, :, None]
     diagonal = tl.sum(tl.where(same, tl.reshape(a, [2, 16, 2, 16]), 0.0), axis=2)
-    x = _inverses_of_blocks(diagonal, 2)
-    return _merge_blocks(tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [32, 32]), a)
-
-
-@triton.jit
-def _inverses_of_blocks(a, NUM: tl.constexpr):
-    """(I + a)^-1 for NUM strictly lower triangular 16 x 16 blocks, by forward substitution."""
     row = tl.arange(0, 16)[None, :, None]
     column = tl.arange(0, 16)[None, None, :]
-    x = tl.where(row == column, 1.0, 0.0) + tl.zeros([NUM, 16, 16], dtype=tl.float32)
+    x = tl.where(row == column, 1.0, 0.0) + tl.zeros([2, 16, 16], dtype=tl.float32)
     for i in range(1, 16):
-        a_i = tl.sum(tl.where(row == i, a, 0.0), axis=1)
+        a_i = tl.sum(tl.where(row == i, diagonal, 0.0), axis=1)
         correction = tl.sum(a_i[:, :, None] * x, axis=1)
         x = tl.where(row == i, x - correction[:, None, :], x)
-    return x
-
-
-@triton.jit
-def _merge_blocks(blocks, a):
-    """(I + a)^-1 of shape (32, 32) from the inverses of its two diagonal blocks."""
+    blocks = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [32, 32])
     half = tl.arange(0, 32) // 16
     below = tl.where(half[:, None] > half[None, :], a, 0.0)
     return blocks - _dot(_dot(blocks, below), blocks)
