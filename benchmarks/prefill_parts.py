@@ -137,6 +137,9 @@ def layer_parts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iter
         "projection": lambda: block.project(hidden),
         "parts, one after the other": lambda: decoding.delta_prompt_in_parts(*args, **options),
         "fused": lambda: decoding.delta_prompt(*args, **options),
+        "rotation": lambda: decoding.rotate_heads(
+            args[0][..., : out.shape[-1]].unflatten(-1, (options["num_heads"], -1)), *args[1:], unit_length=True
+        ),
         "output projection": lambda: layer.self_attn.o_proj(out),
         "norm": lambda: F.rms_norm(hidden, hidden.shape[-1:], layer.input_layernorm.weight, 1e-5),
         "residual": lambda: hidden + hidden,
@@ -182,8 +185,9 @@ def cuts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[di
     made = rows_of(hybrid, delta_block(hybrid, batch), batch, num_tokens)
     args, options = made["args"], made["options"]
     maps = kernels.map_chunks(*args, **options)
-    for warps in (2, 4, 8):
-        cut = kernels.Tuning(map_warps=warps)
+    inverses = ((1, False), (1, True), (2, False), (2, True), (4, True))
+    for (inverse_warps, paired), warps in (*((inverse, 4) for inverse in inverses), ((2, False), 8)):
+        cut = kernels.Tuning(inverse_warps=inverse_warps, inverse_paired=paired, map_warps=warps)
         yield from one_cut("maps", cut, lambda cut=cut: kernels.map_chunks(*args, **options, tuning=cut))
     yield from pair_cuts(hybrid, batch * num_tokens)
     for (columns, warps), stages, segments in itertools.product(((16, 2), (16, 4), (32, 4)), (3, 4), (1, 4)):
@@ -206,8 +210,10 @@ def pair_cuts(hybrid: Any, num_rows: int) -> Iterator[dict[str, Any]]:
 
 
 def one_cut(kernel: str, cut: Any, work: Callable[[], Any]) -> Iterator[dict[str, Any]]:
-    names = {"maps": ("map",), "scan": ("scan", "segments")}.get(kernel, ("rows", "columns", "warps", "stages"))
-    described = {key: value for key, value in dataclasses.asdict(cut).items() if key.startswith(names)}
+    names = {"maps": ("inverse", "map"), "scan": ("scan", "segments")}.get(
+        kernel, ("rows", "columns", "warps", "stages")
+    )
+    described = {key: value for key, value in dataclasses.asdict(cut).items() if key.startswith(names[kernel])}
     try:
         yield {"kernel": kernel, **described, "ms": milliseconds(work)}
     # Too many registers or too much shared memory is an answer too.

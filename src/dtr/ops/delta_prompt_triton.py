@@ -34,6 +34,9 @@ _MAX_SEGMENTS = 16
 class Tuning:
     """How the kernels are cut for a machine."""
 
+    inverse_warps: int = 2
+    inverse_paired: bool = False
+    """Whether one substitution inverts both halves of a chunk."""
     map_warps: int = 4
     scan_columns: int = 16
     """Columns of a state that a program carries."""
@@ -99,7 +102,10 @@ def map_chunks(
     total = rows.new_empty(B * H, N, dtype=torch.float32)
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(rows):
-        chunk_inverse[(B * H, N)](k, g.contiguous(), beta.contiguous(), cum, inverses, T, H, K=K, num_warps=2)
+        chunk_inverse[(B * H, N)](
+            k, g.contiguous(), beta.contiguous(), cum, inverses, T, H, K=K, PAIRED=tuning.inverse_paired,
+            num_warps=tuning.inverse_warps,
+        )  # fmt: skip
         chunk_maps[(B * H, N)](
             q, k, rows, beta.contiguous(), cum, inverses, p, n, x, y, total, T, rows.stride(1), H=H, K=K,
             num_warps=tuning.map_warps,
