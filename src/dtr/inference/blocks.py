@@ -136,7 +136,7 @@ class DeltaBlock:
         )
         self.state_BHKV[rows] = state
         out = self._out(out)
-        return out if self._first_token is None else self._first_token(hidden_BTD, out, prompt.token_mask_BT)
+        return out if self._first_token is None else self._first_token.put(hidden_BTD, out, prompt.token_mask_BT)
 
 
 class MixerBlock:

@@ -62,5 +62,15 @@ class FirstToken(nn.Module):
         firsts = hidden_BTD[torch.arange(len(first_B), device=first_B.device), first_B]
         return torch.where(is_first[..., None], self._value(firsts)[:, None].to(out_BTD.dtype), out_BTD)
 
+    def put(self, hidden_BTD: torch.Tensor, out_BTD: torch.Tensor, token_mask_BT: torch.Tensor | None) -> torch.Tensor:
+        """The same in place, for where no gradient is needed: a long prompt is not copied for the sake of one token.
+
+        Each row has a token that is no padding.
+        """
+        first_B = 0 if token_mask_BT is None else (token_mask_BT > 0).int().argmax(1)
+        everyone = slice(None) if token_mask_BT is None else torch.arange(len(out_BTD), device=out_BTD.device)
+        out_BTD[everyone, first_B] = self._value(hidden_BTD[everyone, first_B]).to(out_BTD.dtype)
+        return out_BTD
+
     def _value(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(hidden, self.value_weight, self.value_bias), self.out_weight, self.out_bias)
