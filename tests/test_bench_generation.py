@@ -112,6 +112,6 @@ def test_the_command_takes_a_saved_hybrid(place, tmp_path, monkeypatch, capsys):
     assert plot.stat().st_size > 1000
     record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert record["linear_layers"] == [0, 2]
-    assert record["mixers"] == [{"kind": "gated_deltanet", "head_copies": 2}]
+    assert record["mixers"] == [{"kind": "gated_deltanet", "exact_first": True, "head_copies": 2}]
     assert record["decode_speedup"]["8"]["2"] > 0
     assert record["cache_ratio"]["8"] > 0

@@ -13,7 +13,7 @@ from dtr.bench.baseline import baseline_tokens_per_second
 from dtr.bench.trial import MixerMaker, Trial, median_seconds
 from dtr.distributed import World
 from dtr.errors import DeviceError, RecipeError
-from dtr.mixers import mixer_from_teacher
+from dtr.mixers import mixer_from_teacher, options_of_new
 from dtr.ops import gated_delta
 from dtr.ops.dispatch import gated_delta_rule
 from dtr.teacher import Teacher
@@ -61,7 +61,7 @@ def bench_distill(
     """
     world, say = world or World(), on_phase or (lambda phase: None)
     say("comparing the kernels with a reference in float64")
-    make = partial(mixer_from_teacher, mixer, options=options)
+    make = partial(mixer_from_teacher, mixer, options=options_of_new(mixer, options))
     began = time.perf_counter()
     check_backend(teacher.device, teacher.dtype)
     check_seconds = time.perf_counter() - began

@@ -10,7 +10,7 @@ import torch
 from dtr.arch import HYBRID_PREFIX, decoder_layers, model_class
 from dtr.errors import RecipeError
 from dtr.hybrid.modeling import make_hybrid
-from dtr.mixers import mixer_from_teacher
+from dtr.mixers import mixer_from_teacher, options_of_new
 from dtr.teacher import as_teacher, load_model
 
 
@@ -61,10 +61,11 @@ def load_subjects(
     teacher = as_teacher(model, None, source=source)
     linear = [i for i in range(teacher.num_layers) if i not in kept]
     attention = [layer.self_attn for layer in decoder_layers(model)]
+    options = options_of_new(mixer, options)
     mixers = {i: mixer_from_teacher(mixer, teacher.geometry, i, attention[i], options) for i in linear}
     for made in mixers.values():
         made.to(model.dtype).eval().requires_grad_(False)
-    hybrid = make_hybrid(model, dict(mixers), {i: {"kind": mixer, **(options or {})} for i in linear})
+    hybrid = make_hybrid(model, dict(mixers), {i: {"kind": mixer, **options} for i in linear})
     return Subjects(teacher=model, hybrid=hybrid, note="linear layers untrained")
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dtr.arch import HeadGeometry
 from dtr.errors import BankError, RecipeError
 from dtr.files import write_json, write_tensors
-from dtr.mixers import MIXERS, make_mixer
+from dtr.mixers import make_mixer, options_of_new
 from dtr.mixers.base import Mixer
 
 FORMATS = {"one kind": 1, "several kinds": 2}
@@ -31,7 +31,7 @@ def read_specs(mixer: str | Sequence[str | dict[str, Any]], options: dict[str, A
     if isinstance(mixer, str):
         mixer = [{"kind": mixer, "options": options or {}}]
     named: list[dict[str, Any]] = [{"kind": one} if isinstance(one, str) else one for one in mixer]
-    specs = [{"kind": one["kind"], **MIXERS[one["kind"]].options_when_new, **one.get("options", {})} for one in named]
+    specs = [{"kind": one["kind"], **options_of_new(one["kind"], one.get("options"))} for one in named]
     for at, spec in enumerate(specs):
         if spec in specs[:at]:
             raise RecipeError("mixer.kind", got=f"{spec['kind']} twice", expected="kinds or options that differ")
@@ -228,5 +228,5 @@ def _options(spec: Spec) -> dict[str, Any]:
 
 
 def _option_words(spec: Spec) -> list[str]:
-    usual = MIXERS[spec["kind"]].options_when_new
+    usual = options_of_new(spec["kind"])
     return [f"{key}={value}" for key, value in _options(spec).items() if usual.get(key) != value]

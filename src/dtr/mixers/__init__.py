@@ -57,6 +57,11 @@ def options_of(mixer: type[Mixer]) -> list[str]:
     return sorted({p.name for p in parameters if p.kind is p.KEYWORD_ONLY})
 
 
+def options_of_new(kind: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Options of a mixer that is made today: what was asked for, and beside it what a new one of this kind gets."""
+    return {**MIXERS[kind].options_when_new, **(options or {})}
+
+
 def check_mixer(kind: str, geometry: HeadGeometry, options: dict[str, Any] | None = None) -> None:
     """Whether a kind with these options can stand in for such attention; costs nothing, so that it can come first.
 
