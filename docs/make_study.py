@@ -88,7 +88,7 @@ def _missed(rows: list[dict[str, Any]], records: dict[str, dict[str, Any]]) -> l
         drop = row["test_drop"] or 0.0
         if _share(row) < AIM_SHARE or drop > AIM_DROP:
             reason = records[row["name"]]["search"]["stop_reason"]
-            lines.append(f"- `{row['name']}`: {_share(row):.0%} of the layers, {drop:.1%} less on test. {reason}")
+            lines.append(f"- `{row['name']}`: {_share(row):.0%} of the layers, test drop {drop:.1%}. {reason}")
     return ["## Where the aim was missed", "\n".join(lines)] if lines else []
 
 
