@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 STUDY = ROOT / "benchmarks" / "study.yaml"
 TARGET = ROOT / "docs" / "results.md"
+PICTURE = ROOT / "docs" / "images" / "study.png"
 COLUMNS = (
     *("task", "teacher", "metric", "teacher, test", "M_best, test (layers)", "M_opt, test (95 %)", "layers replaced"),
     *("test drop", "search, passes", "time"),
@@ -35,6 +36,7 @@ The paper (arXiv 2601.11667, Llama-3.2-3B, JetBlock, 18 tasks) replaces a mean o
 test drop of 4.8 %, with 7 of 18 tasks above 5 %. Its tasks, models and data differ from these, so only shares and drops
 compare.
 """
+PICTURE_LINK = "![Share of the teacher's test score that is lost, by task, with 95 % intervals](images/study.png)"
 AIM_SHARE, AIM_DROP = 0.8, 0.05
 NONE_YET = "No result is committed yet.\n"
 
@@ -55,7 +57,19 @@ def page() -> str:
         f"Mean share of layers replaced: {share:.0%} over {len(rows)} tasks (the aim: {AIM_SHARE:.0%} or more). Mean "
         f"test drop: {sum(drops) / len(drops):.1%}; at most {AIM_DROP:.0%} on {within} of {len(rows)} tasks."
     )
-    parts = [INTRO, table, summary, _made_on(rows), *_notes(plan, records), *_missed(rows, records), PAPER]
+    missing = [f"`{name}`" for name in plan["tasks"] if name not in records]
+    if missing:
+        summary += f" Not measured: {', '.join(missing)}."
+    parts = [
+        INTRO,
+        PICTURE_LINK,
+        table,
+        summary,
+        _made_on(rows),
+        *_notes(plan, records),
+        *_missed(rows, records),
+        PAPER,
+    ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -121,6 +135,38 @@ def _made_on(rows: list[dict[str, Any]]) -> str:
     return f"Mixer: {', '.join(mixers)}. Hardware: {', '.join(machines)}. Commit: {', '.join(commits)}."
 
 
+def draw() -> Path | None:
+    """Each task's drop on test, paired and with its 95 % interval, and the layers that are linear for it."""
+    path = RESULTS / "study.json"
+    if not path.is_file():
+        return None
+    from matplotlib.figure import Figure
+
+    rows = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["test_drop"] is not None]
+    figure = Figure(figsize=(7.2, 0.6 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#6b7280", linewidth=0.8)
+    axes.axvline(100 * AIM_DROP, color="#D55E00", linewidth=1, linestyle=":")
+    for at, row in enumerate(reversed(rows)):
+        paired = _record(row["name"])["m_opt"]["paired"]
+        # Of a score that should be low the difference has the sign of the drop.
+        half = 100 * (paired["ci95_high"] - paired["ci95_low"]) / 2 * abs(row["test_drop"] / (paired["mean"] or 1))
+        is_within = row["test_drop"] <= AIM_DROP
+        axes.errorbar(100 * row["test_drop"], at, xerr=half, fmt="o" if is_within else "X", color="#0072B2", capsize=3)
+        axes.annotate(
+            f"{row['num_replaced']} of {row['num_layers']}",
+            (1.01, at),
+            xycoords=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+        )
+    axes.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
+    axes.set_xlabel("test score lost, % of the teacher's (negative: gained); on the right, layers that are linear")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, dpi=200)
+    return PICTURE
+
+
 if __name__ == "__main__":
     TARGET.write_text(page(), encoding="utf-8")
-    print(TARGET)
+    print(TARGET, draw())

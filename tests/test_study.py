@@ -95,6 +95,9 @@ def test_the_study_runs_and_writes_the_table_and_its_page(study, place, labels, 
     monkeypatch.setattr(script, "STUDY", plan)
     monkeypatch.setattr(script, "AIM_SHARE", 1.1)
     page = script.page()
+    monkeypatch.setattr(script, "PICTURE", results / "study.png")
+    assert script.draw().read_bytes().startswith(b"\x89PNG")
+    assert "Not measured: `broken`." in page
     assert "| choices |" in page
     assert "Mean share of layers replaced" in page
     assert "- `choices`: Only an example." in page
