@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -17,6 +18,7 @@ from dtr.evaluation.evaluator import Evaluator, evaluate
 from dtr.evaluation.generation import cut, generate_texts
 from dtr.evaluation.likelihood import LikelihoodScorer
 from dtr.hybrid.modeling import make_hybrid
+from dtr.inference.generate import fast_generate
 from dtr.mixers import mixer_from_teacher
 from dtr.tasks import load_task
 from dtr.tasks.base import GenerationRequest
@@ -205,6 +207,30 @@ def test_generation_by_hand(teacher, mixers, tmp_path):
 def test_stop_strings_cut_the_text():
     assert cut("one\ntwo. three", ["\n", "."]) == "one"
     assert cut("one", ["\n"]) == "one"
+
+
+def test_stop_strings_end_a_text_on_the_fast_path_too(teacher, monkeypatch):
+    requests = [GenerationRequest(context=f"word {i} and", max_new_tokens=8) for i in range(6)]
+    options = {"chat_template": False, "batch_tokens": 400}
+    free = generate_texts(teacher.model, teacher.tokenizer, requests, **options)
+    # A letter before the end of one of them; most of what these weights write is bytes that make no letter.
+    index, stop = next((i, letter) for i, text in enumerate(free) for letter in text[:-1] if letter.isascii())
+    requests = [dataclasses.replace(request, stop=(stop,)) for request in requests]
+    lengths = []
+
+    def decoded(*given, **kwargs):
+        ids = fast_generate(*given, **kwargs)
+        lengths.append(ids.shape[1] - kwargs["input_ids"].shape[1])
+        return ids
+
+    monkeypatch.setattr("dtr.evaluation.generation.fast_generate", decoded)
+    texts = generate_texts(teacher.model, teacher.tokenizer, requests, **options, fast=True)
+    assert texts == [cut(text, [stop]) for text in free]
+    assert generate_texts(teacher.model, teacher.tokenizer, requests, **options, fast=False) == texts
+    generate_texts(teacher.model, teacher.tokenizer, [requests[index]], **options, fast=True)
+    # All six go on until the last has ended; alone, it is not written further than to its stop string.
+    assert len(lengths) == 2
+    assert lengths[1] < 8
 
 
 def test_recall_is_greedy_decoding(teacher):

@@ -117,6 +117,24 @@ def test_banks_and_models_that_are_there_in_a_process_apart(study, place, labels
     assert "nobody: write TEACHER=VALUE; teachers are plain, tuned" in capsys.readouterr().err
 
 
+def test_a_fine_tuned_teacher_outlives_a_validation_that_fails(study, place, labels, tmp_path, monkeypatch):
+    def fails(*given, **options):
+        raise RuntimeError("no validation")
+
+    plan = study_of(place, labels, tmp_path)
+    arguments = ["study.py", plan, "--out", tmp_path / "out", "--step", "tune", "--teacher", "tuned"]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune_teacher.evaluate", fails)
+        with pytest.raises(RuntimeError, match="no validation"):
+            study.main()
+    weights = tmp_path / "out" / "teachers" / "tuned" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    # The command once more goes on from there.
+    study.main()
+    assert weights.stat().st_mtime_ns == written
+
+
 @pytest.mark.slow
 def test_teachers_and_tasks_in_processes_apart(study, place, labels, tmp_path, monkeypatch, capfd):
     """`pytest -m slow tests/test_study.py -k processes`: fine-tuned, distilled by two processes, then searched."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from dtr.errors import ModelError
 from dtr.inference.decoder import Decoder
@@ -16,7 +17,8 @@ def fast_generate(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.
     Args:
         model: a teacher or hybrid.
         input_ids: (B, T) prompts, padded on the left.
-        options: those of `generate`: attention_mask, max_new_tokens, do_sample, temperature, ...
+        options: those of `generate`: attention_mask, max_new_tokens, do_sample, temperature, stop_strings with their
+            tokenizer, ...
 
     Returns:
         (B, T + new tokens), prompts included.
@@ -24,6 +26,10 @@ def fast_generate(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.
     Raises:
         ModelError: beam search, a cache from elsewhere, padding on the right, or a model that the fast path cannot run.
     """
+    if options.get("stop_strings") and "tokenizer" in options:
+        # With a loop of ours inside, `generate` loses the tokenizer before it makes a rule of the strings.
+        rule = StopStringCriteria(tokenizer=options.pop("tokenizer"), stop_strings=options.pop("stop_strings"))
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), rule])
     return model.generate(input_ids, custom_generate=decode_with_kernels, **options)
 
 
