@@ -170,7 +170,7 @@ def delta_prompt(
     """
     options: dict[str, Any] = {"num_heads": num_heads, "token_mask_BT": token_mask_BT, "norms": norms}
     kernels = _kernels(rows_BTC, "delta_prompt_triton")
-    if kernels and kernels.supports(rows_BTC, cos_BTK.shape[-1]):
+    if kernels and kernels.supports(rows_BTC, num_heads=num_heads, head_dim=cos_BTK.shape[-1]):
         return kernels.prompt(rows_BTC, cos_BTK, sin_BTK, **options)
     return delta_prompt_in_parts(rows_BTC, cos_BTK, sin_BTK, **options)
 
