@@ -3,6 +3,7 @@
     python benchmarks/search_bench.py --model MODEL --bank BANK --task arc_easy=DATA/arc_easy --task recall=recall
     python benchmarks/search_bench.py --simulate 500
     python benchmarks/search_bench.py --simulate-stops 240 --simulated-items 500
+    python benchmarks/search_bench.py --simulate-strategies 40 --simulated-items 250 --pass-share 0.33
     python benchmarks/search_bench.py --merge arc_easy.json recall.json
 
 All write into one file: a run with tasks replaces those tasks and keeps the simulations, and the other way round. The
@@ -44,6 +45,13 @@ def main() -> None:
         found = simulate_stops(args.simulate_stops, num_items=args.simulated_items)
         found |= {**provenance, "hardware": hardware(), "seconds": round(time.monotonic() - started, 1)}
         record["stop_simulation"] = found
+    if args.simulate_strategies:
+        from dtr.selection.trials import simulate_strategies
+
+        found = simulate_strategies(
+            args.simulate_strategies, num_items=args.simulated_items, pass_share=args.pass_share
+        )
+        record["strategy_simulation"] = found | {**provenance, "hardware": hardware()}
     if args.task:
         record |= provenance
         if not measure(args, record):
@@ -73,15 +81,17 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--simulate-stops", type=int, default=0, metavar="RUNS", help="simulate search.safety and confidences"
     )
+    parser.add_argument("--simulate-strategies", type=int, default=0, metavar="RUNS", help="simulate auto and exact")
+    parser.add_argument("--pass-share", type=float, default=1.0, help="of a simulated pass, as if prompts were shared")
     parser.add_argument("--simulated-items", type=int, default=800)
     parser.add_argument(
         "--merge", type=Path, nargs="+", default=[], metavar="FILE", help="add the tasks of these files"
     )
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    is_asked = args.simulate or args.simulate_stops or args.merge or args.task
+    is_asked = args.simulate or args.simulate_stops or args.simulate_strategies or args.merge or args.task
     if not is_asked or (args.task and not (args.model and args.bank)):
-        parser.error("give --simulate or --simulate-stops RUNS, --merge FILES, or --model, --bank and some --task")
+        parser.error("give a --simulate... RUNS, --merge FILES, or --model, --bank and some --task")
     if missing := [str(path) for path in args.merge if not path.is_file()]:
         parser.error(f"--merge: no such file: {', '.join(missing)}")
     return args

@@ -118,6 +118,13 @@ def test_divergence_is_zero_for_the_teacher_and_as_computed_for_a_hybrid(teacher
     assert scorer.divergence(0) == pytest.approx(total / count, rel=1e-3)
 
 
+def test_a_pass_costs_its_share(teacher, bank, task):
+    scorer = evaluator(teacher, bank, task)
+    scorer(frozenset(), base=frozenset())
+    assert scorer.pass_share == pytest.approx(scorer.pass_equivalents)
+    assert 0 < scorer.pass_share <= 1
+
+
 def test_auto_on_a_model_costs_what_it_says(teacher, bank, task):
     result = search(teacher, bank, task, strategy="auto", p_min=0.9)
     assert result.pass_equivalents <= 25

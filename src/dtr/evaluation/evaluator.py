@@ -97,6 +97,11 @@ class Evaluator:
         """Work so far in full passes over the split (each generating pass counts as one)."""
         return self._likelihoods.pass_equivalents + self._num_generating_passes
 
+    @property
+    def pass_share(self) -> float:
+        """What a score over the whole split costs in that unit, if only likelihoods are asked for."""
+        return self._likelihoods.pass_share
+
     def __call__(
         self,
         linear: frozenset[int] = frozenset(),

@@ -83,6 +83,12 @@ class LikelihoodScorer:
         """Layer-tokens run so far, in units of one full pass over all pairs, each with its whole context."""
         return self._layer_tokens / (self._num_layers * max(self._tokens_per_pass, 1))
 
+    @property
+    def pass_share(self) -> float:
+        """What one pass over all pairs costs, in the same unit: below 1 where pairs share what they begin with."""
+        num_tokens = sum(batch.num_tokens for batch in self._batches)
+        return num_tokens / self._tokens_per_pass if self._tokens_per_pass else 1.0
+
     @torch.no_grad()
     def __call__(
         self, linear: frozenset[int], *, base: frozenset[int], only: Sequence[int] | None = None

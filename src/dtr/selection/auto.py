@@ -11,7 +11,8 @@ layers are harmless and differ by less than the noise of the items. With few lay
 3. Race the more harmless layers left on a tenth of the items, add both costs, and commit the harmless half of all that
    are left at once. Items are added while it is open whether P_min is reached; where it is missed, back off to half
    as many layers, and where a single layer passes, go on with two. Every commit has been scored on all items.
-4. Stop where no single layer passes any more, or the passes are spent.
+4. Where no single layer passes any more, or a round could overdraw the passes, go on as `exact` does: score all layers
+   left on all items, commit the best, until none passes or the passes are spent.
 
 Where a layer has mixers of several kinds, all layers linear means the best copy of each; step 2 also scores every other
 mixer in that place, and the kind that costs least there is the layer's from then on.
@@ -29,8 +30,10 @@ from dtr.evaluation.score import Score
 from dtr.selection.greedy import exact
 from dtr.selection.state import Search
 
-MAX_PASSES = 21.0
-"""No new round begins after this much work; what is in hand then is complete."""
+MAX_PASSES = 25.0
+"""Work to stay within, of which a tenth of what `exact` takes for 30 layers."""
+ROUND_PASSES = 4.0
+"""What a race with its leaps and steps may cost, where nothing is shared; no round begins with less in hand."""
 MAX_LAYERS_FOR_EXACT = 8
 """So many layers cost `exact` about 20 passes."""
 NUM_RACING = 12
@@ -69,12 +72,11 @@ def auto(search: Search) -> None:
     if limit == len(every):
         _descend(search, ranked, every, top)
     num_at_once = len(every)
-    while search.goes_on() and search.stop_reason is None:
+    while num_at_once and search.goes_on() and search.stop_reason is None and _affords_round(search):
         ranked = _race(search, gain_of_attention, ranked)
         num_at_once = min(num_at_once, len(ranked) // 2, limit - len(search.order))
         num_at_once = _leap(search, ranked, num_at_once) or _step(search, ranked)
-        if search.passes > MAX_PASSES and len(search.order) < limit:
-            search.stop("budget", f"After {search.passes:.1f} passes, with {len(search.m_opt.layers)} layers linear.")
+    _go_on_as_exact(search, ranked)
     for layer in [layer for layer in ranked if layer in search.remaining()] if search.goes_on() else ():
         search.take([layer], search.candidate(layer))
 
@@ -147,25 +149,54 @@ def _leap(search: Search, ranked: Sequence[int], num_at_once: int) -> int:
 
 
 def _step(search: Search, ranked: Sequence[int]) -> int:
-    """Commit the best of the leaders, or else the first layer that passes; then two at once may be tried again."""
+    """Commit the best of the leaders, or else the first layer that passes; 2, as then two at once may be tried again.
+
+    0 where none passes, of those that half of the items or the passes left over.
+    """
     tried: dict[int, Score] = {}
     for layer in ranked:
         passed = any(search.threshold.is_met_by(score) for score in tried.values())
-        if len(tried) >= NUM_LEADERS and (passed or search.passes > MAX_PASSES):
+        if len(tried) >= NUM_LEADERS and (passed or not _affords_round(search)):
             break
         score = _score_while_open(search, search.linear | {layer})
         if score is not None:
             tried[layer] = score
-        elif search.passes > MAX_PASSES:
+        elif not _affords_round(search):
             break
-    search.take_best(tried or {ranked[0]: search.candidate(ranked[0])})
+    if not any(search.threshold.is_met_by(score) for score in tried.values()):
+        return 0
+    search.take_best(tried)
     return 2
+
+
+def _affords_round(search: Search) -> bool:
+    return search.passes + ROUND_PASSES * search.pass_share <= MAX_PASSES
+
+
+def _go_on_as_exact(search: Search, ranked: Sequence[int]) -> None:
+    """Steps of `exact` while the passes last: each layer left on all items, those first that did best before."""
+    while search.goes_on() and search.stop_reason is None:
+        remaining = [layer for layer in ranked if layer in search.remaining()]
+        layers = search.affordable(remaining, MAX_PASSES)
+        search.expect_candidates(layers)
+        scores = {layer: search.candidate(layer) for layer in layers}
+        if len(layers) < len(remaining) and not any(search.threshold.is_met_by(score) for score in scores.values()):
+            search.stop("budget", f"After {search.passes:.1f} passes, with {len(search.m_opt.layers)} layers linear.")
+            return
+        search.take_best(scores)
+        best_first = sorted(layers, key=lambda layer: (-scores[layer].goodness, -scores[layer].log_likelihood, layer))
+        ranked = best_first + [layer for layer in remaining if layer not in scores]
 
 
 def _score_while_open(
     search: Search, linear: frozenset[int], *, base: frozenset[int] | None = None, before: Score | None = None
 ) -> Score | None:
-    """The score over all items, or None once half of them make it unlikely that P_min is reached."""
+    """The score over all items, or None once half of them make it unlikely that P_min is reached.
+
+    None, too, where the passes might not last for it and its base.
+    """
+    if search.passes + 2 * search.pass_share > MAX_PASSES:
+        return None
     base, before = search.linear if base is None else base, before or search.current
     if len(search.blocks) > 1 and search.teacher.higher_is_better:
         half = tuple(range(len(search.blocks) - 1))

@@ -9,12 +9,21 @@ class PassMeter:
     """Adds up pass equivalents: item-layers run over item-layers of one full pass.
 
     An upper half of the layers run on all items counts as 0.5, and what was scored before counts nothing. Items count
-    alike here; an evaluator, which knows their tokens, counts tokens. Strategies plan with this estimate, so that they
+    alike here; an evaluator, which knows their tokens, counts tokens. Where the choices of a question share its prompt
+    a pass costs less than 1, its `pass_share`. Strategies plan with this estimate, so that they
     decide alike on any machine.
     """
 
-    def __init__(self, *, num_layers: int, num_items: int, layer_of: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_items: int,
+        layer_of: Mapping[int, int] | None = None,
+        pass_share: float = 1.0,
+    ) -> None:
         self.passes = 0.0
+        self._pass_share = pass_share
         self._layer_of = layer_of or {}
         self._num_layers, self._num_items = num_layers, num_items
         self._base: frozenset[int] = frozenset()
@@ -39,7 +48,11 @@ class PassMeter:
             depth = self._depths.get(item, 0)
             num_run += max(0, start - depth) + self._num_layers - start
             self._depths[item] = max(depth, start)
-        self.passes += num_run / (self._num_layers * self._num_items)
+        self.passes += self._pass_share * num_run / (self._num_layers * self._num_items)
+
+    def price(self, linear: frozenset[int], *, base: frozenset[int]) -> float:
+        """What `linear` costs on all items, once the base has been run up to the first change."""
+        return self._pass_share * (1 - self._lowest(linear ^ base) / self._num_layers)
 
     def _lowest(self, changed: frozenset[int]) -> int:
         return min((self._layer_of.get(number, number) for number in changed), default=self._num_layers)

@@ -19,7 +19,8 @@ class ScoreFunction(Protocol):
     `items: Sequence[int]`, the ascending indices of the items to score, always a union of blocks.
 
     A function that can work on several hybrids at once has a method `expect(hybrids, *, base, items)` besides, which is
-    told of a round of scores before they are asked for.
+    told of a round of scores before they are asked for. One whose full pass over the items costs less than a pass
+    equivalent, as prompts are shared, says how much in `pass_share`, alike on every machine.
     """
 
     def __call__(self, linear: frozenset[int], *, base: frozenset[int]) -> Score: ...

@@ -53,6 +53,7 @@ PRESETS = {
     "hard": Preset(teacher_accuracy=0.7, total_damage=0.9, spread=1.2, num_fragile=2),
     "pairs": Preset(teacher_accuracy=0.6, total_damage=0.15, pair_damage=0.04, num_pairs=25),
     "easy": Preset(teacher_accuracy=0.65, total_damage=0.03, num_fragile=0),
+    "near_limit": Preset(teacher_accuracy=0.5, total_damage=0.08, spread=0.5, deviation=0.1, gain=0.5, num_fragile=0),
 }
 
 
@@ -64,9 +65,19 @@ class SimulatedTask:
         num_layers: layers of the model, all of them candidates.
         num_items: validation items.
         seed: draws layers, pairs and items.
+        pass_share: what one pass costs in pass equivalents; below 1 as if choices shared prompts.
     """
 
-    def __init__(self, preset: Preset, *, num_layers: int = 30, num_items: int = 500, seed: int = 0) -> None:
+    def __init__(
+        self,
+        preset: Preset,
+        *,
+        num_layers: int = 30,
+        num_items: int = 500,
+        seed: int = 0,
+        pass_share: float = 1.0,
+    ) -> None:
+        self.pass_share = pass_share
         rng = np.random.default_rng(seed)
         self.num_layers, self.num_items = num_layers, num_items
         self._mean = NormalDist().inv_cdf(preset.teacher_accuracy)
@@ -83,7 +94,7 @@ class SimulatedTask:
         self._deviations = rng.standard_normal((num_items, num_layers)) * self._scale
         # Fluency is lost apart from the answers: a likelihood that follows accuracy only in part.
         self._fluency = preset.total_damage * (shares + rng.permutation(shares)) / 2
-        self._meter = PassMeter(num_layers=num_layers, num_items=num_items)
+        self._meter = PassMeter(num_layers=num_layers, num_items=num_items, pass_share=pass_share)
 
     @property
     def pass_equivalents(self) -> float:

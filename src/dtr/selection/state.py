@@ -63,6 +63,7 @@ class Search:
         seed: for strategies that draw.
         clock: seconds, for the budget.
         layer_of: the layer that each candidate makes linear, where a layer has several; itself when left out.
+        pass_share: what one pass over all items costs, in pass equivalents; below 1 where choices share prompts.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Search:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         layer_of: Mapping[int, int] | None = None,
+        pass_share: float = 1.0,
     ) -> None:
         self.layer_of = layer_of or {number: number for number in layers}
         self.layers, self.teacher, self.threshold, self.scorer = tuple(layers), teacher, threshold, scorer
@@ -89,7 +91,12 @@ class Search:
         self.facts = facts
         self.blocks = tuple(tuple(sorted(block)) for block in blocks)
         self._items = tuple(sorted(item for block in self.blocks for item in block))
-        self._meter = PassMeter(num_layers=num_model_layers, num_items=teacher.num_items, layer_of=layer_of)
+        self.pass_share = pass_share
+        self._meter = PassMeter(
+            num_layers=num_model_layers, num_items=teacher.num_items, layer_of=layer_of, pass_share=pass_share
+        )
+        # The teacher has been scored already.
+        self._meter.add(frozenset(), base=frozenset(), items=self._items or range(teacher.num_items))
         self._clock = clock
         self._deadline = clock() + self.budget.seconds if self.budget.seconds else None
 
@@ -111,7 +118,7 @@ class Search:
 
     @property
     def passes(self) -> float:
-        """Estimated work so far, in passes over the items that search may look at."""
+        """Estimated work so far, in pass equivalents over the items that search may look at."""
         return self._meter.passes
 
     @property
@@ -141,6 +148,17 @@ class Search:
             why = self.budget.num_linear_text or "as many as asked for"
             self.stop("budget", f"{len(self.order)} layers are linear, {why}.")
         return bool(self.remaining()) and (self.run_to_end or self.stop_reason is None)
+
+    def affordable(self, layers: Sequence[int], max_passes: float) -> list[int]:
+        """Those of the candidates, in this order, that can be scored on all items within so much work in all."""
+        left = max_passes - self.passes - self.pass_share  # The base may have to be run once.
+        chosen = []
+        for layer in layers:
+            price = self._meter.price(self.linear | {layer}, base=self.linear)
+            if price <= left:
+                chosen.append(layer)
+                left -= price
+        return chosen
 
     def score(
         self, linear: Iterable[int], *, base: frozenset[int] | None = None, blocks: Sequence[int] | None = None

@@ -119,6 +119,7 @@ def select_layers(
         seed=seed,
         clock=clock,
         layer_of=layer_of,
+        pass_share=getattr(score, "pass_share", 1.0),
     )
     try:
         run(search)

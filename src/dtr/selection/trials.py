@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 from dtr.errors import DataError
@@ -103,6 +104,59 @@ def simulate_stops(
             **_summary(every),
             "presets": {name: _summary(runs) for name, runs in found.items() if runs},
         }
+    return out
+
+
+def simulate_strategies(
+    num_runs: int,
+    *,
+    strategies: Sequence[str] = ("exact", "auto"),
+    presets: Iterable[str] = tuple(PRESETS),
+    num_layers: int = 30,
+    num_items: int = 250,
+    pass_share: float = 1.0,
+    p_min: float = 0.95,
+) -> dict[str, Any]:
+    """The same tasks under several strategies, compared run by run with the first of them.
+
+    Args:
+        pass_share: as if a pass cost so many pass equivalents, because choices share prompts.
+
+    Returns:
+        `presets`, by preset and strategy: `mean_layers`, `short` (share of runs with more than one layer less than the
+        first strategy), `mean_passes`, `most_passes`, `true_drop` (mean share of the teacher's true accuracy that is
+        lost) and `violations` (share of runs truly below P_min).
+    """
+    out: dict[str, Any] = {"runs": num_runs, "num_items": num_items, "pass_share": pass_share, "p_min": p_min}
+    out["presets"] = {name: {} for name in presets}
+    for name, rows in out["presets"].items():
+        first: list[int] = []
+        for strategy in strategies:
+            layers, passes, drops = [], [], []
+            for seed in range(num_runs):
+                task = SimulatedTask(
+                    PRESETS[name], num_layers=num_layers, num_items=num_items, seed=seed, pass_share=pass_share
+                )
+                trace = select_layers(
+                    task,
+                    layers=range(num_layers),
+                    limits=Limits(p_min=p_min),
+                    strategy=strategy,
+                    items=split_items(num_items, in_blocks=strategy == "auto", seed=seed),
+                    seed=seed,
+                )
+                layers.append(len(trace.m_opt.layers))
+                passes.append(task.pass_equivalents)
+                drops.append(1 - task.truth(frozenset(trace.m_opt.layers)) / task.truth(frozenset()))
+            first = first or layers
+            rows[strategy] = {
+                "mean_layers": fmean(layers),
+                "short": fmean(ours < theirs - 1 for ours, theirs in zip(layers, first)),
+                "mean_passes": fmean(passes),
+                "most_passes": max(passes),
+                "true_drop": fmean(drops),
+                "violations": fmean(drop > 1 - p_min for drop in drops),
+            }
     return out
 
 
