@@ -11,6 +11,7 @@ from tiny import pico_teacher, token_blocks
 from dtr.distillation import compiled
 from dtr.distillation.compiled import Compiled, CompiledLayers, pays
 from dtr.distillation.trainer import distill
+from dtr.ops import gated_delta
 
 SETTINGS = {"num_tokens": 8 * 32 * 6, "batch_size": 8, "learning_rate": 5e-3, "seed": 3}
 
@@ -80,3 +81,20 @@ def test_the_compiled_step_learns_the_same(monkeypatch):
         ):
             torch.testing.assert_close(weight, other, rtol=1e-2, atol=1e-3, msg=name)
             assert torch.equal(weight, repeated), name
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_compiled_gradients_in_bfloat16_are_those_of_the_eager_rule():
+    shape = (1, 128, 2, 16)
+    q, k = (torch.nn.functional.normalize(torch.randn(shape), dim=-1).bfloat16() for _ in range(2))
+    inputs = q, k, torch.randn(shape).bfloat16(), -torch.rand(shape[:3]), torch.rand(shape[:3])
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def loss(*tensors):
+        return gated_delta.chunked(*tensors, scale=1.0)[0].float().square().sum()
+
+    want = torch.autograd.grad(loss(*inputs), inputs)
+    got = torch.autograd.grad(torch.compile(loss, dynamic=False)(*inputs), inputs)
+    for ours, eager in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.float(), eager.float(), rtol=5e-2, atol=5e-2 * eager.abs().max().item())

@@ -200,7 +200,10 @@ class _Chunked(torch.autograd.Function):
             beta = beta.unsqueeze(-1)
             decay = pair_decays(g)
             from_start, to_end = g.cumsum(-1).exp().unsqueeze(-1), decay[..., -1, :].unsqueeze(-1)
-            inverse = unit_lower_inverse(torch.mul(k @ k.mT, decay).mul_(beta)).to(low)
+            # LAPACK writes columns side by side, which torch.compile does not know of the inverse that it keeps:
+            # without the format its backward pass read memory that nobody had written.
+            inverse = unit_lower_inverse(torch.mul(k @ k.mT, decay).mul_(beta))
+            inverse = inverse.to(low, memory_format=torch.contiguous_format)
             scores = (q @ k.mT).mul_(decay)
             asked, k_reads = (v * beta).to(low), (k * (from_start * beta)).to(low)
             k_writes = (k * to_end).to(low).mT
