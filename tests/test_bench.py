@@ -15,6 +15,7 @@ from tiny import pico_teacher
 from dtr.bench import distillation
 from dtr.bench.distillation import bench_distill, check_backend, parse_sizes
 from dtr.cli import main
+from dtr.distillation import students
 from dtr.errors import DeviceError, RecipeError
 
 
@@ -52,6 +53,19 @@ def test_a_wrong_backend_is_not_timed(monkeypatch):
     monkeypatch.setattr(distillation, "gated_delta_rule", wrong)
     with pytest.raises(DeviceError, match="Nothing was timed"):
         list(bench_distill(pico_teacher(), sizes=[(2, 24)]))
+
+
+def test_a_step_with_wrong_gradients_is_not_timed(monkeypatch):
+    right = students.squared_sums
+
+    def wrong(*inputs):
+        error, power = right(*inputs)
+        error.register_hook(lambda gradient: gradient * float("nan"))
+        return error, power
+
+    monkeypatch.setattr(students, "squared_sums", wrong)
+    with pytest.raises(DeviceError, match="not finite after its first updates"):
+        list(bench_distill(pico_teacher(), sizes=[(2, 24)], fast=False))
 
 
 def test_sizes():

@@ -14,6 +14,7 @@ from dtr.arch import HeadGeometry, decoder_layers
 from dtr.distillation.replay import WARMUP_STEPS, Replay
 from dtr.distillation.students import Students
 from dtr.distributed import World
+from dtr.errors import DeviceError
 from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
 
@@ -63,8 +64,16 @@ class Trial:
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
         for _ in range(WARMUP_STEPS if fast else 1):
-            self.step()
+            losses = self.step()
         synchronize(device)
+        # After an update, so that wrong gradients show too.
+        if not torch.isfinite(losses).all():
+            raise DeviceError(
+                "the training step",
+                got="losses that are not finite after its first updates",
+                expected="a step that learns",
+                hint="Compare with --slow, which neither compiles nor records.",
+            )
         self.cold_start_seconds = first + (time.perf_counter() - began if fast else 0.0)
         self.peak_bytes = self._peak(held_before)
         """Most memory that a step holds beyond teacher, students and optimizer, gradients included; None on a CPU.

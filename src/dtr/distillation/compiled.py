@@ -17,7 +17,7 @@ CPU_PARAMETER_TOKENS = 3e12
 """Trained parameters times tokens from which a CPU compiles.
 
 Measured on two cores with AMX, SmolLM2's 30 layers, 16 x 256 tokens: compiling takes 43 s with empty caches, and then a
-step takes 3.4 s instead of 5.6. Both are even at about 4e12, and earlier once the caches are filled.
+step takes 4.2 s instead of 5.6. Both are even at about 6e12 then, and earlier once the caches are filled.
 """
 
 

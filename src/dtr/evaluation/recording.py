@@ -1,7 +1,8 @@
 """Decoder layers over the same batches again and again: recorded as CUDA graphs, then launched as a whole.
 
 Search runs each layer over each batch hundreds of times. On a GPU that is bound by launching a layer's forty or so
-small kernels, some ten times longer than they run (dev/LOG.md), so from the second time on the layer is replayed.
+small kernels, so from the second time on the layer is replayed: 75 instead of 113 ms for a candidate of 250 questions
+on an H100 (dev/LOG.md).
 """
 
 from __future__ import annotations

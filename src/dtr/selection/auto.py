@@ -31,7 +31,7 @@ from dtr.selection.greedy import exact
 from dtr.selection.state import Search
 
 MAX_PASSES = 25.0
-"""Work to stay within, of which a tenth of what `exact` takes for 30 layers."""
+"""Work to stay within: a tenth of what `exact` takes for 30 layers where nothing is shared."""
 ROUND_PASSES = 4.0
 """What a race with its leaps and steps may cost, where nothing is shared; no round begins with less in hand."""
 MAX_LAYERS_FOR_EXACT = 8
