@@ -13,7 +13,7 @@ import torch
 from tiny import byte_tokenizer, pico_teacher, token_blocks
 
 from dtr.arch import capture_attention, decoder_layers
-from dtr.distillation import trainer
+from dtr.distillation import lanes, loop, trainer
 from dtr.distillation.bank import load_bank
 from dtr.distillation.students import Students, squared_sums
 from dtr.distillation.trainer import distill
@@ -85,8 +85,10 @@ def test_the_same_seed_gives_the_same_bank_and_another_does_not(teacher, blocks)
     assert not same_weights(first, distill(teacher, blocks, **settings | {"seed": 4}))
 
 
-@pytest.mark.parametrize("stop_at", [1, 7, 20])
-def test_an_interrupted_run_resumes_to_the_same_bits(stop_at, teacher, blocks, tmp_path):
+@pytest.mark.parametrize("stop_at", [1, 7, 20, None])
+def test_an_interrupted_run_resumes_to_the_same_bits(stop_at, teacher, blocks, tmp_path, monkeypatch):
+    # By the clock, which is looked at every ten steps; the first steps take time too.
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     whole = distill(teacher, blocks, **SETTINGS)
     checkpoint = tmp_path / "state.safetensors"
     steps = 0
@@ -94,7 +96,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(stop_at, teacher, blocks, t
     def batch(step, **options):
         nonlocal steps
         steps += 1
-        if steps > stop_at + 1:
+        if steps > (stop_at or 13) + 1:
             raise KeyboardInterrupt
         return blocks.batch(step, **options)
 
@@ -102,6 +104,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(stop_at, teacher, blocks, t
     object.__setattr__(dying, "batch", batch)
     with pytest.raises(KeyboardInterrupt):
         distill(teacher, dying, checkpoint=checkpoint, checkpoint_every_steps=stop_at, **SETTINGS)
+    assert checkpoint.exists()
     resumed = distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
     assert same_weights(whole, resumed)
     assert resumed.nmse_after == whole.nmse_after
@@ -248,6 +251,27 @@ def test_a_recorded_step_leaves_out_a_stopped_layer(blocks):
     assert len(losses) == 2
     assert torch.isfinite(losses).all()
     assert [torch.equal(before[i], mixers[i].o_proj.weight) for i in range(3)] == [False, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("fast", [False, True])
+def test_lanes_change_nothing_but_the_time(blocks, monkeypatch, fast):
+    model = pico_teacher().model.to("cuda", torch.bfloat16)
+    teacher = as_teacher(model, byte_tokenizer(), source="pico")
+    attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
+
+    def trained(num_lanes):
+        monkeypatch.setattr(lanes, "NUM_LANES", num_lanes)
+        mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a) for i, a in enumerate(attention)}
+        students = Students(teacher, mixers, learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0, fast=fast)
+        losses = [students.train_step(blocks.batch(i, batch_size=8, seed=0), 1e-3).clone() for i in range(8)]
+        return torch.stack(losses), [p.detach().clone() for mixer in mixers.values() for p in mixer.parameters()]
+
+    (losses, params), (expected_losses, expected) = trained(2), trained(0)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=0)
+    for param, other in zip(params, expected, strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-3, atol=1e-5)
 
 
 def test_the_loss_is_normalised_and_differentiable(teacher):

@@ -125,8 +125,8 @@ class DistillSection(Section):
     """Tokens on which the output projections are solved for in closed form after training; 0 leaves it out."""
     layers: list[int] | None = None
     """Layers to distil; all when left out."""
-    checkpoint_every_steps: int = Field(default=200, ge=1)
-    """An interrupted run loses at most this many steps."""
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    """An interrupted run loses at most this many steps; about a minute of work when left out."""
 
 
 class TaskSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,9 +53,10 @@ class GradientExchange:
             buffer.zero_()
         self._num_sent, self._waiting = 0, []
 
-    def layer_done(self, position: int) -> None:
+    def layer_done(self, position: int, *, before_sending: Callable[[], None] = lambda: None) -> None:
         """The layer at `position` has its gradients; send every buffer that is complete by now."""
         while self._num_sent < len(self._buffers) and self._last_layer[self._num_sent] <= position:
+            before_sending()
             self._waiting.append(self._world.start_adding_up(self._buffers[self._num_sent]))
             self._num_sent += 1
 

@@ -21,6 +21,8 @@ from dtr.interrupt import stop_at_safe_point
 
 NUM_MEASURES = 8
 """Times that held-out error is measured on the way."""
+CHECKPOINT_SECONDS = 60.0
+"""Work that may be lost where nobody says. Writing a gigabyte takes as long as a hundred steps of a GPU."""
 
 
 def train(
@@ -30,7 +32,7 @@ def train(
     text: Text,
     *,
     first_step: int = 0,
-    checkpoint_every_steps: int,
+    checkpoint_every_steps: int | None,
     emit: Callable[[dict[str, Any]], None],
     world: World,
 ) -> None:
@@ -42,7 +44,7 @@ def train(
         state: saves and restores.
         text: step n takes its batch number `first_step + n`.
         first_step: how many batches of the text are passed over.
-        checkpoint_every_steps: at most this many steps are lost by an interruption.
+        checkpoint_every_steps: at most this many steps are lost by an interruption; None saves about once a minute.
         emit: told of progress.
         world: the ranks that take part.
 
@@ -56,6 +58,7 @@ def train(
     watch = Watch({index: bank.mixers[index] for index in students.active})
     spent_before = bank.seconds
     measure_every = max(1, bank.num_steps // NUM_MEASURES)
+    saved_at = started
 
     def measure(done: int) -> None:
         nmse = students.held_out_nmse(text.held_out, batch_size)
@@ -76,17 +79,21 @@ def train(
             step += 1
             stopping = stop.requested and world.size == 1
             measuring = step % measure_every == 0 or step == bank.num_steps
-            saving = step % checkpoint_every_steps == 0 or step == bank.num_steps
+            saving = step == bank.num_steps or bool(checkpoint_every_steps and step % checkpoint_every_steps == 0)
             # Reading the loss waits for the device, and asking all ranks waits for them; not at every step.
             if step % CHECK_EVERY_STEPS == 0 or measuring or saving or stopping:
                 emit(_progress(step, bank.num_steps, batch, losses))
                 _give_up_lost_layers(bank, students, watch, losses, step * batch.numel(), world, emit)
-                stopping = any(world.collect(stop.requested))
+                is_due = checkpoint_every_steps is None and time.monotonic() - saved_at >= CHECKPOINT_SECONDS
+                # Clocks differ, and all ranks save together.
+                wishes = world.collect((stop.requested, is_due))
+                stopping, saving = any(stop for stop, _ in wishes), saving or any(due for _, due in wishes)
             if measuring:
                 measure(step)
             bank.seconds = spent_before + time.monotonic() - started
             if saving or stopping:
                 state.save(step)
+                saved_at = time.monotonic()
             if stopping and step < bank.num_steps:
                 raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
 

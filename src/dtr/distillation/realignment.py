@@ -103,7 +103,7 @@ def realign(
     max_grad_norm: float = 1.0,
     seed: int = 0,
     checkpoint: str | Path | None = None,
-    checkpoint_every_steps: int = 200,
+    checkpoint_every_steps: int | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> MixerBank:
     """Train copies of some of a bank's mixers on the hidden states of the hybrid that they make together.

@@ -2,7 +2,7 @@
 
 Each student sees the input of its attention and learns its output, `MSE / mean(o^2)`; no gradient crosses layers
 (blockwise local distillation, arXiv 2601.11667, section 3.1). A student's forward and backward run as soon as its
-layer has run, so that only one layer's activations are alive at a time.
+layer has run, so that only the activations of one layer, on a GPU of a few (`lanes.py`), are alive at a time.
 
 With several processes either each takes a part of every batch (`data`: gradients are added up) or each trains a part
 of the layers (`layers`: nothing is exchanged).
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from dtr.allocation import keep_freed_memory
 from dtr.distillation.compiled import Compiled, CompiledLayers
 from dtr.distillation.exchange import GradientExchange
+from dtr.distillation.lanes import Lanes
 from dtr.distillation.replay import Replay
 from dtr.distillation.targets import capture_targets
 from dtr.distributed import World
@@ -89,6 +90,7 @@ class Students:
         # One compiled graph serves all layers: their parameters are its inputs.
         self._sums = Compiled(squared_sums) if fast else squared_sums
         can_record = fast and teacher.device.type == "cuda"
+        self._lanes = Lanes(teacher.device)
         self._replay = Replay(self._step) if can_record and not teacher.is_sharded else None
         self._groups = [self._trained(index) for index in self.active]
         self._exchange = self._make_exchange()
@@ -162,16 +164,18 @@ class Students:
             self._exchange.begin()
 
         def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
-            with torch.enable_grad(), self._amp:
-                error, power = self._sums(self.mixers[index], hidden, rotary, target)
-            error.backward()
-            sums[position_of[index]] = torch.stack([error.detach(), power])
+            with self._lanes.next(hidden, rotary, target):
+                with torch.enable_grad(), self._amp:
+                    error, power = self._sums(self.mixers[index], hidden, rotary, target)
+                error.backward()
+                sums[position_of[index]] = torch.stack([error.detach(), power])
             if self._exchange is not None:
-                self._exchange.layer_done(position_of[index])
+                self._exchange.layer_done(position_of[index], before_sending=self._lanes.join)
 
         # Only here, as batches of other shapes would each be compiled anew.
         with self._fast_layers():
             self._run_pass(input_ids, self.active, visit)
+        self._lanes.join()
         if self._exchange is not None:
             self._exchange.finish()
             self._world.add_up([sums])

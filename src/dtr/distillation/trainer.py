@@ -45,7 +45,7 @@ def distill(
     seed: int = 0,
     parallel: ParallelKind = "data",
     checkpoint: str | Path | None = None,
-    checkpoint_every_steps: int = 200,
+    checkpoint_every_steps: int | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> MixerBank:
     """Train a linear mixer per layer to reproduce its attention's output on the same input.
@@ -66,7 +66,7 @@ def distill(
         parallel: what several processes (torchrun) share out: `data`, the sequences of each batch, or `layers`. The
             bank is the same up to rounding, on all ranks.
         checkpoint: safetensors file for the state; if it is there, training goes on from it.
-        checkpoint_every_steps: at most this many steps are lost by an interruption.
+        checkpoint_every_steps: at most this many steps are lost by an interruption; about a minute by default.
         on_event: called with small dicts for logs and live displays.
 
     Returns:
