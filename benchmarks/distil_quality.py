@@ -31,10 +31,9 @@ from dtr.evaluation.evaluator import Evaluator
 from dtr.evaluation.generation import encode_context
 from dtr.files import write_json
 from dtr.ops.dispatch import use_backend
-from dtr.preparation import prepare_text
-from dtr.recipe import Recipe
-from dtr.recipe_reading import read_recipe
-from dtr.replace import search
+from dtr.pipeline.preparation import prepare_text
+from dtr.recipe import Recipe, read_recipe
+from dtr.replacement.search import search
 from dtr.tasks.base import Task
 from dtr.tasks.loading import load_task
 from dtr.tasks.training import right_answer

@@ -14,8 +14,8 @@ from pathlib import Path
 from dtr.distillation.trainer import distill
 from dtr.environment import hardware, own_commit
 from dtr.ops.dispatch import use_backend
-from dtr.preparation import prepare_text
-from dtr.recipe_reading import read_recipe
+from dtr.pipeline.preparation import prepare_text
+from dtr.recipe import read_recipe
 from dtr.teacher import load_teacher, pick_device
 
 

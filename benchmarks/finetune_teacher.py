@@ -23,8 +23,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from dtr.errors import DataError
 from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.generation import encode_context
-from dtr.recipe import Recipe
-from dtr.recipe_reading import read_recipe
+from dtr.recipe import Recipe, read_recipe
 from dtr.tasks import Item, Task, load_task
 from dtr.tasks.base import LabelRequest, LikelihoodRequest
 from dtr.teacher import load_model, pick_device, pick_dtype

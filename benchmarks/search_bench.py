@@ -113,8 +113,8 @@ def measure(args: argparse.Namespace, record: dict[str, Any]) -> bool:
     """All strategies on every task; with a confidence first `auto` under it. False on all but torchrun's first rank."""
     from dtr.distributed import current_world, leave_world
     from dtr.errors import DtrError
-    from dtr.preparation import prepare_teacher
-    from dtr.recipe_reading import read_recipe
+    from dtr.pipeline.preparation import prepare_teacher
+    from dtr.recipe import read_recipe
 
     record.setdefault("tasks", {})
     teacher = None
@@ -152,7 +152,7 @@ def measure_task(
     deadline: float | None,
 ) -> None:
     """Add the rows of these strategies to `rows`; the file is written after every one of them."""
-    from dtr.measure import bench_strategies
+    from dtr.bench.measure import bench_strategies
 
     def keep(found: dict[str, Any]) -> None:
         rows.update({label or key: row for key, row in found["strategies"].items()})

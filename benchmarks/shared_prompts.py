@@ -21,10 +21,10 @@ from random_model import random_model
 from transformers import LlamaForCausalLM
 
 from dtr.arch import LayerRunner, decoder_layers, read_geometry, with_mixer
+from dtr.bench.measure import hardware
 from dtr.evaluation.batches import TokenPair
 from dtr.evaluation.likelihood import LikelihoodScorer
 from dtr.evaluation.recording import LayerPasses
-from dtr.measure import hardware
 from dtr.mixers import mixer_from_teacher
 
 

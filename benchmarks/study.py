@@ -41,8 +41,8 @@ from dtr.evaluation.paired import mean_confidence_interval
 from dtr.evaluation.score import Score
 from dtr.files import write_json
 from dtr.pipeline import distill_only, run
-from dtr.recipe_reading import read_recipe
-from dtr.runfolder import EVENTS, RECIPE
+from dtr.pipeline.folder import EVENTS, RECIPE
+from dtr.recipe import read_recipe
 from dtr.teacher import load_model
 
 RESULTS = ROOT / "benchmarks" / "results"

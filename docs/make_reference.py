@@ -72,7 +72,7 @@ def _default(parameter: Any) -> str:
 
 
 def recipe() -> Iterator[str]:
-    classes = {node.name: node for node in _parse("recipe.py").body if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for node in _parse("recipe/sections.py").body if isinstance(node, ast.ClassDef)}
     yield "## Recipe"
     yield (
         "A YAML file with these sections; `--set section.key=value` changes one setting, the value read as YAML. "

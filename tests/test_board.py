@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from dtr.board import open_board
-from dtr.display import _Bars
+from dtr.cli.board import open_board
+from dtr.cli.display import _Bars
 from dtr.errors import DeviceError, with_article
 
 EVENTS = [

@@ -19,8 +19,8 @@ from dtr.export.exporter import export_hybrid
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import mixer_from_teacher
 from dtr.pipeline import run
-from dtr.recipe_reading import read_recipe
-from dtr.replace import search
+from dtr.recipe import read_recipe
+from dtr.replacement.search import search
 from dtr.tasks import load_task
 from dtr.teacher import as_teacher, load_teacher
 

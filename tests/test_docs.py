@@ -14,7 +14,7 @@ from fake_report import fake_report
 
 from dtr.cli import app
 from dtr.mixers import MIXERS
-from dtr.recipe_reading import read_recipe
+from dtr.recipe import read_recipe
 from dtr.tasks import load_task
 
 

@@ -23,7 +23,7 @@ from dtr.arch import read_geometry
 from dtr.cli import main
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import MIXERS, mixer_from_teacher
-from dtr.recipe_reading import read_recipe
+from dtr.recipe import read_recipe
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WORDS = ("red", "green", "blue", "stone", "river", "tree", "cloud", "bird")

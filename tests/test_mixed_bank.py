@@ -19,7 +19,7 @@ from dtr.distillation.trainer import distill
 from dtr.errors import BankError, RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.hybrid.modeling import make_hybrid
-from dtr.replace import search as search_model
+from dtr.replacement.search import search as search_model
 from dtr.selection.meter import PassMeter
 from dtr.tasks import load_task
 

@@ -8,9 +8,8 @@ import pytest
 import yaml
 
 from dtr.errors import OutputError, RecipeError
-from dtr.recipe import Recipe
-from dtr.recipe_reading import read_recipe
-from dtr.runfolder import RunFolder
+from dtr.pipeline.folder import RunFolder
+from dtr.recipe import Recipe, read_recipe
 
 BASE = {"teacher": {"source": "somewhere"}}
 

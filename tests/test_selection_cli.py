@@ -25,7 +25,7 @@ def recipe(place):
 @pytest.fixture(scope="module")
 def bank(place, recipe, tmp_path_factory):
     from dtr.pipeline import distill_only
-    from dtr.recipe_reading import read_recipe
+    from dtr.recipe import read_recipe
 
     folder = tmp_path_factory.mktemp("bench") / "distilled"
     distill_only(read_recipe(None, base=recipe), folder)

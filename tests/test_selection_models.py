@@ -17,10 +17,10 @@ from dtr.evaluation.evaluator import Evaluator
 from dtr.evaluation.probe import impact
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.mixers import mixer_from_teacher
-from dtr.replace import search
+from dtr.replacement.search import search
+from dtr.replacement.settings import GuardFloor
 from dtr.selection.items import split_items
 from dtr.selection.meter import PassMeter
-from dtr.settings import GuardFloor
 from dtr.tasks import load_task
 
 NUM_LAYERS = 9

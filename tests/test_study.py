@@ -182,7 +182,7 @@ def test_the_jobs_of_the_study(study, tmp_path, monkeypatch):
 
 
 def test_a_head_is_fine_tuned_too(place, labels, tmp_path):
-    from dtr.recipe_reading import read_recipe
+    from dtr.recipe import read_recipe
 
     tuning = load_script(ROOT / "benchmarks" / "finetune_teacher.py")
     settings = [f"task.source={labels}", "task.kind=classification", "task.options={head: true}"]
@@ -210,7 +210,7 @@ def test_one_result_becomes_one_entry(study):
 
 
 def test_the_list_of_the_study_names_known_teachers_and_settings(study, tmp_path):
-    from dtr.recipe_reading import read_recipe
+    from dtr.recipe import read_recipe
 
     plan = study.at_home(yaml.safe_load((ROOT / "benchmarks" / "study.yaml").read_text(encoding="utf-8")), "there")
     whole = study.Study(plan=plan, out=tmp_path, results=tmp_path, settings=[], banks={})

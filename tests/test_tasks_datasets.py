@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from dtr.errors import DataError, DeviceError, RecipeError
-from dtr.recipe_reading import read_recipe
+from dtr.recipe import read_recipe
 from dtr.tasks import load_task
 
 PIQA = {"question": "goal", "choices": ["sol1", "sol2"], "answer": "label"}

@@ -228,7 +228,7 @@ def test_what_the_harness_cannot_give_is_said(tmp_path, monkeypatch):
 
 def test_a_run_on_a_harness_task(place, tmp_path):
     from dtr.pipeline import run
-    from dtr.recipe_reading import read_recipe
+    from dtr.recipe import read_recipe
 
     data = tmp_path / "data"
     data.mkdir()

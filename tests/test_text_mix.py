@@ -16,8 +16,8 @@ from dtr.corpus.writing import draw, write_documents
 from dtr.distillation.trainer import distill
 from dtr.errors import DataError, RecipeError
 from dtr.pipeline import distill_only
-from dtr.preparation import prepare_text
-from dtr.recipe_reading import read_recipe
+from dtr.pipeline.preparation import prepare_text
+from dtr.recipe import read_recipe
 from dtr.tasks import load_task
 from dtr.tasks.training import training_prompts
 

@@ -23,22 +23,21 @@ if TYPE_CHECKING:
     from dtr.inference.decoder import Decoder
     from dtr.inference.generate import fast_generate
     from dtr.pipeline import run
-    from dtr.recipe import Recipe
-    from dtr.recipe_reading import read_recipe
-    from dtr.replace import SearchResult, search
-    from dtr.settings import GuardFloor, SearchSettings
+    from dtr.recipe import Recipe, read_recipe
+    from dtr.replacement.search import SearchResult, search
+    from dtr.replacement.settings import GuardFloor, SearchSettings
     from dtr.tasks import load_task
     from dtr.teacher import Teacher, as_teacher, load_teacher
 
 _HOMES = {
     "Decoder": "dtr.inference.decoder",
     "DtrError": "dtr.errors",
-    "GuardFloor": "dtr.settings",
+    "GuardFloor": "dtr.replacement.settings",
     "MixerBank": "dtr.distillation.bank",
     "Recipe": "dtr.recipe",
     "Score": "dtr.evaluation.score",
-    "SearchResult": "dtr.replace",
-    "SearchSettings": "dtr.settings",
+    "SearchResult": "dtr.replacement.search",
+    "SearchSettings": "dtr.replacement.settings",
     "Teacher": "dtr.teacher",
     "TokenBlocks": "dtr.corpus",
     "as_teacher": "dtr.teacher",
@@ -51,9 +50,9 @@ _HOMES = {
     "load_task": "dtr.tasks",
     "load_teacher": "dtr.teacher",
     "load_text": "dtr.corpus",
-    "read_recipe": "dtr.recipe_reading",
+    "read_recipe": "dtr.recipe",
     "run": "dtr.pipeline",
-    "search": "dtr.replace",
+    "search": "dtr.replacement.search",
 }
 
 __all__ = [

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dtr.binding import Selection, find_layers, make_evaluator
 from dtr.distillation.bank import MixerBank
 from dtr.distributed import current_world
 from dtr.errors import RecipeError
 from dtr.evaluation.paired import mean_confidence_interval, paired_difference
 from dtr.evaluation.score import Score
-from dtr.settings import SearchSettings
-from dtr.spreading import clock_of
+from dtr.replacement.binding import Selection, find_layers, make_evaluator
+from dtr.replacement.settings import SearchSettings
+from dtr.replacement.spreading import clock_of
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher
 

@@ -18,7 +18,7 @@ from dtr.distributed import join_world, side_world
 from dtr.evaluation.generation import render_turn
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
-from dtr.settings import GuardFloor, SearchSettings
+from dtr.replacement.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
 from dtr.tasks.base import Task
 from dtr.tasks.training import training_prompts

@@ -14,13 +14,13 @@ from dtr.distributed import World, current_world
 from dtr.errors import BankError, RecipeError
 from dtr.evaluation.evaluator import Evaluator
 from dtr.hybrid.cache import decode_cache_bytes
+from dtr.replacement.settings import SearchSettings
+from dtr.replacement.spreading import SpreadEvaluator, clock_of, shared_journal
 from dtr.selection.items import ItemSplit, split_items
 from dtr.selection.journal import Journal
 from dtr.selection.state import Budget
 from dtr.selection.strategies import STRATEGIES, GuardTask, check_limits, select_layers
 from dtr.selection.trace import SearchTrace
-from dtr.settings import SearchSettings
-from dtr.spreading import SpreadEvaluator, clock_of, shared_journal
 from dtr.tasks.base import Task, fingerprint
 from dtr.teacher import Teacher
 
@@ -74,7 +74,7 @@ def find_layers(
     journal: str | Path | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Selection:
-    """The search alone, without its test scores; arguments and errors as in `dtr.replace.search`."""
+    """The search alone, without its test scores; arguments and errors as in `dtr.replacement.search.search`."""
     if bank.teacher_fingerprint != teacher.fingerprint:
         raise BankError(
             "bank",

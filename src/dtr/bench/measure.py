@@ -14,13 +14,13 @@ from dtr.bench.generation import bench_generate
 from dtr.bench.speedups import speedups
 from dtr.bench.strategies import compare_strategies
 from dtr.bench.subjects import load_subjects
-from dtr.binding import check_search
 from dtr.distillation.bank import load_bank
 from dtr.distributed import join_world, leave_world
 from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
 from dtr.ops.dispatch import use_backend
-from dtr.preparation import Listener, prepare_guards, prepare_task, prepare_teacher, search_settings
+from dtr.pipeline.preparation import Listener, prepare_guards, prepare_task, prepare_teacher, search_settings
 from dtr.recipe import Recipe
+from dtr.replacement.binding import check_search
 from dtr.teacher import Teacher, load_teacher, pick_device
 
 

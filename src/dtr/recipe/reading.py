@@ -9,8 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from dtr.errors import RecipeError
-from dtr.recipe import Recipe
-from dtr.recipe_errors import as_recipe_error
+from dtr.recipe.errors import as_recipe_error
+from dtr.recipe.sections import Recipe
 
 
 def read_recipe(path: str | Path | None, overrides: list[str] = (), base: dict[str, Any] | None = None) -> Recipe:  # type: ignore[assignment]

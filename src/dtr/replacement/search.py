@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dtr.binding import find_layers, make_evaluator
 from dtr.distillation.bank import MixerBank
 from dtr.evaluation.score import Score
 from dtr.hybrid.modeling import make_hybrid
+from dtr.replacement.binding import find_layers, make_evaluator
+from dtr.replacement.settings import SearchSettings
 from dtr.selection.trace import SearchTrace
-from dtr.settings import SearchSettings
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher
 

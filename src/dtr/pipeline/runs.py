@@ -1,23 +1,21 @@
-"""The whole run, stage by stage: load -> text -> distil -> search -> save -> report."""
+"""What a recipe makes: a whole run, its first half alone, or one score."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from dtr.binding import check_search
 from dtr.corpus.faults import faults_record
-from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.start import check_distillation
-from dtr.distillation.trainer import distill
-from dtr.distributed import World, current_world, join_world, leave_world
+from dtr.distributed import leave_world
 from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.evaluation.examples import differing_items, write_sample
 from dtr.evaluation.speed import measure_speed
-from dtr.files import write_json
-from dtr.preparation import (
+from dtr.pipeline.costs import Clock, memory_advice
+from dtr.pipeline.folder import RunFolder
+from dtr.pipeline.preparation import (
     Listener,
     prepare_guards,
     prepare_mixers,
@@ -26,16 +24,11 @@ from dtr.preparation import (
     prepare_text,
     search_settings,
 )
-from dtr.realigned import Realigned, prepare_realigned
+from dtr.pipeline.record import make_record
+from dtr.pipeline.stages import join_run, open_run, prepare_bank, prepare_realigned, prepare_search, save
 from dtr.recipe import Recipe
-from dtr.record import make_record
-from dtr.replace import SearchResult, search
-from dtr.reporting import render_model_card, write_report
-from dtr.runfolder import RunFolder
-from dtr.settings import SearchSettings
-from dtr.stages import Clock, memory_advice
-from dtr.tasks.base import Task
-from dtr.teacher import Teacher, load_model, pick_device
+from dtr.replacement.binding import check_search
+from dtr.teacher import load_model
 
 
 def run(
@@ -144,97 +137,6 @@ def distill_only(
     open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
     with memory_advice("distill.batch_size"):
         return prepare_bank(recipe, teacher, text, folder, emit)
-
-
-def join_run(
-    folder: RunFolder, recipe: Recipe, *, resume: bool, overwrite: bool, on_event: Listener | None
-) -> tuple[World, Listener]:
-    """Join the other processes if torchrun started some; the first one looks whether the folder may be used.
-
-    Returns our place among them and where events go: to log and listener on the first rank, nowhere on the others.
-    """
-    world, _ = join_world(pick_device(recipe.runtime.device))
-    if world.is_first:
-        folder.check(recipe, resume=resume, overwrite=overwrite)
-    world.wait()
-    return world, _to_log_and(folder, on_event) if world.is_first else lambda event: None
-
-
-def open_run(folder: RunFolder, recipe: Recipe, world: World, *, resume: bool, overwrite: bool) -> None:
-    """Open the folder, once all that is read is found to be there; the others must not look into it before."""
-    if world.is_first:
-        folder.open(recipe, resume=resume, overwrite=overwrite)
-    world.wait()
-
-
-def prepare_bank(recipe: Recipe, teacher: Teacher, text: Text, folder: RunFolder, emit: Listener) -> MixerBank:
-    """Distil, or take the bank that an earlier run of this recipe has finished."""
-    if (folder.bank / "bank.json").exists():
-        return load_bank(folder.bank, teacher=teacher)
-    emit({"event": "stage", "text": f"preparing {' and '.join(recipe.mixer.names)} for every layer"})
-    settings = recipe.distill.model_dump(exclude={"seq_len_tokens"})
-    bank = distill(
-        teacher,
-        text,
-        **prepare_mixers(recipe),
-        **settings,
-        seed=recipe.seed,
-        parallel=recipe.runtime.parallel,
-        checkpoint=folder.checkpoint,
-        on_event=emit,
-    )
-    if current_world().is_first:
-        bank.save(folder.bank)
-        # The bank holds all that is needed from here on.
-        folder.checkpoint.unlink(missing_ok=True)
-    return bank
-
-
-def prepare_search(
-    recipe: Recipe,
-    teacher: Teacher,
-    bank: MixerBank,
-    task: Task,
-    settings: SearchSettings,
-    folder: RunFolder,
-    emit: Listener,
-) -> SearchResult:
-    emit({"event": "stage", "text": "scoring the teacher"})
-    result = search(
-        teacher,
-        bank,
-        task,
-        settings,
-        test_curve=recipe.search.test_curve,
-        journal=folder.journal,
-        on_event=emit,
-    )
-    if current_world().is_first:
-        legend = {number: bank.named(number) for number in bank.mixers} if len(bank.kinds) > 1 else {}
-        write_json(folder.search, result.trace.to_dict(with_items=True) | ({"mixers": legend} if legend else {}))
-    return result
-
-
-def save(folder: RunFolder, record: dict[str, Any], result: SearchResult, realigned: Realigned | None) -> None:
-    """The hybrids as Hugging Face checkpoints with their cards, then the report: a folder with it is finished."""
-    models = [(folder.hybrid, result.m_opt, "m_opt"), (folder.hybrid_best, result.m_best, "m_best")]
-    if realigned is not None and realigned.is_kept:
-        models.append((folder.hybrid_realigned, realigned.model, "realigned"))
-    for path, model, which in models:
-        model.save_pretrained(path)
-        (path / "README.md").write_text(render_model_card(record, which=which), encoding="utf-8")  # type: ignore[arg-type]
-    write_report(folder.path, record)
-
-
-def _to_log_and(folder: RunFolder, listener: Listener | None) -> Listener:
-    def emit(event: dict[str, Any]) -> None:
-        # Replayed candidates are in the log already, from the run that was interrupted.
-        if not event.get("replayed"):
-            folder.log(event)
-        if listener is not None:
-            listener(event)
-
-    return emit
 
 
 def evaluate_model(recipe: Recipe, split: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ class Stopped(Exception):
 def watched(log: str, board: Path | None = None) -> Iterator[Any]:
     from transformers.utils import logging
 
-    from dtr.board import open_board
-    from dtr.display import open_display
+    from dtr.cli.board import open_board
+    from dtr.cli.display import open_display
 
     # Bars of the library would run across our own, and between the lines of a JSON log.
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """The recipe: everything that decides what a run produces, and the few settings that only decide how it runs.
 
 A recipe is a YAML file with the sections below; unknown keys are refused with the nearest known one. It is saved with
-the run, defaults filled in, so that the run can be repeated (`dtr.recipe_reading`). No torch in here.
+the run, defaults filled in, so that the run can be repeated (`dtr.recipe.reading`). No torch in here.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from dtr.evaluation.paired import paired_difference
 from dtr.evaluation.score import Score
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.ops.backend import choose_backend
-from dtr.realigned import Realigned
 from dtr.recipe import Recipe
-from dtr.replace import SearchResult
+from dtr.replacement.realigned import Realigned
+from dtr.replacement.search import SearchResult
 from dtr.selection.trace import Chosen
 from dtr.tasks.base import Task, fingerprint
 from dtr.tasks.long_context import score_map

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dtr.cli_bench import bench
-from dtr.cli_options import (
+from dtr.cli.bench import bench
+from dtr.cli.console import Stopped, conclude, say, show_table, watched
+from dtr.cli.options import (
     BoardOpt,
     DebugOpt,
     LogOpt,
@@ -30,7 +31,6 @@ from dtr.cli_options import (
     TaskOpt,
     make_recipe,
 )
-from dtr.console import Stopped, conclude, say, show_table, watched
 from dtr.errors import DtrError
 
 app = typer.Typer(
@@ -207,7 +207,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: DebugOpt = False
 ) -> None:
     """Say what this machine can do: devices, backends and why, versions, missing extras."""
-    from dtr.display import doctor_table
+    from dtr.cli.display import doctor_table
     from dtr.environment import doctor as examine
 
     facts = examine()
@@ -235,7 +235,7 @@ def main() -> None:
 
 def _format_warning(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
     """Our own warnings as people read them; those of libraries keep their place in the code."""
-    is_ours = Path(__file__).parent in Path(filename).parents
+    is_ours = Path(__file__).parent.parent in Path(filename).parents
     return f"dtr: warning: {message}\n" if is_ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 

@@ -34,7 +34,7 @@ def make_recipe(
     mixer: str | None = None,
 ) -> Any:
     """A recipe from a file, the few flags and --set, later ones winning."""
-    from dtr.recipe_reading import read_recipe
+    from dtr.recipe import read_recipe
 
     kinds = mixer.split(",") if mixer else []
     # The whole section, as options of a kind that the recipe names would not fit another.

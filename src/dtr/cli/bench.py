@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dtr.cli_options import DebugOpt, LogOpt, ModelOpt, PMinOpt, RecipeArg, SetOpt, TaskOpt, make_recipe
-from dtr.console import show_table, watched
+from dtr.cli.console import show_table, watched
+from dtr.cli.options import DebugOpt, LogOpt, ModelOpt, PMinOpt, RecipeArg, SetOpt, TaskOpt, make_recipe
 
 bench = typer.Typer(help="Measure speed; each ends in one JSON line.", no_args_is_help=True)
 
@@ -35,8 +35,8 @@ def bench_distill(
 ) -> None:
     """Time distillation against the teacher's bare forward pass; under torchrun also all processes against one."""
     from dtr.bench.distillation import parse_sizes
-    from dtr.display import speed_table
-    from dtr.measure import bench_distillation
+    from dtr.bench.measure import bench_distillation
+    from dtr.cli.display import speed_table
 
     record = bench_distillation(
         model,
@@ -72,9 +72,9 @@ def bench_generate(
     debug: DebugOpt = False,
 ) -> None:
     """Prefill, decoding and cache of a hybrid against its teacher, at several lengths and batch sizes."""
+    from dtr.bench.measure import bench_generation
     from dtr.bench.speedups import draw, numbers
-    from dtr.display import generation_table
-    from dtr.measure import bench_generation
+    from dtr.cli.display import generation_table
 
     record = bench_generation(
         model,
@@ -109,9 +109,9 @@ def bench_search(
     debug: DebugOpt = False,
 ) -> None:
     """All search strategies on one bank and task: what each finds, holds on test and costs."""
-    from dtr.display import strategy_table
+    from dtr.bench.measure import bench_strategies
+    from dtr.cli.display import strategy_table
     from dtr.distributed import leave_world
-    from dtr.measure import bench_strategies
 
     plan = make_recipe(recipe, model, task, p_min, settings)
     with watched(log) as show:
@@ -124,7 +124,7 @@ def bench_search(
 
 def _options(model: str, pairs: list[str] | None) -> dict[str, Any]:
     from dtr.errors import RecipeError
-    from dtr.recipe_reading import read_recipe
+    from dtr.recipe import read_recipe
 
     for pair in pairs or []:
         if "=" not in pair:

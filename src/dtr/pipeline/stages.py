@@ -1,0 +1,163 @@
+"""The stages of a run, each resumable: open the folder, distil, search, realign, save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dtr.corpus.mixing import Text
+from dtr.distillation.bank import MixerBank, load_bank
+from dtr.distillation.realignment import realign
+from dtr.distillation.trainer import distill
+from dtr.distributed import World, current_world, join_world
+from dtr.files import write_json
+from dtr.pipeline.folder import RunFolder
+from dtr.pipeline.preparation import Listener, prepare_mixers
+from dtr.recipe import Recipe
+from dtr.replacement.realigned import Realigned, score_realigned
+from dtr.replacement.search import SearchResult, search
+from dtr.replacement.settings import SearchSettings
+from dtr.reporting import render_model_card, write_report
+from dtr.tasks.base import Task
+from dtr.teacher import Teacher, pick_device
+
+
+def join_run(
+    folder: RunFolder, recipe: Recipe, *, resume: bool, overwrite: bool, on_event: Listener | None
+) -> tuple[World, Listener]:
+    """Join the other processes if torchrun started some; the first one looks whether the folder may be used.
+
+    Returns our place among them and where events go: to log and listener on the first rank, nowhere on the others.
+    """
+    world, _ = join_world(pick_device(recipe.runtime.device))
+    if world.is_first:
+        folder.check(recipe, resume=resume, overwrite=overwrite)
+    world.wait()
+    return world, _to_log_and(folder, on_event) if world.is_first else lambda event: None
+
+
+def open_run(folder: RunFolder, recipe: Recipe, world: World, *, resume: bool, overwrite: bool) -> None:
+    """Open the folder, once all that is read is found to be there; the others must not look into it before."""
+    if world.is_first:
+        folder.open(recipe, resume=resume, overwrite=overwrite)
+    world.wait()
+
+
+def prepare_bank(recipe: Recipe, teacher: Teacher, text: Text, folder: RunFolder, emit: Listener) -> MixerBank:
+    """Distil, or take the bank that an earlier run of this recipe has finished."""
+    if (folder.bank / "bank.json").exists():
+        return load_bank(folder.bank, teacher=teacher)
+    emit({"event": "stage", "text": f"preparing {' and '.join(recipe.mixer.names)} for every layer"})
+    settings = recipe.distill.model_dump(exclude={"seq_len_tokens"})
+    bank = distill(
+        teacher,
+        text,
+        **prepare_mixers(recipe),
+        **settings,
+        seed=recipe.seed,
+        parallel=recipe.runtime.parallel,
+        checkpoint=folder.checkpoint,
+        on_event=emit,
+    )
+    if current_world().is_first:
+        bank.save(folder.bank)
+        # The bank holds all that is needed from here on.
+        folder.checkpoint.unlink(missing_ok=True)
+    return bank
+
+
+def prepare_search(
+    recipe: Recipe,
+    teacher: Teacher,
+    bank: MixerBank,
+    task: Task,
+    settings: SearchSettings,
+    folder: RunFolder,
+    emit: Listener,
+) -> SearchResult:
+    emit({"event": "stage", "text": "scoring the teacher"})
+    result = search(
+        teacher,
+        bank,
+        task,
+        settings,
+        test_curve=recipe.search.test_curve,
+        journal=folder.journal,
+        on_event=emit,
+    )
+    if current_world().is_first:
+        legend = {number: bank.named(number) for number in bank.mixers} if len(bank.kinds) > 1 else {}
+        write_json(folder.search, result.trace.to_dict(with_items=True) | ({"mixers": legend} if legend else {}))
+    return result
+
+
+def prepare_realigned(
+    recipe: Recipe,
+    teacher: Teacher,
+    bank: MixerBank,
+    text: Text,
+    tasks: Sequence[Task],
+    result: SearchResult,
+    folder: RunFolder,
+    emit: Listener,
+) -> Realigned:
+    """Realign the linear layers of M_opt as the recipe says, or take what an earlier run of it has finished; score.
+
+    `tasks` are the one that search looked at and its guards.
+    """
+    layers = result.trace.m_opt.layers
+    emit({"event": "stage", "text": f"realigning {len(layers)} layers on the hybrid's own hidden states"})
+    realigned = _load_finished(folder.realigned, teacher, layers)
+    if realigned is None:
+        apart = {"num_tokens", "seq_len_tokens", "learning_rate", "refit_tokens", "layers"}
+        realigned = realign(
+            teacher,
+            bank,
+            text,
+            layers,
+            **recipe.realign.model_dump(),
+            **recipe.distill.model_dump(exclude=apart),
+            seed=recipe.seed,
+            checkpoint=folder.realign_checkpoint,
+            on_event=emit,
+        )
+        if current_world().is_first:
+            realigned.save(folder.realigned)
+            folder.realign_checkpoint.unlink(missing_ok=True)
+    task, *guards = tasks
+    batch_tokens = recipe.runtime.eval_batch_tokens
+    found = score_realigned(teacher, bank, realigned, task, layers, guards=guards, batch_tokens=batch_tokens)
+    scores = {"val_before": found.val_before.value, "val": found.val.value}
+    emit({"event": "realigned", **scores, "kept": found.is_kept})
+    return found
+
+
+def save(folder: RunFolder, record: dict[str, Any], result: SearchResult, realigned: Realigned | None) -> None:
+    """The hybrids as Hugging Face checkpoints with their cards, then the report: a folder with it is finished."""
+    models = [(folder.hybrid, result.m_opt, "m_opt"), (folder.hybrid_best, result.m_best, "m_best")]
+    if realigned is not None and realigned.is_kept:
+        models.append((folder.hybrid_realigned, realigned.model, "realigned"))
+    for path, model, which in models:
+        model.save_pretrained(path)
+        (path / "README.md").write_text(render_model_card(record, which=which), encoding="utf-8")  # type: ignore[arg-type]
+    write_report(folder.path, record)
+
+
+def _to_log_and(folder: RunFolder, listener: Listener | None) -> Listener:
+    def emit(event: dict[str, Any]) -> None:
+        # Replayed candidates are in the log already, from the run that was interrupted.
+        if not event.get("replayed"):
+            folder.log(event)
+        if listener is not None:
+            listener(event)
+
+    return emit
+
+
+def _load_finished(folder: Path, teacher: Teacher, layers: Sequence[int]) -> MixerBank | None:
+    """What an earlier run of this recipe has finished, if it was for these layers."""
+    if not (folder / "bank.json").exists():
+        return None
+    bank = load_bank(folder, teacher=teacher)
+    return bank if bank.identity["layers"] == sorted(layers) else None
