@@ -4,18 +4,21 @@
     python benchmarks/distil_quality.py RECIPE --task arc_easy=data/arc_easy --try mixer.options.window=64
 
 The recipe itself gives the main entry of the result file. Each --try (settings by spaces) is distilled as well and
-becomes a row of its `ablation`; a row of the same settings is replaced. With --only-tries the main entry stays as it
-is, with --bank the recipe's bank is read instead of made. --by-position says where the hybrids part from the teacher on
-held-out text and on the tasks' validation prompts: by position, and layer by layer. --for-choosing leaves out all that
-is only for a final report (test scores, recall) and scores the tasks on validation.
+becomes a row of its `ablation`; a row of the same settings is replaced, and one that fails is told and left out. With
+--only-tries the main entry stays as it is, with --bank the recipe's bank is read instead of made. --by-position says
+where the hybrids part from the teacher on held-out text and on the tasks' validation prompts: by position, and layer by
+layer. --for-choosing leaves out all that is only for a final report (test scores, recall) and scores the tasks on
+validation.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +89,22 @@ def main(argv: list[str] | None = None) -> None:
         bank = load_bank(args.bank, teacher=teacher) if args.bank else None
         result = {**row(base, bank), "ablation": result.get("ablation", [])}
         write_json(args.out, result)
+    failed = []
     for settings in args.trials:
-        new = {"settings": settings, **row(read_recipe(args.recipe, [*args.set, *settings.split()]))}
+        try:
+            new = {"settings": settings, **row(read_recipe(args.recipe, [*args.set, *settings.split()]))}
+        except Exception:
+            traceback.print_exc()
+            failed.append(settings)
+            continue
         others = [other for other in result.get("ablation", []) if other["settings"] != settings]
         result["ablation"] = [*others, new]
         # After each, so that what has been measured is kept whatever comes next.
         write_json(args.out, result)
+        # Recorded steps hold their memory in cycles.
+        gc.collect()
+    if failed:
+        sys.exit(f"{len(failed)} rows failed: {'; '.join(failed)}")
     print(json.dumps({key: value for key, value in result.items() if key != "ablation"}, indent=1))
 
 

@@ -6,6 +6,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 KEYS = {"mean_nmse", "num_tokens", "all_linear_retention", "recall_retention", "ablation", "command", "hardware"}
 
 
@@ -44,7 +46,9 @@ def test_the_result_file_holds_the_recipe_and_its_rivals(place, tmp_path):
     assert (row["settings"], row["is_pure_linear"]) == ("mixer.options.window=8", False)
     assert row["mean_nmse"] != result["mean_nmse"]
     # A row of the same settings is replaced, the main entry is left alone.
-    program.main([*common, "--only-tries", "--try", "mixer.options.window=8", "--try", "seed=1"])
+    rows = ["--try", "mixer.options.window=8", "--try", "mixer.options.window=-1", "--try", "seed=1"]
+    with pytest.raises(SystemExit, match=r"1 rows failed: mixer\.options\.window=-1"):
+        program.main([*common, "--only-tries", *rows])
     again = json.loads(out.read_text())
     assert [row["settings"] for row in again["ablation"]] == ["mixer.options.window=8", "seed=1"]
     assert again["ablation"][1]["seeds"] == [1]
