@@ -33,7 +33,7 @@ def run(task: Any, strategy: str, *, num_items: int = 500, layers: Sequence[int]
     limits = Limits(p_min=options.pop("p_min", 0.95), p_min_kind=options.pop("p_min_kind", "relative"))
     limits = options.pop("limits", limits)
     if isinstance(task, SimulatedTask):
-        options.setdefault("items", split_items(num_items, in_blocks=strategy == "auto"))
+        options.setdefault("items", split_items(num_items))
     return select_layers(task, layers=layers, limits=limits, strategy=strategy, **options)
 
 

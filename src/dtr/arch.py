@@ -20,6 +20,7 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from dtr.errors import ModelError
+from dtr.ops.float32_linear import linear_in_float32
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """`config.model_type` to the prefix of the Hugging Face classes. SmolLM2 is a llama, Qwen2.5 a qwen2."""
@@ -277,10 +278,21 @@ class LayerRunner:
             use_cache=False,
         )
 
+    @property
+    def num_outputs(self) -> int:
+        """Logits of one position: tokens of the vocabulary, or classes."""
+        config = self._model.config
+        return config.num_labels if is_classifier(self._model) else config.vocab_size
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final norm and head of chosen positions (num_positions, D) -> (num_positions, vocab or classes)."""
+        """Final norm and head of chosen positions (num_positions, D) -> (num_positions, vocab or classes).
+
+        In float32 for models of half precision, so that near-ties do not turn with the batch they are computed in.
+        """
         head = self._model.score if is_classifier(self._model) else self._model.lm_head
-        return head(self._model.model.norm(hidden))
+        normed = self._model.model.norm(hidden)
+        # A head that is more than its weight, as with an adapter, computes in its own way.
+        return linear_in_float32(normed, head.weight, head.bias) if type(head) is nn.Linear else head(normed).float()
 
 
 def layer_kind(config: Any, index: int) -> str:

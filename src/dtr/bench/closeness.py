@@ -139,7 +139,7 @@ def _compare(runner: LayerRunner, theirs_ND: torch.Tensor, ours_ND: torch.Tensor
     """KL and agreement of each token (N, 2)."""
     parts = []
     for theirs, ours in zip(theirs_ND.split(LOGIT_ROWS), ours_ND.split(LOGIT_ROWS), strict=True):
-        reference, candidate = (runner.logits(hidden).float().log_softmax(dim=1) for hidden in (theirs, ours))
+        reference, candidate = (runner.logits(hidden).log_softmax(dim=1) for hidden in (theirs, ours))
         kl = ((reference - candidate) * reference.exp()).sum(dim=1)
         same = (reference.argmax(dim=1) == candidate.argmax(dim=1)).float()
         parts.append(torch.stack([kl, same], dim=1))

@@ -31,6 +31,9 @@ from dtr.tasks.base import (
     Task,
 )
 
+MAX_REMEMBERED = 256
+"""Hybrids whose answers to portions of the items are remembered; a larger portion follows soon or never."""
+
 
 class Evaluator:
     """Scores one split of a task again and again while layers change.
@@ -120,6 +123,8 @@ class Evaluator:
         wanted = range(len(self._items)) if items is None else items
         # Whole splits are asked for once each; only portions come again.
         grades = {} if items is None else self._grades.setdefault(linear, {})
+        if len(self._grades) > MAX_REMEMBERED:
+            del self._grades[next(iter(self._grades))]
         new = [index for index in wanted if index not in grades]
         if new:
             for index, responses in zip(new, self.respond(linear, base=base, items=None if items is None else new)):

@@ -24,8 +24,8 @@ from dtr.evaluation.batches import Batch, TokenPair, make_batches
 from dtr.evaluation.recording import GraphRecorders, LayerPasses
 from dtr.tasks.base import Likelihood
 
-LOGIT_ROWS = {"cpu": 1024, "cuda": 8192}
-"""Scored positions per slice of the LM head: logits in float32 for a large vocabulary are the biggest tensor here."""
+LOGIT_BYTES = {"cpu": 200_000_000, "cuda": 1_600_000_000}
+"""Logits in float32 that are there at a time: for a large vocabulary they are the biggest tensor here."""
 
 
 class LikelihoodScorer:
@@ -61,6 +61,7 @@ class LikelihoodScorer:
         self._layer_of = layer_of or {number: number for number in linear_layers}
         self._num_layers = len(runner.layers)
         self._device = device
+        self._num_rows = max(1, LOGIT_BYTES.get(device.type, LOGIT_BYTES["cpu"]) // (4 * runner.num_outputs))
         self._base: frozenset[int] = frozenset()
         self._passes = LayerPasses(runner, GraphRecorders() if device.type == "cuda" else None)
         parts = groups if groups is not None else [range(len(pairs))]
@@ -131,15 +132,15 @@ class LikelihoodScorer:
     def divergence(self, linear: frozenset[int], *, only: Collection[int] | None = None) -> float:
         """Mean KL(teacher || hybrid) in nats over the scored positions, with the teacher as the base."""
         total, num_positions, teacher = 0.0, 0, frozenset[int]()
-        step = LOGIT_ROWS.get(self._device.type, 1024)
         for batch in self._batches_of(only):
             if batch.teacher_rows is None:
                 batch.teacher_rows = self._last_hidden(batch, teacher, teacher).flatten(0, 1)[batch.rows]
             rows = self._last_hidden(batch, linear, teacher).flatten(0, 1)[batch.rows]
             # A position counts as often as a target is asked of it, however many choices share it.
             counts = batch.asked.bincount(minlength=len(rows))
-            for theirs, ours, weights in zip(batch.teacher_rows.split(step), rows.split(step), counts.split(step)):
-                reference, candidate = (self._runner.logits(part).float().log_softmax(dim=1) for part in (theirs, ours))
+            slices = (x.split(self._num_rows) for x in (batch.teacher_rows, rows, counts))
+            for theirs, ours, weights in zip(*slices):
+                reference, candidate = (self._runner.logits(part).log_softmax(dim=1) for part in (theirs, ours))
                 total += (((reference - candidate) * reference.exp()).sum(dim=1) * weights).sum().item()
             num_positions += len(batch.targets)
         return total / max(num_positions, 1)
@@ -190,11 +191,10 @@ class LikelihoodScorer:
         """Log-probability of each target, and whether another token is likelier."""
         scored = hidden.flatten(0, 1)[batch.rows]
         log_probs, misses = [], []
-        step = LOGIT_ROWS.get(self._device.type, 1024)
-        for first in range(0, len(scored), step):
-            last = min(first + step, len(scored))
+        for first in range(0, len(scored), self._num_rows):
+            last = min(first + self._num_rows, len(scored))
             here = slice(batch.ends_of_rows[first], batch.ends_of_rows[last])
-            logits = self._runner.logits(scored[first:last]).float()
+            logits = self._runner.logits(scored[first:last])
             # Several targets may be asked of one row, the first tokens of a question's choices.
             asked, targets = batch.asked[here] - first, batch.targets[here]
             log_probs.append(logits[asked, targets] - logits.logsumexp(dim=1)[asked])

@@ -24,9 +24,6 @@ from dtr.selection.trace import SearchTrace
 from dtr.tasks.base import Task, fingerprint
 from dtr.teacher import Teacher
 
-RACING = ("auto",)
-"""Strategies that score portions of the items; for the others each portion would only be one more batch."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -137,7 +134,6 @@ def _split_items(task: Task, settings: SearchSettings) -> ItemSplit:
     return split_items(
         len(task.splits["validation"]),
         confirmation_share=settings.confirmation_share if settings.p_min_confidence is not None else 0.0,
-        in_blocks=settings.strategy in RACING,
         seed=settings.seed,
     )
 

@@ -1,4 +1,8 @@
-"""Which validation items search may look at, in which portions, and which are kept for confirmation."""
+"""Which validation items search may look at, in which portions, and which are kept for confirmation.
+
+The portions are those of every strategy, also of one that never asks for a part: evaluators batch each portion on its
+own, so the same hybrid has the same score, bit for bit, whatever the strategy.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +37,12 @@ class ItemSplit:
         return self.blocks + ((self.confirmation,) if self.confirmation else ())
 
 
-def split_items(num_items: int, *, confirmation_share: float = 0.0, in_blocks: bool = True, seed: int = 0) -> ItemSplit:
+def split_items(num_items: int, *, confirmation_share: float = 0.0, seed: int = 0) -> ItemSplit:
     """A seeded draw of the confirmation items, and of blocks among the others.
 
     Args:
         num_items: items of the validation split.
         confirmation_share: share of them to keep for confirmation, rounded; selection keeps at least one.
-        in_blocks: whether the strategy scores portions; otherwise selection is one block.
         seed: of the draw.
     """
     items = list(range(num_items))
@@ -48,7 +51,7 @@ def split_items(num_items: int, *, confirmation_share: float = 0.0, in_blocks: b
     confirmation, selection = items[:num_confirmation], items[num_confirmation:]
     num_race = max(MIN_RACE_ITEMS, round(RACE_SHARE * len(selection)))
     ends = [0, num_race, 2 * num_race, len(selection) // 2, len(selection)]
-    if not in_blocks or len(selection) < 6 * MIN_RACE_ITEMS:
+    if len(selection) < 6 * MIN_RACE_ITEMS:
         ends = [0, len(selection)]
     return ItemSplit(
         blocks=tuple(tuple(sorted(selection[start:end])) for start, end in itertools.pairwise(ends)),

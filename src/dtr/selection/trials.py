@@ -142,7 +142,7 @@ def simulate_strategies(
                     layers=range(num_layers),
                     limits=Limits(p_min=p_min),
                     strategy=strategy,
-                    items=split_items(num_items, in_blocks=strategy == "auto", seed=seed),
+                    items=split_items(num_items, seed=seed),
                     seed=seed,
                 )
                 layers.append(len(trace.m_opt.layers))
