@@ -46,6 +46,11 @@ class Teacher:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def kernel_dtype(self) -> torch.dtype | None:
+        """Type of what kernels get; None for float16, in which a model runs and is not trained."""
+        return None if self.dtype == torch.float16 else self.dtype
+
 
 def load_teacher(
     source: str | Path,

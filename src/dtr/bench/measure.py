@@ -148,7 +148,7 @@ def bench_distillation(
     use_backend(backend, place.type)
     say(f"loading {source}")
     teacher = load_teacher(source, device=str(place))
-    choice = use_backend(backend, place.type, head_dim=teacher.geometry.head_dim)
+    choice = use_backend(backend, place.type, head_dim=teacher.geometry.head_dim, dtype=teacher.kernel_dtype)
     results = list(
         bench_distill(
             teacher,

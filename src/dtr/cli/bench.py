@@ -26,7 +26,7 @@ def bench_distill(
     sizes: Annotated[str, typer.Option("--sizes", help="Sequences x tokens of a step, by commas.")] = "32x512,8x2048",
     mixer: MixerOpt = "gated_deltanet",
     mixer_option: MixerOptionsOpt = None,
-    backend: Annotated[str, typer.Option("--backend", help="auto, torch, triton or fla.")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", help="auto, torch, triton, fla or amx.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     steps: Annotated[int, typer.Option("--steps", help="Timed steps per size.", min=1)] = 10,
     slow: Annotated[bool, typer.Option("--slow", help="Neither compile nor record the step.")] = False,

@@ -1,7 +1,8 @@
 """Which implementation of a recurrence runs, why, and the two entry points that call it.
 
 `torch` is the plain PyTorch form and runs everywhere. `triton` is our kernel, for the gated delta rule only. `fla` is
-the flash-linear-attention library (package fla-core), whose kernels take the same layouts. Both need CUDA.
+the flash-linear-attention library (package fla-core), whose kernels take the same layouts. Both need CUDA. `amx` is our
+kernel for the gated delta rule on a CPU whose matrix units multiply bfloat16.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from dtr.ops.gated_linear import step as gated_linear_step
 GATED_DELTA = "gated_delta_rule"
 GATED_LINEAR = "gated_linear_attention"
 GATED_DELTA_STEP = "gated_delta_step"
+REQUESTS = ("auto", "torch", "fla", "triton", "amx")
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
 TRITON_DTYPES = (torch.bfloat16, torch.float32)
-"""What our kernels are written for."""
+"""What our kernels for GPUs are written for."""
+AMX_HEAD_DIMS = (64, 128)
+"""What our kernel for CPUs is built for, keys and values alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class Backend:
     """A backend that can run here, and why it was taken."""
 
     name: str
-    """torch, fla or triton."""
+    """torch, fla, triton or amx."""
     reason: str
     """One clause for the log."""
 
@@ -66,7 +70,8 @@ def choose_backend(
     """The backend to run `op` with.
 
     Args:
-        requested: auto, torch, fla or triton. auto takes the first usable of triton, fla, torch.
+        requested: auto, torch, fla, triton or amx. auto takes the first usable of triton, fla, torch, on a CPU of amx
+            and torch.
         device_type: as `torch.device.type`.
         op: gated_delta_rule or gated_linear_attention.
         head_dim: of keys and values; None if it is not known yet, and so no obstacle.
@@ -76,15 +81,16 @@ def choose_backend(
         DeviceError: `requested` is unknown or cannot run here.
     """
     assert op in (GATED_DELTA, GATED_LINEAR), op
-    if requested not in ("auto", "torch", "fla", "triton"):
-        hint = did_you_mean(requested, ("auto", "torch", "fla", "triton"))
+    if requested not in REQUESTS:
+        hint = did_you_mean(requested, REQUESTS)
         raise DeviceError("backend", got=f"'{requested}'", expected="a known backend", hint=hint)
     if requested == "torch":
         return Backend(name="torch", reason="requested")
     obstacles = _obstacles(op, device_type, head_dim, dtype)
     if requested == "auto":
-        name = next((name for name, obstacle in obstacles.items() if obstacle is None), "torch")
-        skipped = dict.fromkeys(obstacle.why for obstacle in obstacles.values() if obstacle)
+        candidates = {name: obstacles[name] for name in (("amx",) if device_type == "cpu" else ("triton", "fla"))}
+        name = next((name for name, obstacle in candidates.items() if obstacle is None), "torch")
+        skipped = dict.fromkeys(obstacle.why for obstacle in candidates.values() if obstacle)
         return Backend(name=name, reason="; ".join(skipped) if skipped else "the fastest here")
     obstacle = obstacles[requested]
     if obstacle is not None:
@@ -112,11 +118,12 @@ def gated_delta_rule(
         step = gated_delta_step if plain else _kernel(backend, GATED_DELTA_STEP)
         o, state = step(q, k, v, g, beta, state, scale=scale)
         return o.unsqueeze(1), state
-    if backend == "torch":
+    # Our kernel for CPUs has square states only.
+    if backend == "torch" or (backend == "amx" and q_BTHK.shape[-1] != v_BTHV.shape[-1]):
         return gated_delta_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state)
     # Kernels want one dtype; queries and keys may have been normalised in a wider one than the values'.
     q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
-    if backend == "triton":
+    if backend in ("triton", "amx"):
         return _kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state)
     return _kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH.float(), beta_BTH, **_fla_options(scale, state))
 
@@ -152,12 +159,36 @@ def _obstacles(
     """What keeps each kernel library from running, None where nothing does; the preferred one first."""
     if device_type != "cuda":
         needs_cuda = _Obstacle(why=f"kernels need CUDA and the device is {device_type}", remedy="Take auto or torch.")
-        return {"triton": needs_cuda, "fla": needs_cuda}
+        return {"triton": needs_cuda, "fla": needs_cuda, "amx": _amx_obstacle(op, device_type, head_dim, dtype)}
     machine = _probe()
     if machine.triton_version is None:
         absent = _Obstacle(why="triton is not installed", remedy="Install triton, or take auto or torch.")
-        return {"triton": absent, "fla": absent}
-    return {"triton": _triton_obstacle(op, head_dim, dtype), "fla": _fla_obstacle(op, machine)}
+        return {"triton": absent, "fla": absent, "amx": _amx_obstacle(op, device_type, head_dim, dtype)}
+    return {
+        "triton": _triton_obstacle(op, head_dim, dtype),
+        "fla": _fla_obstacle(op, machine),
+        "amx": _amx_obstacle(op, device_type, head_dim, dtype),
+    }
+
+
+def _amx_obstacle(op: str, device_type: str, head_dim: int | None, dtype: torch.dtype | None) -> _Obstacle | None:
+    remedy = "Take auto or torch."
+    if device_type != "cpu":
+        return _Obstacle(why=f"amx is a CPU's and the device is {device_type}", remedy=remedy)
+    if op == GATED_LINEAR:
+        return _Obstacle(why="amx has no kernel for gated linear attention", remedy=remedy)
+    if head_dim is not None and head_dim not in AMX_HEAD_DIMS:
+        sizes = " and ".join(map(str, AMX_HEAD_DIMS))
+        return _Obstacle(why=f"our CPU kernel takes heads of {sizes}, not of {head_dim}", remedy=remedy)
+    if dtype is not None and dtype != torch.bfloat16:
+        why = f"our CPU kernel takes bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return _Obstacle(why=why, remedy=remedy)
+    obstacle = _load_obstacle("amx", op)
+    if obstacle is None:
+        # Only now: it is built where there is a use for it.
+        why = importlib.import_module(_beside("gated_delta_amx")).refusal()
+        return None if why is None else _Obstacle(why=why, remedy=remedy)
+    return obstacle
 
 
 def _triton_obstacle(op: str, head_dim: int | None, dtype: torch.dtype | None) -> _Obstacle | None:
@@ -221,11 +252,16 @@ def _kernel(backend: str, op: str) -> Callable[..., tuple[torch.Tensor, torch.Te
     """The library's function, imported at first use and kept, as torch.compile cannot trace an import."""
     if (backend, op) not in _kernels:
         module, name = {
-            # Beside this file under whatever name it runs, as a saved checkpoint holds renamed copies.
-            ("triton", GATED_DELTA): (__name__.removesuffix("backend") + "gated_delta_triton", "chunked"),
-            ("triton", GATED_DELTA_STEP): (__name__.removesuffix("backend") + "gated_delta_step_triton", "step"),
+            ("triton", GATED_DELTA): (_beside("gated_delta_triton"), "chunked"),
+            ("triton", GATED_DELTA_STEP): (_beside("gated_delta_step_triton"), "step"),
+            ("amx", GATED_DELTA): (_beside("gated_delta_amx"), "chunked"),
             ("fla", GATED_DELTA): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
             ("fla", GATED_LINEAR): ("fla.ops.gla", "chunk_gla"),
         }[backend, op]
         _kernels[backend, op] = getattr(importlib.import_module(module), name)
     return _kernels[backend, op]
+
+
+def _beside(module: str) -> str:
+    """A module beside this one under whatever name that runs, as a saved checkpoint holds renamed copies."""
+    return __name__.removesuffix("backend") + module

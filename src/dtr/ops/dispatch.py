@@ -67,6 +67,6 @@ def _name(op: str, device_type: str, head_dim: int, dtype: torch.dtype) -> str:
     key = (op, device_type, head_dim, dtype)
     if key not in _chosen:
         # A kernel that was asked for may not exist for every recurrence; auto then takes what does.
-        requested = _requested if (_requested, op) != ("triton", GATED_LINEAR) else "auto"
+        requested = "auto" if _requested in ("triton", "amx") and op == GATED_LINEAR else _requested
         _chosen[key] = choose_backend(requested, device_type, op=op, head_dim=head_dim, dtype=dtype).name
     return _chosen[key]

@@ -45,8 +45,10 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
         trust_remote_code=settings.trust_remote_code,
         shard=recipe.runtime.shard_teacher,
     )
-    head_dim, dtype = teacher.geometry.head_dim, None if recipe.runtime.backend == "auto" else teacher.dtype
-    # Again, now that it is known what kernels would get; auto goes by each call's type.
+    head_dim = teacher.geometry.head_dim
+    # auto goes by each call's type.
+    dtype = teacher.kernel_dtype if recipe.runtime.backend == "auto" else teacher.dtype
+    # Again, now that it is known what kernels would get.
     backend = use_backend(recipe.runtime.backend, device.type, head_dim=head_dim, dtype=dtype)
     emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
     return teacher

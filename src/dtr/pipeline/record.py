@@ -46,8 +46,9 @@ def make_record(
 ) -> dict[str, Any]:
     """Everything a reader needs to judge and to repeat the run; see `docs/report.md` for each field."""
     config, geometry = teacher.model.config, teacher.geometry
-    backend = choose_backend(recipe.runtime.backend, teacher.device.type, head_dim=geometry.head_dim)
-    cuda = teacher.device.type == "cuda"
+    device = teacher.device.type
+    backend = choose_backend(recipe.runtime.backend, device, head_dim=geometry.head_dim, dtype=teacher.kernel_dtype)
+    cuda = device == "cuda"
     return {
         "format": FORMAT,
         "dtr_version": own_version(),

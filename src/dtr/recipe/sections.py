@@ -228,7 +228,7 @@ class RuntimeSection(Section):
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    backend: Literal["auto", "torch", "triton", "fla"] = "auto"
+    backend: Literal["auto", "torch", "triton", "fla", "amx"] = "auto"
     """Kernels of the mixers; auto takes what is present and right on this machine."""
     eval_batch_tokens: int = Field(default=16_384, ge=1)
     """Padded tokens per evaluation batch."""
