@@ -20,8 +20,9 @@ def test_a_cpu_compiles_what_takes_minutes():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert pays(gpu, num_parameters=1, num_tokens=1)
     # SmolLM2's 30 layers: the demo's 90k tokens, and a smoke test.
-    assert pays(cpu, num_parameters=50_000_000, num_tokens=90_000)
-    assert not pays(cpu, num_parameters=50_000_000, num_tokens=10_000)
+    assert pays(cpu, num_parameters=50_000_000, num_tokens=200_000)
+    # The demo is over sooner without.
+    assert not pays(cpu, num_parameters=50_000_000, num_tokens=90_000)
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):

@@ -87,12 +87,14 @@ def command_line() -> str:
 
 
 def compile_caches() -> dict[str, Any]:
-    """Where Inductor and Triton keep compiled code between runs, and whether anything is there yet.
+    """Where Inductor, Triton and we keep compiled code between runs, and whether anything is there yet.
 
-    A cold start that finds them filled is shorter; set both variables to empty folders to measure a first one.
+    A cold start that finds them filled is shorter; set the variables to empty folders to measure a first one.
     """
     import getpass
     import tempfile
+
+    from dtr.pretrained import cache_folder
 
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
     triton = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
@@ -101,6 +103,7 @@ def compile_caches() -> dict[str, Any]:
         for name, variable, folder in (
             ("inductor", "TORCHINDUCTOR_CACHE_DIR", inductor),
             ("triton", "TRITON_CACHE_DIR", triton),
+            ("amx", "DTR_CACHE", str(cache_folder() / "kernels")),
         )
     }
 

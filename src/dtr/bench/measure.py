@@ -145,7 +145,10 @@ def bench_distillation(
         # In one piece, as lines of several processes would run into each other.
         print(f"[{rank}{time.monotonic() - began:.0f} s] {phase}\n", end="", file=sys.stderr, flush=True)
 
+    began_choosing = time.monotonic()
     use_backend(backend, place.type)
+    # Our kernel for CPUs is built here when it has not been before.
+    choice_seconds = time.monotonic() - began_choosing
     say(f"loading {source}")
     teacher = load_teacher(source, device=str(place))
     choice = use_backend(backend, place.type, head_dim=teacher.geometry.head_dim, dtype=teacher.kernel_dtype)
@@ -175,7 +178,7 @@ def bench_distillation(
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "mixer": mixer,
         "mixer_options": options,
-        "backend": {"name": choice.name, "reason": choice.reason},
+        "backend": {"name": choice.name, "reason": choice.reason, "seconds_to_load": choice_seconds},
         "num_processes": world.size,
         "compile_caches": caches,
         "sizes": results,

@@ -13,11 +13,12 @@ from torch import nn
 
 from dtr.arch import decoder_layers
 
-CPU_PARAMETER_TOKENS = 3e12
+CPU_PARAMETER_TOKENS = 6e12
 """Trained parameters times tokens from which a CPU compiles.
 
-Measured on two cores with AMX, SmolLM2's 30 layers, 16 x 256 tokens: compiling takes 43 s with empty caches, and then a
-step takes 4.2 s instead of 5.6. Both are even at about 6e12 then, and earlier once the caches are filled.
+Measured on two cores with AMX, SmolLM2's 30 layers: compiling takes 29 s with empty caches, and then a step of 16 x 256
+tokens takes 2.5 s instead of 3.5, one of 4 x 256 tokens 1.2 instead of 1.4. Both are even at 5.7e12 and 5.5e12, earlier
+once the caches are filled.
 """
 
 
