@@ -63,7 +63,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(finished):
     assert str((folder / "report.html").resolve()) in out
     assert "The hybrid writes:" in out
     events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert events[:2] == ["stage", "backend"]
+    assert events[:3] == ["stage", "stage", "backend"]
     assert events[-1] == "done"
     assert {"distill", "nmse", "teacher", "candidate", "step", "stop"} <= set(events)
 
@@ -221,7 +221,9 @@ def test_a_mixer_that_cannot_stand_in_is_refused_before_anything_is_read(family,
     kind, why, alternative = MISFITS[family]
     pico_model(family).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    options = ["--model", tmp_path / "model", "--set", "text.source=missing.txt", "--out", tmp_path / "run"]
+    (tmp_path / "text.parquet").write_text("no table")
+    text = f"text.source={tmp_path / 'text.parquet'}"
+    options = ["--model", tmp_path / "model", "--set", text, "--out", tmp_path / "run"]
     for verb in ("run", "distill"):
         code, _, err = dtr(verb, place / "recipe.yaml", *options, "--mixer", f"sliding_window,{kind}")
         assert (code, err.count("dtr: ")) == (2, 1)

@@ -72,7 +72,7 @@ class TestRunFolder:
         folder.log({"event": "backend"})
         folder.open(setting("teacher.source=right"))
         assert read_recipe(tmp_path / "run" / "recipe.yaml").teacher.source == "right"
-        assert not (tmp_path / "run" / "events.jsonl").exists()
+        assert (tmp_path / "run" / "events.jsonl").read_text() == ""
 
     def test_nothing_is_written_before_the_folder_is_opened(self, tmp_path):
         folder = RunFolder(tmp_path / "deep" / "run")
@@ -84,7 +84,7 @@ class TestRunFolder:
         lines = (folder.path / "events.jsonl").read_text().splitlines()
         assert [json.loads(line)["event"] for line in lines] == ["backend", "done"]
         (tmp_path / "file").write_text("mine")
-        with pytest.raises(OutputError, match=r"file' is a file"):
+        with pytest.raises(OutputError, match=r"got a file, '.*/file', in its path"):
             RunFolder(tmp_path / "file" / "run").check(setting("seed=1"))
 
     def test_a_run_with_results_is(self, tmp_path):

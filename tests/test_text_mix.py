@@ -16,7 +16,7 @@ from dtr.corpus.writing import draw, write_documents
 from dtr.distillation.trainer import distill
 from dtr.errors import DataError, RecipeError
 from dtr.pipeline import distill_only
-from dtr.pipeline.preparation import prepare_text
+from dtr.pipeline.preparation import check_text, prepare_text
 from dtr.recipe import read_recipe
 from dtr.tasks import load_task
 from dtr.tasks.training import training_prompts
@@ -180,7 +180,7 @@ def test_mixes_that_cannot_be_meant_are_refused(tmp_path, task):
         recipe_of(tmp_path, task, mix={"task": 0})
     recipe = recipe_of(tmp_path, task, mix={str(tmp_path / "text.txt"): 0.5})
     with pytest.raises(DataError, match="without a common file"):
-        prepare_text(recipe, pico_teacher(), lambda event: None)
+        check_text(recipe)
 
 
 def test_the_teacher_writes_text_once(tmp_path, monkeypatch):

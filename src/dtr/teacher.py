@@ -20,6 +20,8 @@ from dtr.distributed import current_world
 from dtr.errors import DeviceError, ModelError, RecipeError, did_you_mean
 from dtr.pretrained import PACKAGED_MODELS, fetch_packaged_model
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
@@ -129,6 +131,14 @@ def load_model(
         raise ModelError("teacher.source", got=f"'{source}'", expected="a model", hint=f"Did you mean '{near[0]}'?")
     if path.suffix == ".gguf" and not path.is_file():
         raise ModelError(str(path), got="no such file", expected="a GGUF file", hint="Check the path.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        inside = path / "hybrid"
+        raise ModelError(
+            f"teacher.source {source}",
+            got="a folder without config.json",
+            expected="a saved model",
+            hint=f"Did you mean '{inside}'?" if (inside / "config.json").is_file() else "Check the path.",
+        )
     where, extra = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
     # A wrong family is told before its weights are read.
     options = {"trust_remote_code": trust_remote_code, **extra}
@@ -185,9 +195,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RecipeError(
-            "runtime.device", got=f"'{name}'", expected="auto, cpu or cuda", hint=did_you_mean(name, ["cpu", "cuda"])
-        ) from None
+        hint = "Write cuda for a GPU." if "gpu" in name.lower() else did_you_mean(name, ["cpu", "cuda"])
+        raise RecipeError("runtime.device", got=f"'{name}'", expected="auto, cpu or cuda", hint=hint) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
             "runtime.device",
@@ -199,7 +208,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A weight type by name; auto is bfloat16 on a GPU and on CPUs that multiply it in hardware."""
+    """A weight type by name; auto is bfloat16 on a GPU and on CPUs that multiply it in hardware.
+
+    Raises:
+        RecipeError: the name is unknown.
+    """
+    if name not in ("auto", *DTYPES):
+        raise RecipeError(
+            "teacher.dtype", got=f"'{name}'", expected="a type of weights", hint=did_you_mean(name, ["auto", *DTYPES])
+        )
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bfloat16() else torch.float32

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from dtr.errors import RecipeError
+from dtr.errors import OutputError, RecipeError
 
 
 def numbers(option: str, text: str, *, least: int = 1, words: tuple[str, ...] = ()) -> list[Any]:
@@ -66,4 +66,9 @@ def draw(record: dict[str, Any], file: str | Path) -> None:
     axes[2].set(title="cache: % of the teacher's bytes", xlabel="context tokens", ylim=(0, None))
     for ax in axes:
         ax.set_xscale("log", base=2)
-    figure.savefig(file, dpi=150)
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            str(file), got=str(error), expected="a writable .png, .svg or .pdf file", hint="Check folder and ending."
+        ) from None

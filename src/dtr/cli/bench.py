@@ -88,10 +88,10 @@ def bench_generate(
         device=device,
         dtype=dtype,
     )
-    if plot is not None:
-        draw(record, plot)
     show_table(generation_table(record))
     print(json.dumps(record))
+    if plot is not None:
+        draw(record, plot)
 
 
 @bench.command("search")

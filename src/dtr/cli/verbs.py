@@ -31,7 +31,7 @@ from dtr.cli.options import (
     TaskOpt,
     make_recipe,
 )
-from dtr.errors import DtrError
+from dtr.errors import DtrError, RecipeError
 
 app = typer.Typer(
     help="Distil linear attention layers from a pretrained Transformer, then replace as many as a task allows.",
@@ -178,6 +178,8 @@ def report(
         write_text(page, reporting.compare(folders))
         say(str(page))
         return
+    if out is not None:
+        raise RecipeError("--out", got=f"'{out}' without --compare", expected="--compare, whose page it names")
     for folder in folders:
         record = reporting.read_report(folder)
         conclude(record, reporting.write_report(folder, record).parent, "rich")

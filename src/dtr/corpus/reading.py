@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import io
 import json
@@ -16,6 +15,7 @@ from typing import IO, Any
 from dtr.corpus import python_docs
 from dtr.corpus.cutting import cut_text
 from dtr.errors import DataError
+from dtr.files import suggest_path
 
 OnFault = Callable[[DataError], None]
 PYTHON_DOCS = "python-docs"
@@ -54,7 +54,7 @@ def find_files(source: str | Sequence[str]) -> list[Path | str]:
             raise DataError(
                 "text.source",
                 got=f"'{name}', which does not exist",
-                expected="a file, a folder or 'python-docs'",
+                expected="a file, a folder, hf:NAME or 'python-docs'",
                 hint=suggest_path(name, [PYTHON_DOCS]),
             )
         elif _suffix(path) not in SUFFIXES:
@@ -188,11 +188,3 @@ def _naming(path: Path, *damage: type[Exception]) -> Iterator[None]:
 def _suffix(path: Path) -> str:
     packed = path.suffix if path.suffix in _PACKED else ""
     return path.with_suffix("").suffix + packed if packed else path.suffix
-
-
-def suggest_path(name: str, known: Sequence[str] = ()) -> str:
-    """A hint for a path that does not exist: the nearest of its neighbours and of the known names."""
-    folder = Path(name).expanduser().parent
-    neighbours = [str(Path(name).parent / path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(name, [*known, *neighbours], n=1)
-    return f"Did you mean '{near[0]}'?" if near else "Check the path."

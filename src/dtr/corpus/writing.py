@@ -20,7 +20,7 @@ from dtr.arch import is_classifier
 from dtr.distributed import current_world
 from dtr.errors import RecipeError
 from dtr.files import write_text
-from dtr.pretrained import cache_folder
+from dtr.pretrained import open_cache
 from dtr.teacher import Teacher
 
 MAX_CANDIDATES = 4096
@@ -60,8 +60,7 @@ def write_documents(
     start = _start_token(teacher)
     facts = [teacher.fingerprint, str(teacher.dtype), seq_len_tokens, temperature, top_p, batch_size, seed, start]
     key = f"{_hash(facts):012x}"
-    folder = cache_folder() / "written" / key
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = open_cache("written", key)
     num_batches = math.ceil(num_tokens / (batch_size * seq_len_tokens))
     files = [folder / f"{number:06d}.jsonl" for number in range(num_batches)]
     world, emit = current_world(), on_event or (lambda event: None)

@@ -162,7 +162,7 @@ def load_bank(folder: str | Path, *, teacher: Any = None) -> MixerBank:
     Raises:
         BankError: missing, damaged, or made from another teacher.
     """
-    folder = Path(folder)
+    folder = find_bank(folder)
     try:
         facts = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "mixers.safetensors")
@@ -176,6 +176,20 @@ def load_bank(folder: str | Path, *, teacher: Any = None) -> MixerBank:
             expected="a bank with bank.json and mixers.safetensors",
             hint="Make it again with 'dtr distill'.",
         ) from error
+
+
+def find_bank(folder: str | Path) -> Path:
+    """The folder, if it holds a bank; raises BankError."""
+    folder = Path(folder)
+    if not (folder / "bank.json").is_file():
+        inside = folder / "bank"
+        raise BankError(
+            str(folder),
+            got="no bank.json" if folder.is_dir() else "no such folder",
+            expected="a bank with bank.json and mixers.safetensors",
+            hint=f"Did you mean '{inside}'?" if (inside / "bank.json").is_file() else "Make one with 'dtr distill'.",
+        )
+    return folder
 
 
 def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor], teacher: Any) -> MixerBank:

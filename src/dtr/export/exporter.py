@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from dtr.errors import ModelError, OutputError, RecipeError, did_you_mean
 from dtr.export.parity import ask, compare, insist, questions
 from dtr.export.source import Source, read_source
 from dtr.export.targets import TARGETS, Target
-from dtr.files import write_json
+from dtr.files import replacing_folder, write_json
 
 RECORD = "export.json"
 TOKENIZER_FILES = (
@@ -66,23 +65,10 @@ def export_hybrid(
     _check_free(out)
     source = read_source(folder)
     target.check(source)
-    beside = out.with_name(f".{out.name}.unfinished")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+    with replacing_folder(out) as beside:
         _write(source, target, beside, layer_types)
         record = {"target": to, "layer_types": layer_types, **_prove(source, target, beside)}
         write_json(beside / RECORD, record)
-        os.replace(beside, out)
-    except OSError as error:
-        raise OutputError(
-            str(out),
-            got=error.strerror or str(error),
-            expected="a folder that can be written",
-            hint="Choose another --out, or check its rights and free space.",
-        ) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return record
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ from dtr.corpus.loading import pack_documents
 from dtr.corpus.mixing import MixedBlocks, Part, Text
 from dtr.corpus.sources import check_sources
 from dtr.corpus.writing import write_documents
+from dtr.distillation.bank import MixerBank, find_bank, load_bank, read_specs
+from dtr.distillation.start import check_distillation
 from dtr.distributed import join_world, side_world
 from dtr.evaluation.generation import render_turn
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
+from dtr.replacement.binding import check_search
 from dtr.replacement.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
 from dtr.tasks.base import Task
@@ -28,6 +33,50 @@ Listener = Callable[[dict[str, Any]], None]
 
 TASK, TEACHER = "task", "teacher"
 """Sources of text that are no files: the task's train split, and what the teacher writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run works on, all of it read and checked before its folder is opened."""
+
+    teacher: Teacher
+    task: Task
+    settings: SearchSettings
+    bank: MixerBank | None
+    """A bank that is given; then nothing is distilled."""
+    text: Text | None
+    faults: dict[str, Faults]
+    """By source, what of the text could not be read."""
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The one that search looks at, then its guards."""
+        return [self.task, *(guard.task for guard in self.settings.guards)]
+
+
+def prepare_run(recipe: Recipe, bank: str | Path | None, emit: Listener) -> Prepared:
+    """Everything that a run reads, what is quick first, so that a mistake is told before a large model is loaded."""
+    # A bank needs no text, unless its layers are to be realigned.
+    needs_text = bank is None or recipe.realign.num_tokens
+    if needs_text:
+        check_text(recipe)
+    if bank is None:
+        read_specs(**prepare_mixers(recipe))
+    else:
+        find_bank(bank)
+    emit({"event": "stage", "text": f"reading the task {recipe.task.path or recipe.task.source}"})
+    task = prepare_task(recipe)
+    settings = search_settings(recipe, prepare_guards(recipe))
+    check_search(task, settings)
+    teacher = prepare_teacher(recipe, emit)
+    if bank is None:
+        check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
+    given = None if bank is None else load_bank(bank, teacher=teacher)
+    ready = Prepared(teacher=teacher, task=task, settings=settings, bank=given, text=None, faults={})
+    if not needs_text:
+        return ready
+    text, faults = prepare_text(recipe, teacher, emit, tasks=ready.tasks)
+    return replace(ready, text=text, faults=faults)
 
 
 def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
@@ -88,6 +137,11 @@ def _load(task: TaskSection, seed: int) -> Task:
     return load_task(settings.pop("source"), **settings, seed=seed)
 
 
+def check_text(recipe: Recipe) -> None:
+    """Refuse sources of text that are not there or share a file; raises DataError."""
+    check_sources([recipe.text.source, *recipe.text.mix], known=(TASK, TEACHER))
+
+
 def prepare_text(
     recipe: Recipe, teacher: Teacher, emit: Listener, *, tasks: Sequence[Task] | None = None
 ) -> tuple[Text, dict[str, Faults]]:
@@ -104,7 +158,6 @@ def prepare_text(
     """
     settings = recipe.text
     main = settings.source if isinstance(settings.source, str) else ", ".join(settings.source)
-    check_sources([settings.source, *settings.mix], known=(TASK, TEACHER))
     faults = {name: Faults(emit) for name in (main, *settings.mix)}
 
     def part(name: str, source: str | list[str], share: float, num_held_out_tokens: int) -> Part:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dtr.corpus.faults import faults_record
 from dtr.corpus.mixing import MixedBlocks, Text
 from dtr.distillation.bank import MixerBank
 from dtr.environment import command_line, hardware, library_versions, own_commit, own_version, peak_rss_bytes
+from dtr.evaluation.examples import differing_items, write_sample
 from dtr.evaluation.paired import paired_difference
 from dtr.evaluation.score import Score
+from dtr.evaluation.speed import measure_speed
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.ops.backend import choose_backend
+from dtr.pipeline.preparation import Prepared
 from dtr.recipe import Recipe
 from dtr.replacement.realigned import Realigned
 from dtr.replacement.search import SearchResult
@@ -29,26 +34,60 @@ CACHE_CONTEXT_TOKENS = 2048
 MEMORY_CONTEXTS_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CloserLook:
+    """Teacher and M_opt side by side, beyond their scores."""
+
+    sample: dict[str, str]
+    differences: list[dict[str, Any]]
+    speed: dict[str, list[dict[str, float]]]
+
+
+def look_closer(recipe: Recipe, ready: Prepared, result: SearchResult) -> CloserLook:
+    """Let both write, list the items on which they differ, and time them."""
+    teacher, hybrid = ready.teacher, result.m_opt
+    return CloserLook(
+        sample=write_sample(teacher, hybrid),
+        differences=differing_items(teacher, hybrid, ready.task, batch_tokens=recipe.runtime.eval_batch_tokens),
+        speed={"teacher": measure_speed(teacher.model), "m_opt": measure_speed(hybrid)},
+    )
+
+
 def make_record(
     recipe: Recipe,
-    teacher: Teacher,
-    text: Text | None,
+    ready: Prepared,
     bank: MixerBank,
-    task: Task,
     result: SearchResult,
     realigned: Realigned | None,
-    *,
-    faults: dict[str, Any],
+    looks: CloserLook,
     seconds: dict[str, float],
-    sample: dict[str, str],
-    differences: list[dict[str, Any]],
-    speed: dict[str, list[dict[str, float]]],
 ) -> dict[str, Any]:
     """Everything a reader needs to judge and to repeat the run; see `docs/report.md` for each field."""
-    config, geometry = teacher.model.config, teacher.geometry
-    device = teacher.device.type
-    backend = choose_backend(recipe.runtime.backend, device, head_dim=geometry.head_dim, dtype=teacher.kernel_dtype)
-    cuda = device == "cuda"
+    teacher = ready.teacher
+    text = None if ready.bank else ready.text
+    return {
+        **_origin(recipe, teacher, seconds),
+        "teacher": _teacher(teacher, result),
+        "num_layers": teacher.num_layers,
+        "mixer": _mixer(recipe, teacher, bank),
+        "text": {**_text(text, bank), "faults": faults_record(ready.faults)},
+        "distill": _distill(bank),
+        "task": _task(ready.task),
+        "search": _search(bank, result),
+        "speed": looks.speed,
+        "memory": _memory(teacher, bank, result.trace.m_opt.layers),
+        "length_by_depth": _length_by_depth(ready.task, result),
+        "m_opt": _model(teacher, bank, result.trace.m_opt, result.m_opt_test, result.teacher_test),
+        "m_best": _model(teacher, bank, result.trace.m_best, result.m_best_test, result.teacher_test),
+        "realigned": None if realigned is None else _realigned(teacher, realigned, result),
+        "sample": looks.sample,
+        "differences": looks.differences,
+    }
+
+
+def _origin(recipe: Recipe, teacher: Teacher, seconds: dict[str, float]) -> dict[str, Any]:
+    """Where and how the run was made, and what it took."""
+    cuda = teacher.device.type == "cuda"
     return {
         "format": FORMAT,
         "dtr_version": own_version(),
@@ -62,49 +101,49 @@ def make_record(
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(teacher.device) if cuda else None,
         "recipe": recipe.model_dump(),
-        "teacher": {
-            "source": teacher.source,
-            "family": config.model_type,
-            "dtype": str(teacher.dtype).removeprefix("torch."),
-            "num_layers": teacher.num_layers,
-            "hidden_dim": geometry.hidden_dim,
-            "num_heads": geometry.num_heads,
-            "num_kv_heads": geometry.num_kv_heads,
-            "head_dim": geometry.head_dim,
-            "num_parameters": sum(p.numel() for p in teacher.model.parameters()),
-            "fingerprint": teacher.fingerprint,
-            "val": result.trace.teacher.to_dict(),
-            "test": result.teacher_test.to_dict(),
-        },
+    }
+
+
+def _teacher(teacher: Teacher, result: SearchResult) -> dict[str, Any]:
+    geometry = teacher.geometry
+    return {
+        "source": teacher.source,
+        "family": teacher.model.config.model_type,
+        "dtype": str(teacher.dtype).removeprefix("torch."),
         "num_layers": teacher.num_layers,
-        "mixer": {
-            "kind": ", ".join(bank.kinds),
-            "kinds": bank.kinds,
-            "options": _options(bank),
-            "backend": backend.name,
-            "backend_reason": backend.reason,
-            "is_pure_linear": all(mixer.is_pure_linear for mixer in bank.mixers.values()),
-        },
-        "text": {**_text(text, bank), "faults": faults},
-        "distill": _distill(bank),
-        "task": {
-            "name": task.name,
-            "kind": task.kind,
-            "metric": task.metric,
-            "num_validation": len(task.splits["validation"]),
-            "num_test": len(task.splits["test"]),
-            "fingerprint": fingerprint(task),
-            "notes": list(task.notes),
-        },
-        "search": _search(bank, result),
-        "speed": speed,
-        "memory": _memory(teacher, bank, result.trace.m_opt.layers),
-        "length_by_depth": _length_by_depth(task, result),
-        "m_opt": _model(teacher, bank, result.trace.m_opt, result.m_opt_test, result.teacher_test),
-        "m_best": _model(teacher, bank, result.trace.m_best, result.m_best_test, result.teacher_test),
-        "realigned": None if realigned is None else _realigned(teacher, realigned, result),
-        "sample": sample,
-        "differences": differences,
+        "hidden_dim": geometry.hidden_dim,
+        "num_heads": geometry.num_heads,
+        "num_kv_heads": geometry.num_kv_heads,
+        "head_dim": geometry.head_dim,
+        "num_parameters": sum(p.numel() for p in teacher.model.parameters()),
+        "fingerprint": teacher.fingerprint,
+        "val": result.trace.teacher.to_dict(),
+        "test": result.teacher_test.to_dict(),
+    }
+
+
+def _mixer(recipe: Recipe, teacher: Teacher, bank: MixerBank) -> dict[str, Any]:
+    device, head_dim = teacher.device.type, teacher.geometry.head_dim
+    backend = choose_backend(recipe.runtime.backend, device, head_dim=head_dim, dtype=teacher.kernel_dtype)
+    return {
+        "kind": ", ".join(bank.kinds),
+        "kinds": bank.kinds,
+        "options": _options(bank),
+        "backend": backend.name,
+        "backend_reason": backend.reason,
+        "is_pure_linear": all(mixer.is_pure_linear for mixer in bank.mixers.values()),
+    }
+
+
+def _task(task: Task) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "kind": task.kind,
+        "metric": task.metric,
+        "num_validation": len(task.splits["validation"]),
+        "num_test": len(task.splits["test"]),
+        "fingerprint": fingerprint(task),
+        "notes": list(task.notes),
     }
 
 

@@ -5,29 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dtr.corpus.faults import faults_record
-from dtr.distillation.bank import MixerBank, load_bank
+from dtr.distillation.bank import MixerBank, read_specs
 from dtr.distillation.start import check_distillation
 from dtr.distributed import leave_world
 from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import evaluate
-from dtr.evaluation.examples import differing_items, write_sample
-from dtr.evaluation.speed import measure_speed
 from dtr.pipeline.costs import Clock, memory_advice
 from dtr.pipeline.folder import RunFolder
 from dtr.pipeline.preparation import (
     Listener,
-    prepare_guards,
+    check_text,
     prepare_mixers,
+    prepare_run,
     prepare_task,
     prepare_teacher,
     prepare_text,
-    search_settings,
 )
-from dtr.pipeline.record import make_record
+from dtr.pipeline.record import look_closer, make_record
 from dtr.pipeline.stages import join_run, open_run, prepare_bank, prepare_realigned, prepare_search, save
 from dtr.recipe import Recipe
-from dtr.replacement.binding import check_search
 from dtr.teacher import load_model
 
 
@@ -63,58 +59,29 @@ def run(
     folder, clock = RunFolder(out), Clock()
     world, emit = join_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
     with clock("load"):
-        teacher = prepare_teacher(recipe, emit)
-        if bank is None:
-            check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
-        emit({"event": "stage", "text": f"reading the task {recipe.task.path or recipe.task.source}"})
-        task = prepare_task(recipe)
-        guards = prepare_guards(recipe)
-        settings = search_settings(recipe, guards)
-        check_search(task, settings)
-        given = load_bank(bank, teacher=teacher) if bank else None
-        tasks = [task, *(guard.task for guard in guards)]
-        # A bank needs no text, unless its layers are to be realigned.
-        needs_text = not bank or recipe.realign.num_tokens
-        text, faults = prepare_text(recipe, teacher, emit, tasks=tasks) if needs_text else (None, {})
+        ready = prepare_run(recipe, bank, emit)
     open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
     with clock("distill"), memory_advice("distill.batch_size"):
-        if given is not None:
-            mixers = given
-        else:
-            assert text is not None
-            mixers = prepare_bank(recipe, teacher, text, folder, emit)
+        mixers = ready.bank
+        if mixers is None:
+            assert ready.text is not None
+            mixers = prepare_bank(recipe, ready.teacher, ready.text, folder, emit)
     with clock("search"), memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
-        result = prepare_search(recipe, teacher, mixers, task, settings, folder, emit)
+        result = prepare_search(recipe, ready, mixers, folder, emit)
     realigned = None
     if recipe.realign.num_tokens and result.trace.m_opt.layers:
-        assert text is not None
         with clock("realign"), memory_advice("distill.batch_size"):
-            realigned = prepare_realigned(recipe, teacher, mixers, text, tasks, result, folder, emit)
-    if text is not None:
-        text.finish()
+            realigned = prepare_realigned(recipe, ready, mixers, result, folder, emit)
+    if ready.text is not None:
+        ready.text.finish()
     leave_world()
     if not world.is_first:
         # All ranks know the result; the first one measures speed and writes.
         return {}
     emit({"event": "stage", "text": "measuring speed, writing samples"})
     with clock("report"):
-        sample = write_sample(teacher, result.m_opt)
-        differences = differing_items(teacher, result.m_opt, task, batch_tokens=recipe.runtime.eval_batch_tokens)
-        speed = {"teacher": measure_speed(teacher.model), "m_opt": measure_speed(result.m_opt)}
-    record = make_record(
-        recipe,
-        teacher,
-        None if bank else text,
-        mixers,
-        task,
-        result,
-        realigned,
-        faults=faults_record(faults),
-        seconds=clock.seconds(),
-        sample=sample,
-        differences=differences,
-        speed=speed,
-    )
+        looks = look_closer(recipe, ready, result)
+    record = make_record(recipe, ready, mixers, result, realigned, looks, clock.seconds())
     save(folder, record, result, realigned)
     emit({"event": "done", "report": str(folder.path / "report.html")})
     return record
@@ -131,6 +98,8 @@ def distill_only(
     """The first half of `run`: leaves OUT/bank, with which `run(..., bank=...)` or `--resume` goes on."""
     folder = RunFolder(out)
     world, emit = join_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
+    check_text(recipe)
+    read_specs(**prepare_mixers(recipe))
     teacher = prepare_teacher(recipe, emit)
     check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
     text, _ = prepare_text(recipe, teacher, emit)
@@ -143,14 +112,12 @@ def evaluate_model(recipe: Recipe, split: str) -> dict[str, Any]:
     """Score `recipe.teacher.source`, which may be a saved hybrid, on one split of the recipe's task."""
     if split not in ("validation", "test"):
         raise RecipeError("--split", got=f"'{split}'", expected="validation or test")
-    settings = recipe.teacher
+    settings, task = recipe.teacher, prepare_task(recipe)
     model, tokenizer = load_model(
         settings.source,
         device=recipe.runtime.device,
         dtype=settings.dtype,
         trust_remote_code=settings.trust_remote_code,
     )
-    score = evaluate(
-        model, prepare_task(recipe), split=split, tokenizer=tokenizer, batch_tokens=recipe.runtime.eval_batch_tokens
-    )
+    score = evaluate(model, task, split=split, tokenizer=tokenizer, batch_tokens=recipe.runtime.eval_batch_tokens)
     return {"model": settings.source, "task": recipe.task.source, "split": split, **score.to_dict()}

@@ -11,15 +11,13 @@ from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.realignment import realign
 from dtr.distillation.trainer import distill
 from dtr.distributed import World, current_world, join_world
-from dtr.files import write_json
+from dtr.files import replacing_folder, write_json
 from dtr.pipeline.folder import RunFolder
-from dtr.pipeline.preparation import Listener, prepare_mixers
+from dtr.pipeline.preparation import Listener, Prepared, prepare_mixers
 from dtr.recipe import Recipe
 from dtr.replacement.realigned import Realigned, score_realigned
 from dtr.replacement.search import SearchResult, search
-from dtr.replacement.settings import SearchSettings
 from dtr.reporting import render_model_card, write_report
-from dtr.tasks.base import Task
 from dtr.teacher import Teacher, pick_device
 
 
@@ -67,21 +65,14 @@ def prepare_bank(recipe: Recipe, teacher: Teacher, text: Text, folder: RunFolder
     return bank
 
 
-def prepare_search(
-    recipe: Recipe,
-    teacher: Teacher,
-    bank: MixerBank,
-    task: Task,
-    settings: SearchSettings,
-    folder: RunFolder,
-    emit: Listener,
-) -> SearchResult:
+def prepare_search(recipe: Recipe, ready: Prepared, bank: MixerBank, folder: RunFolder, emit: Listener) -> SearchResult:
+    """Search, or go on from the journal of an earlier run of this recipe."""
     emit({"event": "stage", "text": "scoring the teacher"})
     result = search(
-        teacher,
+        ready.teacher,
         bank,
-        task,
-        settings,
+        ready.task,
+        ready.settings,
         test_curve=recipe.search.test_curve,
         journal=folder.journal,
         on_event=emit,
@@ -93,28 +84,19 @@ def prepare_search(
 
 
 def prepare_realigned(
-    recipe: Recipe,
-    teacher: Teacher,
-    bank: MixerBank,
-    text: Text,
-    tasks: Sequence[Task],
-    result: SearchResult,
-    folder: RunFolder,
-    emit: Listener,
+    recipe: Recipe, ready: Prepared, bank: MixerBank, result: SearchResult, folder: RunFolder, emit: Listener
 ) -> Realigned:
-    """Realign the linear layers of M_opt as the recipe says, or take what an earlier run of it has finished; score.
-
-    `tasks` are the one that search looked at and its guards.
-    """
-    layers = result.trace.m_opt.layers
+    """Realign the linear layers of M_opt as the recipe says, or take what an earlier run of it has finished; score."""
+    teacher, layers = ready.teacher, result.trace.m_opt.layers
     emit({"event": "stage", "text": f"realigning {len(layers)} layers on the hybrid's own hidden states"})
     realigned = _load_finished(folder.realigned, teacher, layers)
     if realigned is None:
+        assert ready.text is not None
         apart = {"num_tokens", "seq_len_tokens", "learning_rate", "refit_tokens", "layers"}
         realigned = realign(
             teacher,
             bank,
-            text,
+            ready.text,
             layers,
             **recipe.realign.model_dump(),
             **recipe.distill.model_dump(exclude=apart),
@@ -125,7 +107,7 @@ def prepare_realigned(
         if current_world().is_first:
             realigned.save(folder.realigned)
             folder.realign_checkpoint.unlink(missing_ok=True)
-    task, *guards = tasks
+    task, *guards = ready.tasks
     batch_tokens = recipe.runtime.eval_batch_tokens
     found = score_realigned(teacher, bank, realigned, task, layers, guards=guards, batch_tokens=batch_tokens)
     scores = {"val_before": found.val_before.value, "val": found.val.value}
@@ -139,8 +121,9 @@ def save(folder: RunFolder, record: dict[str, Any], result: SearchResult, realig
     if realigned is not None and realigned.is_kept:
         models.append((folder.hybrid_realigned, realigned.model, "realigned"))
     for path, model, which in models:
-        model.save_pretrained(path)
-        (path / "README.md").write_text(render_model_card(record, which=which), encoding="utf-8")  # type: ignore[arg-type]
+        with replacing_folder(path) as beside:
+            model.save_pretrained(beside)
+            (beside / "README.md").write_text(render_model_card(record, which=which), encoding="utf-8")  # type: ignore[arg-type]
     write_report(folder.path, record)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -40,8 +42,14 @@ def _describe(problem: Any, recipe: type[BaseModel]) -> tuple[str, str, str, str
         if field == "teacher":
             return field, "nothing", "a model", "Name one with --model, or as teacher.source in a recipe."
         return field, "nothing", "a value", f"Add '{path[-1]}:' or --set {field}=..."
+    if problem["type"] == "model_type" and path:
+        inner = next(_sections_in(section.model_fields[path[-1]].annotation))
+        hint = f"Its settings are {', '.join(f'{field}.{name}' for name in list(inner.model_fields)[:3])} and so on."
+        return field, repr(problem["input"]), "a section", hint
     message = problem["msg"].replace("Input should be", "").removeprefix("Value error,").strip()
-    return field, repr(problem["input"]), message, ""
+    near = difflib.get_close_matches(str(problem["input"]), re.findall(r"'([^']+)'", message), n=1)
+    hint = f"Did you mean '{near[0]}'?" if problem["type"] == "literal_error" and near else ""
+    return field, repr(problem["input"]), message.partition(", unable to")[0], hint
 
 
 def _walk(loc: tuple[str | int, ...], recipe: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:

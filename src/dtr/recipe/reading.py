@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from dtr.errors import RecipeError
+from dtr.files import suggest_path
 from dtr.recipe.errors import as_recipe_error
 from dtr.recipe.sections import Recipe
 
@@ -40,15 +41,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            str(path), got=str(error), expected="a readable YAML recipe", hint="Check the path."
-        ) from None
+        got = (error.strerror or str(error)).lower() if isinstance(error, OSError) else "bytes that are not UTF-8"
+        hint = "Check the path." if path.exists() else suggest_path(str(path))
+        raise RecipeError(str(path), got=got, expected="a readable YAML recipe", hint=hint) from None
     except yaml.YAMLError as error:
-        raise RecipeError(
-            str(path), got=" ".join(str(error).split()), expected="YAML", hint="Mend the line that is named."
-        ) from None
+        problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+        got = f"{problem} in line {mark.line + 1}, column {mark.column + 1}" if mark else " ".join(str(error).split())
+        raise RecipeError(str(path), got=got, expected="YAML", hint="Mend that line or the one before it.") from None
     if not isinstance(data, dict):
-        raise RecipeError(str(path), got=type(data).__name__, expected="sections such as 'teacher:' and 'task:'")
+        got = "an empty file" if data is None else f"a {type(data).__name__}"
+        raise RecipeError(str(path), got=got, expected="sections such as 'teacher:' and 'task:'")
     return data
 
 

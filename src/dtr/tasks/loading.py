@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtr.corpus.reading import suggest_path
 from dtr.errors import DataError, RecipeError
+from dtr.files import suggest_path
 
 # Each of these registers its kind.
 from dtr.tasks import classification, generation, long_context, multiple_choice, perplexity, recall  # noqa: F401
@@ -142,7 +142,7 @@ def _find_data(source: str, path: str | None) -> Path | None:
         raise DataError(
             where,
             got=f"'{data}', which does not exist",
-            expected="a folder or file with rows, or 'recall'",
+            expected=f"a folder or file with rows, {HUB_PREFIX}NAME, {HARNESS_PREFIX}NAME or 'recall'",
             hint=suggest_path(str(data), [] if path is not None else list(TASKS)),
         )
     return data
