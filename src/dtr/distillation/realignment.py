@@ -123,14 +123,10 @@ def realign(
     Raises:
         BankError, DeviceError, Interrupted: as `distill`.
     """
-    mixers = {number: copy.deepcopy(bank.mixers[number]) for number in sorted(numbers)}
-    for mixer in mixers.values():
-        # Several ranks leave their last gradients behind.
-        mixer.zero_grad()
     identity = {
         "bank": bank.fingerprint,
         "text": text.fingerprint,
-        "layers": list(mixers),
+        "layers": sorted(numbers),
         "num_tokens": num_tokens,
         "seq_len_tokens": text.seq_len_tokens,
         "batch_size": batch_size,
@@ -141,20 +137,8 @@ def realign(
         "max_grad_norm": max_grad_norm,
         "seed": seed,
     }
-    realigned = replace(
-        bank,
-        mixers=mixers,
-        identity=identity,
-        nmse_before={},
-        nmse_after={},
-        curve=[],
-        stopped={},
-        num_tokens=num_tokens,
-        num_steps=math.ceil(num_tokens / (batch_size * text.seq_len_tokens)),
-        seconds=0.0,
-    )
-    world = current_world()
-    students = start_students(teacher, realigned, world, run_pass=HybridPass(teacher, mixers))
+    realigned, world = _start_bank(bank, identity), current_world()
+    students = start_students(teacher, realigned, world, run_pass=HybridPass(teacher, realigned.mixers))
     state = TrainingState(realigned, students, text, Path(checkpoint) if checkpoint else None, world)
     with memory_advice(batch_size, text.seq_len_tokens):
         train(
@@ -168,6 +152,26 @@ def realign(
             world=world,
         )
     return realigned
+
+
+def _start_bank(bank: MixerBank, identity: dict[str, Any]) -> MixerBank:
+    """Copies of a bank's mixers for the layers that the identity of a realignment names, and no record yet."""
+    mixers = {number: copy.deepcopy(bank.mixers[number]) for number in identity["layers"]}
+    for mixer in mixers.values():
+        # Several ranks leave their last gradients behind.
+        mixer.zero_grad()
+    return replace(
+        bank,
+        mixers=mixers,
+        identity=identity,
+        nmse_before={},
+        nmse_after={},
+        curve=[],
+        stopped={},
+        num_tokens=identity["num_tokens"],
+        num_steps=math.ceil(identity["num_tokens"] / (identity["batch_size"] * identity["seq_len_tokens"])),
+        seconds=0.0,
+    )
 
 
 def _own_events(listener: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None]:
