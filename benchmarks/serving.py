@@ -2,19 +2,25 @@
 
     python benchmarks/serving.py --speed speed.json --served granite.json --served qwen.json
 
-`--speed` is the JSON that `dtr bench generate` prints, `--served` what `benchmarks/export_and_serve.py` writes.
-Command, hardware and commit at the top are those of the speeds; parts that were measured elsewhere carry their own.
+`--speed` is the JSON that `dtr bench generate` prints, several of them where contexts were measured one by one on the
+same hardware and commit, `--served` what `benchmarks/export_and_serve.py` writes. Command, hardware and commit at the
+top are those of the speeds; parts that were measured elsewhere carry their own. `--plot` draws the speeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from dtr.bench.speedups import draw
+
 OUT = Path(__file__).parent / "results" / "serving.json"
 ORIGIN = ("command", "hardware", "commit")
+TABLES = ("decode_speedup", "prefill_speedup", "cache_ratio", "fill_batch")
+"""Of a speed's JSON, by context."""
 LLAMA_CPP = {
     "version": None,
     "works": False,
@@ -24,12 +30,15 @@ LLAMA_CPP = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--speed", type=Path, required=True, help="output of dtr bench generate")
+    parser.add_argument("--speed", type=Path, action="append", required=True, help="output of dtr bench generate")
     parser.add_argument("--served", type=Path, action="append", default=[], help="output of export_and_serve.py")
+    parser.add_argument("--plot", type=Path, help="picture of the speeds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    served = [read_last_line(file) for file in args.served]
-    result = gather(read_last_line(args.speed), served)
+    speed = together([read_last_line(file) for file in args.speed])
+    result = gather(speed, [read_last_line(file) for file in args.served])
+    if args.plot:
+        draw(speed, args.plot)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(args.out)
@@ -42,6 +51,21 @@ def read_last_line(file: Path) -> dict[str, Any]:
         return json.loads(text)
     except json.JSONDecodeError:
         return json.loads(text.splitlines()[-1])
+
+
+def together(speeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speeds of several contexts as if one command had measured them."""
+    places = {json.dumps([speed["hardware"], speed["commit"]], sort_keys=True) for speed in speeds}
+    if len(places) > 1:
+        sys.exit(
+            f"--speed: got measurements of {len(places)} machines or commits; expected one, as ratios are compared"
+        )
+    tables = {name: {} for name in TABLES}
+    for speed in speeds:
+        for name, table in tables.items():
+            table |= speed[name]
+    tables = {name: dict(sorted(table.items(), key=lambda row: int(row[0]))) for name, table in tables.items()}
+    return speeds[0] | tables | {"command": "; ".join(dict.fromkeys(speed["command"] for speed in speeds))}
 
 
 def gather(speed: dict[str, Any], served: list[dict[str, Any]]) -> dict[str, Any]:

@@ -27,7 +27,11 @@ def test_parts_become_one_result(tmp_path):
         elsewhere | {"export_parity": {"qwen3_5": parity}, "servers": {"vllm": good, "transformers": good}},
     ]
     (tmp_path / "speed.json").write_text("a table\n" + json.dumps(speed))
-    command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--speed", str(tmp_path / "speed.json")]
+    longer = {"decode_speedup": {"2048": {"1": 1.2}}, "prefill_speedup": {"2048": {"1": 3.0}}, "fill_batch": {}}
+    (tmp_path / "longer.json").write_text(json.dumps(origin | longer | {"cache_ratio": {"2048": 0.2}}))
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--plot", str(tmp_path / "speed.png")]
+    # In any order.
+    command += ["--speed", str(tmp_path / "longer.json"), "--speed", str(tmp_path / "speed.json")]
     for name, part in zip("ab", parts):
         (tmp_path / name).write_text(json.dumps(part))
         command += ["--served", str(tmp_path / name)]
@@ -35,10 +39,16 @@ def test_parts_become_one_result(tmp_path):
     result = json.loads((tmp_path / "serving.json").read_text())
     assert set(result) == KEYS
     assert result["decode_speedup"]["512"] == {"1": 1.1, "fill": 2.0, "999": 2.0}
+    assert list(result["cache_ratio"]) == ["512", "2048"]
+    assert result["prefill_speedup"]["2048"] == {"1": 3.0}
+    assert (tmp_path / "speed.png").stat().st_size > 1000
     assert result["export_parity"]["qwen3_5"] == parity | elsewhere
     assert not result["servers"]["vllm"]["works"]
     assert result["servers"]["vllm"]["target"] == ["granite"]
     assert {key: result[key] for key in origin} == origin
+    (tmp_path / "longer.json").write_text(json.dumps(origin | longer | {"cache_ratio": {}, "commit": "b"}))
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert "2 machines or commits" in refused.stderr
 
 
 @pytest.mark.parametrize(("tokens", "works"), [([1, 2, 3], True), ([1, 2, 4], False), ([1, 2], False)])
