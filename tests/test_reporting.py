@@ -164,6 +164,13 @@ def test_absences_are_named_and_break_nothing(path: str) -> None:
     assert render_html(bare) == render_html(null)
 
 
+def test_options_are_printed_as_they_are_set() -> None:
+    report = fake_report()
+    assert "gated_deltanet (chunk=64)" in render_html(report)
+    report["mixer"]["options"] = [{"window": 8, "sinks": 2}, {}]
+    assert "(window=8, sinks=2; no options)" in render_html(report)
+
+
 def test_an_almost_empty_report_still_makes_a_page() -> None:
     report = {"format": 1, "dtr_version": "0.1.0"}
     text = plain(render_html(report))
@@ -283,7 +290,9 @@ def test_page_in_a_browser_does_not_scroll_sideways(tmp_path: Path, scheme: str)
     probe.write_text(
         f'<iframe id="f" src="{page.name}" width="360" height="800"></iframe><script>onload = () => {{'
         'const d = document.getElementById("f").contentDocument.documentElement;'
-        'document.title = `${d.scrollWidth} ${getComputedStyle(d.querySelector("body")).backgroundColor}`; }</script>'
+        'const top = d.querySelector("header").firstElementChild.getBoundingClientRect().top;'
+        'const color = getComputedStyle(d.querySelector("body")).backgroundColor;'
+        "document.title = `${d.scrollWidth} ${top} ${color}`; }</script>"
     )
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -292,6 +301,7 @@ def test_page_in_a_browser_does_not_scroll_sideways(tmp_path: Path, scheme: str)
         f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", "--dump-dom", probe.as_uri(),
     ]  # fmt: skip
     out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    width, background = re.search(r"<title>(\d+) (rgb\([^<]*\))</title>", out).groups()  # type: ignore[union-attr]
+    width, top, background = re.search(r"<title>(\d+) ([\d.]+) (rgb\([^<]*\))</title>", out).groups()  # type: ignore[union-attr]
     assert int(width) <= 360
+    assert float(top) > 20
     assert background == ("rgb(15, 18, 23)" if scheme == "dark" else "rgb(255, 255, 255)")

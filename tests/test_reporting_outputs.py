@@ -27,6 +27,11 @@ from dtr.reporting import (
 )
 
 
+def page_text(report: dict) -> str:
+    """The page with its characters as they are, no-break spaces as plain ones."""
+    return html.unescape(render_html(report)).replace("\u00a0", " ")
+
+
 @pytest.mark.parametrize(
     ("options", "status", "held", "words"),
     [
@@ -45,7 +50,7 @@ def test_verdict(options: dict, status: str, held: bool | None, words: str) -> N
     assert (answer.status, answer.held) == (status, held)
     assert words in answer.sentence
     assert answer.sentence.isascii()
-    text = html.unescape(render_html(report))
+    text = page_text(report)
     assert answer.sentence in text
     assert ("Nothing replaced" if status == "nothing replaced" else f"Promise on test: {status}") in text
 
@@ -93,13 +98,13 @@ def test_absolute_limits(metric: str, limit: float, test: float, stderr: float, 
     answer = verdict(report)
     assert answer.status == status
     assert f"{metric} of at {'most' if metric == 'perplexity' else 'least'} {limit:.2f}" in answer.sentence
-    assert answer.sentence in html.unescape(render_html(report))
+    assert answer.sentence in page_text(report)
 
 
 def test_perplexity_is_worded_as_lower_is_better() -> None:
     report = fake_report(metric="perplexity", test=20.5, paired_stderr=0.01)
     report["task"]["kind"] = "perplexity"
-    text = html.unescape(render_html(report))
+    text = page_text(report)
     assert "perplexity 20.50 against the teacher's 19.50 (lower is better), 4.9 % worse" in text
     assert "perplexity of at most 1.053 times the teacher's" in text
     assert "perplexity (lower is better)" in text

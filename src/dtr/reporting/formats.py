@@ -121,6 +121,14 @@ def times(ratio: float) -> str:
     return f"{ratio:.1f}x smaller" if ratio > 1 else f"{1 / ratio:.1f}x larger"
 
 
+@_says_what_is_missing
+def options(value: dict | list) -> str:
+    """Options of a mixer as they are set, `window=64, sinks=4`; of several mixers, one after the other."""
+    if isinstance(value, list):
+        return "; ".join(options(one) if one else "no options" for one in value)
+    return ", ".join(f"{name}={setting}" for name, setting in value.items())
+
+
 FILTERS = {
     "metric": metric,
     "small": small,
@@ -133,4 +141,5 @@ FILTERS = {
     "interval": interval,
     "change": change,
     "times": times,
+    "options": options,
 }

@@ -36,6 +36,8 @@ def environment() -> Environment:
     )
     env.filters.update(FILTERS)
     env.filters["order"] = replacement_order
+    # No line begins with a per cent sign, and none ends between an error and its sign.
+    env.filters["together"] = lambda text: str(text).replace(" %", "\u00a0%").replace("\u00b1 ", "\u00b1\u00a0")
     env.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
     return env
 
