@@ -127,10 +127,24 @@ def test_copies_of_heads_keep_their_tokens(padded, exact_first):
     assert torch.equal(decoder.greedy(8), model.generate(**padded, **GREEDY, max_new_tokens=8)[:, 9:])
 
 
-def hybrid_with_options(options):
+@pytest.mark.parametrize("num_tokens", [1, 2, 6])
+def test_a_text_of_one_token_ends_with_its_first(num_tokens):
+    """The last layer makes only the last token's output, unless that is the first of some text."""
+    model = hybrid_with_options({"exact_first": True}, layers=(0, 3))
+    ids, mask = torch.randint(1, 257, (2, num_tokens)), torch.ones(2, num_tokens, dtype=torch.long)
+    mask[0, :-1] = 0
+    decoder = Decoder(model, batch_size=2, capacity_tokens=12)
+    want = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False).logits
+    torch.testing.assert_close(decoder.prefill(ids, mask), want[:, -1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(
+        decoder.greedy(4), model.generate(ids, attention_mask=mask, **GREEDY, max_new_tokens=4)[:, num_tokens:]
+    )
+
+
+def hybrid_with_options(options, layers=(0, 2)):
     teacher = pico_teacher()
     attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
-    mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, attention[i], options) for i in (0, 2)}
+    mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, attention[i], options) for i in layers}
     for mixer in mixers.values():
         for weight in mixer.requires_grad_(False).parameters():
             weight.add_(0.1 * torch.randn_like(weight))

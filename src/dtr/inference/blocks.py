@@ -20,7 +20,7 @@ from dtr.hybrid.cache import RecurrentStateLayer
 from dtr.mixers.base import Mixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.ops import decoding
-from dtr.ops.decoding import HeadNorms
+from dtr.ops.decoding import DeltaProjection, HeadNorms, Norm
 
 _ALIGNED_COLUMNS = 64
 Attend = Callable[..., torch.Tensor]
@@ -57,7 +57,7 @@ class AttentionBlock:
     def __init__(self, module: Any, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> None:
         g, self._attend = geometry, attend
         self._weight, self._bias = stacked([module.q_proj, module.k_proj, module.v_proj])
-        self._out = module.o_proj
+        self._out = stacked([module.o_proj])
         self._norms = _norms(module, g)
         self._geometry, self._scale = g, g.head_dim**-0.5
         self.keys_BGSK, self.values_BGSK = (
@@ -78,11 +78,15 @@ class AttentionBlock:
         rows = F.linear(hidden_BD, self._weight, self._bias)
         caches = self.keys_BGSK, self.values_BGSK
         q = decoding.rotate_and_store(rows, at.cos_BK, at.sin_BK, *caches, at.slot, self._norms)
-        return self._out(self._attend(q, *caches, at.first_B, at.slot, scale=self._scale).flatten(1))
+        heads = self._attend(q, *caches, at.first_B, at.slot, scale=self._scale).flatten(1)
+        return F.linear(heads, *self._out)
 
-    def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
+    def prefill(
+        self, hidden_BTD: torch.Tensor, norm: Norm, prompt: Prompt, rows: slice, *, only_last: bool
+    ) -> torch.Tensor:
+        """See `Block`."""
         g, num_tokens = self._geometry, hidden_BTD.shape[1]
-        heads = F.linear(hidden_BTD, self._weight, self._bias).unflatten(-1, (-1, g.head_dim))
+        heads = F.linear(norm(hidden_BTD), self._weight, self._bias).unflatten(-1, (-1, g.head_dim))
         q, k, v = heads.split([g.num_heads, g.num_kv_heads, g.num_kv_heads], dim=2)
         q, k = _rotate(q, k, prompt, self._norms)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -92,7 +96,7 @@ class AttentionBlock:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=grouped
         )
-        return self._out(out.transpose(1, 2).flatten(2))
+        return _add_output(hidden_BTD, out.transpose(1, 2).flatten(2), self._out, only_last)
 
 
 class DeltaBlock:
@@ -103,18 +107,20 @@ class DeltaBlock:
         parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.decay_proj, mixer.write_proj)
         weight, bias = stacked(parts)
         assert bias is not None, "the gates have biases"
-        self._width = len(weight)
         # Rows of an odd width would keep matrix products and loads off their fast, aligned forms.
-        padding = -self._width % _ALIGNED_COLUMNS
-        self._weight, self._bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
-        self._out, self._norms = mixer.o_proj, _norms(mixer, g)
+        padding = -len(weight) % _ALIGNED_COLUMNS
+        self.projection = DeltaProjection(
+            weight=F.pad(weight, (0, 0, 0, padding)),
+            bias=F.pad(bias, (0, padding)),
+            num_heads=mixer.num_heads,
+            head_dim=g.head_dim,
+            norms=_norms(mixer, g),
+            has_head_bias=g.qkv_bias,
+        )
+        self._out = stacked([mixer.o_proj])
         self._first_token = mixer.first_token
         shape = (batch, mixer.num_heads, g.head_dim, g.head_dim)
-        self.state_BHKV = self._weight.new_zeros(shape, dtype=torch.float32)
-
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The joined input projections (..., columns), with some columns of padding at the end."""
-        return F.linear(hidden, self._weight, self._bias)
+        self.state_BHKV = weight.new_zeros(shape, dtype=torch.float32)
 
     def fill_randomly(self) -> None:
         self.state_BHKV.normal_(std=0.1)
@@ -123,20 +129,26 @@ class DeltaBlock:
         return self.state_BHKV.numel() * self.state_BHKV.element_size()
 
     def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
-        rows = self.project(hidden_BD)[:, : self._width]
-        return self._out(decoding.delta_step(rows, at.cos_BK, at.sin_BK, self.state_BHKV, self._norms))
+        p = self.projection
+        rows = F.linear(hidden_BD, p.weight, p.bias)[:, : p.num_rows]
+        heads = decoding.delta_step(rows, at.cos_BK, at.sin_BK, self.state_BHKV, p.norms)
+        return F.linear(heads, *self._out)
 
-    def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
-        out, state = decoding.delta_prompt(
-            self.project(hidden_BTD),
-            *prompt.rotary,
-            num_heads=self.state_BHKV.shape[1],
-            token_mask_BT=prompt.token_mask_BT,
-            norms=self._norms,
-        )
+    def prefill(
+        self, hidden_BTD: torch.Tensor, norm: Norm, prompt: Prompt, rows: slice, *, only_last: bool
+    ) -> torch.Tensor:
+        """See `Block`."""
+        mask = prompt.token_mask_BT
+        out, state = decoding.delta_prompt(hidden_BTD, norm, self.projection, *prompt.rotary, token_mask_BT=mask)
         self.state_BHKV[rows] = state
-        out = self._out(out)
-        return out if self._first_token is None else self._first_token.put(hidden_BTD, out, prompt.token_mask_BT)
+        if self._first_token is None or only_last:
+            return _add_output(hidden_BTD, out, self._out, only_last)
+        at = self._first_token.place(mask)
+        first = hidden_BTD[at]
+        first = first + self._first_token.value(norm(first))
+        hidden_BTD = _add_output(hidden_BTD, out, self._out, only_last)
+        hidden_BTD[at] = first
+        return hidden_BTD
 
 
 class MixerBlock:
@@ -168,18 +180,24 @@ class MixerBlock:
         angles = at.cos_BK[:, None], at.sin_BK[:, None]
         return self._mixer(hidden_BD[:, None], angles, past_key_values=self._as_cache(self._memory))[0][:, 0]
 
-    def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice) -> torch.Tensor:
+    def prefill(
+        self, hidden_BTD: torch.Tensor, norm: Norm, prompt: Prompt, rows: slice, *, only_last: bool
+    ) -> torch.Tensor:
+        """See `Block`."""
         memory = RecurrentStateLayer()
         out, _ = self._mixer(
-            hidden_BTD, prompt.rotary, past_key_values=self._as_cache(memory), token_mask=prompt.token_mask_BT
+            norm(hidden_BTD), prompt.rotary, past_key_values=self._as_cache(memory), token_mask=prompt.token_mask_BT
         )
         for ours, theirs in zip(_held(self._memory), _held(memory)):
             if ours is not None and theirs is not None:
                 ours[rows] = theirs
-        return out
+        return hidden_BTD[:, -1:] + out[:, -1:] if only_last else hidden_BTD + out
 
 
 Block = AttentionBlock | DeltaBlock | MixerBlock
+"""`step` mixes the norm of one token's hidden states. `prefill` adds what it makes of a prompt's to them, perhaps in
+place: hidden states (B, T, D) before their norm, or (B, 1, D) with `only_last`, where the last token's are enough and
+no text has one token only."""
 
 
 def make_block(module: Any, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> Block:
@@ -189,6 +207,16 @@ def make_block(module: Any, geometry: HeadGeometry, batch: int, num_slots: int, 
     if isinstance(module, Mixer):
         return MixerBlock(module, batch)
     return AttentionBlock(module, geometry, batch, num_slots, attend)
+
+
+def _add_output(
+    hidden_BTD: torch.Tensor, heads_BTC: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor | None], only_last: bool
+) -> torch.Tensor:
+    """The output projection of all heads, added in place to hidden states, or to a copy of the last token's."""
+    if only_last:
+        hidden_BTD, heads_BTC = hidden_BTD[:, -1:].clone(), heads_BTC[:, -1:]
+    decoding.add_linear(hidden_BTD, heads_BTC, *out)
+    return hidden_BTD
 
 
 def _norms(module: Any, geometry: HeadGeometry) -> HeadNorms | None:

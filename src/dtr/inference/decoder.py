@@ -14,15 +14,26 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dtr.arch import block_weights, decoder_layers, layer_kind, read_geometry, rotary_table
+from dtr.arch import BlockWeights, block_weights, decoder_layers, layer_kind, read_geometry, rotary_table
 from dtr.errors import ModelError
 from dtr.inference.blocks import Attend, Prompt, Step, make_block
 from dtr.mixers.base import Mixer
 from dtr.ops import decoding
+from dtr.ops.decoding import Norm
 
 PREFILL_TOKENS = 2**18
 """Most tokens of a prompt that run through the layers at once; larger batches go in parts."""
 _WARMUP_STEPS = 2
+
+
+class _Around:
+    """What surrounds a layer's attention or mixer."""
+
+    def __init__(self, weights: BlockWeights) -> None:
+        self.mixing_norm, self.mlp_norm = (
+            Norm(weight=weight, eps=weights.norm_eps) for weight in (weights.mixing_norm, weights.mlp_norm)
+        )
+        self.gate_up, self.down = weights.gate_up, weights.down
 
 
 class Decoder:
@@ -56,10 +67,10 @@ class Decoder:
         _check_head_dim(geometry.head_dim, device)
         self.batch_size, self.capacity_tokens, self.length_tokens = batch_size, capacity_tokens, 0
         self._embedding, self._lm_head = model.model.embed_tokens.weight, model.lm_head
-        self._norm, self._eps = model.model.norm.weight, model.model.norm.variance_epsilon
+        self._norm = Norm(weight=model.model.norm.weight, eps=model.model.norm.variance_epsilon)
         self._cos, self._sin = rotary_table(model, capacity_tokens)
         layers = list(decoder_layers(model))
-        self._around = [block_weights(layer) for layer in layers]
+        self._around = [_Around(block_weights(layer)) for layer in layers]
         self._blocks = [make_block(x.self_attn, geometry, batch_size, capacity_tokens, attend) for x in layers]
         self.token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.logits_BV: torch.Tensor = torch.zeros(0)
@@ -181,15 +192,15 @@ class Decoder:
             # A padding token sees itself, as a row without any gives NaN.
             seen = seen | torch.eye(num_tokens, dtype=torch.bool, device=mask.device)
             prompt = Prompt(rotary=(self._cos[positions], self._sin[positions]), token_mask_BT=mask, seen_B1TT=seen)
+        # Only the last token's output is asked for, unless that is a text's first, which some layers treat apart.
+        is_last_enough = num_tokens > 1 and (mask is None or bool(mask[:, -2].all()))
         hidden = F.embedding(ids_BT, self._embedding)
-        normed = F.rms_norm(hidden, hidden.shape[-1:], self._around[0].mixing_norm, self._eps)
-        next_norms = [*(around.mixing_norm for around in self._around[1:]), self._norm]
-        for around, block, next_norm in zip(self._around, self._blocks, next_norms):
-            mixed = block.prefill(normed, prompt, rows)
-            hidden, normed = decoding.add_and_norm(hidden, mixed, around.mlp_norm, around.norm_eps)
-            update = _mlp(normed.flatten(0, 1), around).view_as(hidden)
-            hidden, normed = decoding.add_and_norm(hidden, update, next_norm, around.norm_eps)
-        return self._lm_head(normed[:, -1])
+        for i, (around, block) in enumerate(zip(self._around, self._blocks)):
+            only_last = is_last_enough and i + 1 == len(self._blocks)
+            hidden = block.prefill(hidden, around.mixing_norm, prompt, rows, only_last=only_last)
+            inner = decoding.gated_pair(hidden.flatten(0, -2), around.mlp_norm, *around.gate_up)
+            decoding.add_linear(hidden, inner, *around.down)
+        return self._lm_head(self._norm(hidden[:, -1]))
 
     def _step(self) -> None:
         at = Step(
@@ -200,11 +211,9 @@ class Decoder:
         )
         hidden = F.embedding(self.token_B, self._embedding)
         for around, block in zip(self._around, self._blocks):
-            normed = F.rms_norm(hidden, hidden.shape[-1:], around.mixing_norm, around.norm_eps)
-            hidden = hidden + block.step(normed, at)
-            normed = F.rms_norm(hidden, hidden.shape[-1:], around.mlp_norm, around.norm_eps)
-            hidden = hidden + _mlp(normed, around)
-        self.logits_BV = self._lm_head(F.rms_norm(hidden, hidden.shape[-1:], self._norm, self._eps))
+            hidden = hidden + block.step(around.mixing_norm(hidden), at)
+            hidden = hidden + F.linear(decoding.gated_pair(hidden, around.mlp_norm, *around.gate_up), *around.down)
+        self.logits_BV = self._lm_head(self._norm(hidden))
         self.token_B.copy_(self.logits_BV.argmax(-1))
         self._position_B += 1
         self._slot += 1
@@ -262,7 +271,3 @@ def _check_head_dim(head_dim: int, device: torch.device) -> None:
             expected="16, 32, 64 or 128, which the kernels take",
             hint="Use model.generate, which takes every head dim.",
         )
-
-
-def _mlp(normed: torch.Tensor, around: Any) -> torch.Tensor:
-    return F.linear(decoding.gated_pair(normed, *around.gate_up), *around.down)

@@ -55,22 +55,23 @@ class FirstToken(nn.Module):
     ) -> torch.Tensor:
         """`out_BTD`, a mixer's output for whole sequences, with another first token; a mask of 0 says padding."""
         if token_mask_BT is None:
-            return torch.cat([self._value(hidden_BTD[:, :1]).to(out_BTD.dtype), out_BTD[:, 1:]], dim=1)
+            return torch.cat([self.value(hidden_BTD[:, :1]).to(out_BTD.dtype), out_BTD[:, 1:]], dim=1)
         is_first = (token_mask_BT > 0) & ((token_mask_BT > 0).cumsum(1) == 1)
         # The first token wherever padding has put it; of a row that is all padding none is taken.
         first_B = is_first.int().argmax(1)
         firsts = hidden_BTD[torch.arange(len(first_B), device=first_B.device), first_B]
-        return torch.where(is_first[..., None], self._value(firsts)[:, None].to(out_BTD.dtype), out_BTD)
+        return torch.where(is_first[..., None], self.value(firsts)[:, None].to(out_BTD.dtype), out_BTD)
 
-    def put(self, hidden_BTD: torch.Tensor, out_BTD: torch.Tensor, token_mask_BT: torch.Tensor | None) -> torch.Tensor:
-        """The same in place, for where no gradient is needed: a long prompt is not copied for the sake of one token.
+    def place(self, token_mask_BT: torch.Tensor | None) -> tuple[Any, Any]:
+        """Where in (B, T, D) the first tokens are, for a long prompt that is not copied for the sake of one token.
 
         Each row has a token that is no padding.
         """
-        first_B = 0 if token_mask_BT is None else (token_mask_BT > 0).int().argmax(1)
-        everyone = slice(None) if token_mask_BT is None else torch.arange(len(out_BTD), device=out_BTD.device)
-        out_BTD[everyone, first_B] = self._value(hidden_BTD[everyone, first_B]).to(out_BTD.dtype)
-        return out_BTD
+        if token_mask_BT is None:
+            return slice(None), 0
+        first_B = (token_mask_BT > 0).int().argmax(1)
+        return torch.arange(len(first_B), device=first_B.device), first_B
 
-    def _value(self, hidden: torch.Tensor) -> torch.Tensor:
+    def value(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output at first tokens, from their hidden states."""
         return F.linear(F.linear(hidden, self.value_weight, self.value_bias), self.out_weight, self.out_bias)

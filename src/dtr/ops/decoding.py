@@ -32,6 +32,42 @@ class HeadNorms:
     eps: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """An RMS norm of hidden states (..., D)."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaProjection:
+    """The joined input projections of a `GatedDeltaNet` layer."""
+
+    weight: torch.Tensor
+    """(C, D): q, k, v, output gate (H K rows each), decay and write strength (H each), and perhaps rows of padding."""
+    bias: torch.Tensor
+    """(C,)"""
+    num_heads: int
+    head_dim: int
+    norms: HeadNorms | None = None
+    has_head_bias: bool = True
+    """Whether the biases of q, k and v need not be zero."""
+
+    @property
+    def num_head_rows(self) -> int:
+        """Rows of all that has a value per feature of a head; those of the gates per head follow."""
+        return 4 * self.num_heads * self.head_dim
+
+    @property
+    def num_rows(self) -> int:
+        """All rows but the padding."""
+        return self.num_head_rows + 2 * self.num_heads
+
+
 def delta_step(
     rows: torch.Tensor,
     cos_BK: torch.Tensor,
@@ -148,46 +184,46 @@ def rotate_heads(
 
 
 def delta_prompt(
-    rows_BTC: torch.Tensor,
+    hidden_BTD: torch.Tensor,
+    norm: Norm,
+    projection: DeltaProjection,
     cos_BTK: torch.Tensor,
     sin_BTK: torch.Tensor,
     *,
-    num_heads: int,
     token_mask_BT: torch.Tensor | None = None,
-    norms: HeadNorms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A prompt through a `GatedDeltaNet` layer between its input projections and its output projection.
+    """A prompt through a `GatedDeltaNet` layer, norm included, as far as its output projection.
 
     Args:
-        rows_BTC: as the rows of `delta_step`, perhaps with further columns that are not read.
+        hidden_BTD: hidden states before the norm.
+        norm: the norm.
+        projection: the layer's input projections.
         cos_BTK: cosines of each token's position, (B or 1, T, K); `sin_BTK` likewise.
-        num_heads: H.
         token_mask_BT: 0 where a token is padding, which leaves the state as it is.
-        norms: norms of queries and keys, where the family has them.
 
     Returns:
-        The gated heads (B, T, H K) in the type of the rows, and the last state (B, H, K, V) in float32.
+        The gated heads (B, T, H K) in the type of the hidden states, and the last state (B, H, K, V) in float32.
     """
-    options: dict[str, Any] = {"num_heads": num_heads, "token_mask_BT": token_mask_BT, "norms": norms}
-    kernels = _kernels(rows_BTC, "delta_prompt_triton")
-    if kernels and kernels.supports(rows_BTC, num_heads=num_heads, head_dim=cos_BTK.shape[-1]):
-        return kernels.prompt(rows_BTC, cos_BTK, sin_BTK, **options)
-    return delta_prompt_in_parts(rows_BTC, cos_BTK, sin_BTK, **options)
+    kernels = _kernels(hidden_BTD, "delta_prompt_triton")
+    if kernels and kernels.supports(hidden_BTD, projection.head_dim):
+        return kernels.prompt(hidden_BTD, norm, projection, cos_BTK, sin_BTK, token_mask_BT=token_mask_BT)
+    return delta_prompt_in_parts(hidden_BTD, norm, projection, cos_BTK, sin_BTK, token_mask_BT=token_mask_BT)
 
 
 def delta_prompt_in_parts(
-    rows_BTC: torch.Tensor,
+    hidden_BTD: torch.Tensor,
+    norm: Norm,
+    projection: DeltaProjection,
     cos_BTK: torch.Tensor,
     sin_BTK: torch.Tensor,
     *,
-    num_heads: int,
     token_mask_BT: torch.Tensor | None = None,
-    norms: HeadNorms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `delta_prompt`, one operation after the other, each by its kernel where there is one."""
-    dim, width = cos_BTK.shape[-1], num_heads * cos_BTK.shape[-1]
-    sizes = [width] * 4 + [num_heads] * 2
-    *heads, gate, decay, write = rows_BTC[..., : sum(sizes)].split(sizes, dim=-1)
+    num_heads, dim, norms = projection.num_heads, projection.head_dim, projection.norms
+    width = num_heads * dim
+    rows = F.linear(norm(hidden_BTD), projection.weight, projection.bias)[..., : projection.num_rows]
+    *heads, gate, decay, write = rows.split([width] * 4 + [num_heads] * 2, dim=-1)
     q, k, v = (x.unflatten(-1, (num_heads, dim)) for x in heads)
     eps = 0.0 if norms is None else norms.eps
     weights = (None, None) if norms is None else (norms.query, norms.key)
@@ -203,7 +239,7 @@ def delta_prompt_in_parts(
     else:
         out, state = gated_delta_rule(q, k, v, log_decay, strength, scale=1.0)
     out = gated_product(gate.flatten(0, 1), out.reshape(-1, width), activation="identity_gate")
-    return out.view(*rows_BTC.shape[:2], width), state
+    return out.view(*rows.shape[:2], width), state
 
 
 def gated_product(gate: torch.Tensor, x: torch.Tensor, *, activation: str) -> torch.Tensor:
@@ -215,23 +251,21 @@ def gated_product(gate: torch.Tensor, x: torch.Tensor, *, activation: str) -> to
     return (opened * x.float()).to(x.dtype)
 
 
-def add_and_norm(
-    hidden_BTD: torch.Tensor, update_BTD: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`hidden + update`, and its RMS norm with a weight (D,)."""
-    if kernels := _kernels(hidden_BTD, "mlp_triton"):
-        return kernels.add_and_norm(hidden_BTD, update_BTD, weight, eps)
-    hidden = hidden_BTD + update_BTD
-    return hidden, F.rms_norm(hidden, hidden.shape[-1:], weight, eps)
-
-
-def gated_pair(x_RD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`silu(gate) * up` (R, C) of a gated MLP, from weight (2 C, D) and bias of gate and up, one below the other."""
+def gated_pair(x_RD: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`silu(gate) * up` (R, C) of the norm of x, from weight (2 C, D) and bias of gate and up, one below the other."""
     kernels = _kernels(x_RD, "mlp_triton")
     if kernels and kernels.supports(x_RD, weight, bias):
-        return kernels.gated_pair(x_RD, weight)
-    gate, up = F.linear(x_RD, weight, bias).chunk(2, dim=-1)
+        return kernels.gated_pair(x_RD, weight * norm.weight, norm.eps)
+    gate, up = F.linear(norm(x_RD), weight, bias).chunk(2, dim=-1)
     return gated_product(gate, up, activation="silu")
+
+
+def add_linear(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """`hidden += x @ weight^T + bias` in place and rounded once; both contiguous, (..., D) and (..., C)."""
+    total = hidden.view(-1, hidden.shape[-1])
+    total.addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+    if bias is not None:
+        total += bias
 
 
 def _rotated(

@@ -1,9 +1,10 @@
-"""A prompt through a `GatedDeltaNet` layer, from its joined projections to its gated outputs.
+"""A prompt through a `GatedDeltaNet` layer, from hidden states before their norm to gated heads.
 
-`delta_prompt_kernels.py` has the maths. A prompt of few sequences is cut into segments that are scanned at once, as in
-`gated_delta_prefill.py`.
+`delta_prompt_kernels.py` has the maths. The weight of the norm is part of the projections, and its division comes after
+them: hidden states are read once more for its sake, but not written. A prompt of few sequences is cut into segments
+that are scanned at once, as in `gated_delta_prefill.py`.
 
-Shapes: B batch, T tokens, H heads, K head dim, N chunks of 64 tokens, P segments.
+Shapes: B batch, T tokens, D hidden dim, H heads, K head dim, N chunks of 64 tokens, P segments.
 """
 
 from __future__ import annotations
@@ -15,32 +16,30 @@ import torch
 import triton
 from torch.nn import functional as F
 
-from dtr.ops.decoding_triton import rotate_heads
-from dtr.ops.delta_prompt_kernels import chunk_maps, prompt_scan
-from dtr.ops.gated_delta_kernels import carry_segments, chunk_inverse
+from dtr.ops.delta_prompt_kernels import chunk_maps, prompt_scan, token_gates
+from dtr.ops.gated_delta_kernels import carry_segments
 
 if TYPE_CHECKING:
-    from dtr.ops.decoding import HeadNorms
+    from dtr.ops.decoding import DeltaProjection, Norm
 
 _CHUNK_TOKENS = 64
 _MIN_SEGMENT_CHUNKS = 8
 _MAX_SEGMENTS = 16
 _HEAD_DIM = 64
-_MIN_TOKENS = 14 * _CHUNK_TOKENS
+_GATE_TOKENS = 64
+_GATE_COLUMNS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """How the kernels are cut for a machine."""
 
-    inverse_warps: int = 2
-    inverse_paired: bool = False
-    """Whether one substitution inverts both halves of a chunk."""
-    map_warps: int = 4
-    scan_columns: int = 16
+    map_registers: int | None = None
+    """Most registers of a thread; fewer let more programs share a processor."""
+    scan_columns: int = 64
     """Columns of a state that a program carries."""
-    scan_warps: int = 4
-    scan_stages: int = 3
+    scan_warps: int = 8
+    scan_stages: int = 4
     """Chunks that are on their way from memory."""
     full: int = 72
     """Sequences times heads from which on the prompt is not cut into segments."""
@@ -51,91 +50,108 @@ class Tuning:
 DEFAULT = Tuning()
 
 
-def supports(rows_BTC: torch.Tensor, *, num_heads: int, head_dim: int) -> bool:
-    """Whether `prompt` has been seen to work on a GPU for inputs like these.
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """What a layer's tokens decide by themselves, in float32."""
 
-    A test with heads of 16, prompts of 7 and of 3000 tokens and segments ended in an illegal memory access that is not
-    explained, so nothing is let through that has not run: not small heads or few tokens, nor what is cut into segments.
-    Larger heads do not fit into registers.
+    scale_BT: torch.Tensor
+    """One over the root mean square of each token's hidden state."""
+    gates_2BHT: torch.Tensor
+    """Log decays and write strengths."""
+
+
+def supports(hidden_BTD: torch.Tensor, head_dim: int) -> bool:
+    """Whether `prompt` takes these inputs.
+
+    Larger heads do not fit into registers. Products over fewer than 64 features in bfloat16 came out wrong on an H100.
     """
-    B, T = rows_BTC.shape[:2]
-    is_whole = _num_segments(B * num_heads, triton.cdiv(T, _CHUNK_TOKENS), DEFAULT.full) == 1
-    return is_whole and T >= _MIN_TOKENS and head_dim == _HEAD_DIM and rows_BTC.dtype == torch.bfloat16
+    D = hidden_BTD.shape[2]
+    return head_dim == _HEAD_DIM and hidden_BTD.dtype == torch.bfloat16 and D % _GATE_COLUMNS == 0
 
 
 @torch.no_grad()
 def prompt(
-    rows_BTC: torch.Tensor,
+    hidden_BTD: torch.Tensor,
+    norm: Norm,
+    projection: DeltaProjection,
     cos_BTK: torch.Tensor,
     sin_BTK: torch.Tensor,
     *,
-    num_heads: int,
     token_mask_BT: torch.Tensor | None = None,
-    norms: HeadNorms | None = None,
     tuning: Tuning = DEFAULT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `dtr.ops.decoding.delta_prompt`; `supports` says for what."""
-    maps = map_chunks(
-        rows_BTC, cos_BTK, sin_BTK, num_heads=num_heads, token_mask_BT=token_mask_BT, norms=norms, tuning=tuning
+    hidden = hidden_BTD.contiguous()
+    gates = read_gates(hidden, norm, projection, token_mask_BT)
+    rows = F.linear(hidden, projection.weight[: projection.num_head_rows] * norm.weight)
+    maps = map_chunks(rows, gates, projection, cos_BTK, sin_BTK, tuning)
+    return scan_chunks(rows, gates, maps, projection, tuning)
+
+
+def read_gates(
+    hidden_BTD: torch.Tensor, norm: Norm, projection: DeltaProjection, token_mask_BT: torch.Tensor | None = None
+) -> Gates:
+    (B, T, D), H = hidden_BTD.shape, projection.num_heads
+    first = projection.num_head_rows
+    weight = projection.weight[first : first + 2 * H] * norm.weight
+    gates = Gates(
+        scale_BT=hidden_BTD.new_empty(B, T, dtype=torch.float32),
+        gates_2BHT=hidden_BTD.new_empty(2, B, H, T, dtype=torch.float32),
     )
-    return scan_chunks(rows_BTC, maps, num_heads=num_heads, tuning=tuning)
+    mask = hidden_BTD if token_mask_BT is None else token_mask_BT.contiguous()
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(hidden_BTD):
+        token_gates[(triton.cdiv(T, _GATE_TOKENS), B)](
+            hidden_BTD, weight, projection.bias[first:], mask, gates.scale_BT, gates.gates_2BHT, norm.eps, T, D=D, H=H,
+            BG=max(16, triton.next_power_of_2(2 * H)), BT=_GATE_TOKENS, BD=min(D, _GATE_COLUMNS),
+            HAS_MASK=token_mask_BT is not None, num_warps=4,
+        )  # fmt: skip
+    return gates
 
 
 def map_chunks(
     rows_BTC: torch.Tensor,
+    gates: Gates,
+    projection: DeltaProjection,
     cos_BTK: torch.Tensor,
     sin_BTK: torch.Tensor,
-    *,
-    num_heads: int,
-    token_mask_BT: torch.Tensor | None = None,
-    norms: HeadNorms | None = None,
     tuning: Tuning = DEFAULT,
 ) -> list[torch.Tensor]:
-    """What each chunk makes of the state before it: P, N^T, X, Y^T (B H, N, ...) and the decay over it (B H, N)."""
-    assert rows_BTC.stride(2) == 1, "a row's projections lie side by side"
-    B, T, K, H = *rows_BTC.shape[:2], cos_BTK.shape[-1], num_heads
-    N, C = triton.cdiv(T, _CHUNK_TOKENS), _CHUNK_TOKENS
-    rows, sizes = rows_BTC, [H * K] * 4 + [H] * 2
-    q, k, _, _, decay, write = rows[..., : sum(sizes)].split(sizes, dim=-1)
-    eps, weights = (0.0, (None, None)) if norms is None else (norms.eps, (norms.query, norms.key))
-    q, k = (
-        rotate_heads(x.unflatten(-1, (H, K)), cos_BTK, sin_BTK, weight, eps, True) for x, weight in zip((q, k), weights)
-    )
-    g, beta = -F.softplus(decay.float()), torch.sigmoid(write.float())
-    if token_mask_BT is not None:
-        g, beta = (x * token_mask_BT[..., None] for x in (g, beta))
-    p, n, x, y, inverses = (rows.new_empty(B * H, N, *size) for size in ((K, K), (K, K), (C, K), (K, C), (C, C)))
-    cum = rows.new_empty(B * H, N, C, dtype=torch.float32)
-    total = rows.new_empty(B * H, N, dtype=torch.float32)
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device_of(rows):
-        chunk_inverse[(B * H, N)](
-            k, g.contiguous(), beta.contiguous(), cum, inverses, T, H, K=K, PAIRED=tuning.inverse_paired,
-            num_warps=tuning.inverse_warps,
-        )  # fmt: skip
+    """What each chunk makes of the state before it: P, N, X, Y (B H, N, ...) and the decay over it (B H, N)."""
+    B, T, K, H = *rows_BTC.shape[:2], projection.head_dim, projection.num_heads
+    N, C, norms = triton.cdiv(T, _CHUNK_TOKENS), _CHUNK_TOKENS, projection.norms
+    maps = [rows_BTC.new_empty(B * H, N, *size) for size in ((K, K), (K, K), (C, K), (C, K))]
+    maps.append(rows_BTC.new_empty(B * H, N, dtype=torch.float32))
+    cos, sin = cos_BTK.contiguous(), sin_BTK.contiguous()
+    eps, q_norm, k_norm = (0.0, rows_BTC, rows_BTC) if norms is None else (norms.eps, norms.query, norms.key)
+    with torch.cuda.device_of(rows_BTC):
         chunk_maps[(B * H, N)](
-            q, k, rows, beta.contiguous(), cum, inverses, p, n, x, y, total, T, rows.stride(1), H=H, K=K,
-            num_warps=tuning.map_warps,
+            rows_BTC, projection.bias, gates.scale_BT, gates.gates_2BHT, cos, sin, q_norm, k_norm, eps, *maps, T,
+            cos.stride(0) if len(cos) > 1 else 0, H=H, K=K, HAS_NORM=norms is not None,
+            HAS_BIAS=projection.has_head_bias, num_warps=4, maxnreg=tuning.map_registers,
         )  # fmt: skip
-    return [p, n, x, y, total]
+    return maps
 
 
 def scan_chunks(
-    rows_BTC: torch.Tensor, maps: list[torch.Tensor], *, num_heads: int, tuning: Tuning = DEFAULT
+    rows_BTC: torch.Tensor,
+    gates: Gates,
+    maps: list[torch.Tensor],
+    projection: DeltaProjection,
+    tuning: Tuning = DEFAULT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gated outputs (B, T, H K) and the last state (B, H, K, K) in float32, from a state of zeros."""
-    (B, T), H, (_, N, K, _) = rows_BTC.shape[:2], num_heads, maps[0].shape
+    (B, T), H, (_, N, K, _) = rows_BTC.shape[:2], projection.num_heads, maps[0].shape
     out = rows_BTC.new_empty(B, T, H * K)
     length = triton.cdiv(N, tuning.segments or _num_segments(B * H, N, tuning.full))
     P = triton.cdiv(N, length)
     columns = min(K, tuning.scan_columns)
 
     def scan(initial: torch.Tensor | None, last: torch.Tensor) -> None:
-        affine = last.shape[-1] > K
         prompt_scan[(last.shape[-1] // columns, B * H, P)](
-            rows_BTC, *maps, last if initial is None else initial, last, out, T, N, length, rows_BTC.stride(1),
-            H=H, K=K, BV=columns, HAS_INITIAL=initial is not None, AFFINE=affine, num_warps=tuning.scan_warps,
-            num_stages=tuning.scan_stages,
+            rows_BTC, projection.bias, gates.scale_BT, *maps, last if initial is None else initial, last, out, T, N,
+            length, H=H, K=K, BV=columns, HAS_INITIAL=initial is not None, AFFINE=last.shape[-1] > K,
+            num_warps=tuning.scan_warps, num_stages=tuning.scan_stages,
         )  # fmt: skip
 
     with torch.cuda.device_of(rows_BTC):

@@ -82,19 +82,6 @@ def _inverse_of_unit_lower(a):
 
 
 @triton.jit
-def _two_inverses(a, b):
-    """`_inverse_of_unit_lower` of a and of b, with one substitution for both."""
-    half = tl.arange(0, 2)
-    same = half[None, :, None, None, None] == half[None, None, None, :, None]
-    both = tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), [2, 2, 16, 2, 16])
-    diagonal = tl.reshape(tl.sum(tl.where(same, both, 0.0), axis=3), [4, 16, 16])
-    x = tl.reshape(_inverses_of_blocks(diagonal, 4), [2, 2, 16, 1, 16])
-    x = tl.reshape(tl.where(same, x, 0.0), [2, 32, 32])
-    x_a, x_b = tl.split(tl.permute(x, (1, 2, 0)))
-    return _merge_blocks(x_a, a), _merge_blocks(x_b, b)
-
-
-@triton.jit
 def _inverses_of_blocks(a, NUM: tl.constexpr):
     """(I + a)^-1 for NUM strictly lower triangular 16 x 16 blocks, by forward substitution."""
     row = tl.arange(0, 16)[None, :, None]
@@ -117,7 +104,7 @@ def _merge_blocks(blocks, a):
 
 @triton.jit(do_not_specialize=["T"])
 def chunk_inverse(
-    k_ptr, g_ptr, beta_ptr, cum_ptr, inverse_ptr, T, H: tl.constexpr, K: tl.constexpr, PAIRED: tl.constexpr = False,
+    k_ptr, g_ptr, beta_ptr, cum_ptr, inverse_ptr, T, H: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Per chunk of 64: cum, and (I + A)^-1 with A_ij = beta_i exp(cum_i - cum_j) k_i.k_j below the diagonal.
 
@@ -142,10 +129,7 @@ def chunk_inverse(
     strict = i[:, None] > i[None, :]
     a_00 = beta_0[:, None] * _decay(cum_0, cum_0, strict) * _dot(k_0, tl.trans(k_0))
     a_11 = beta_1[:, None] * _decay(cum_1, cum_1, strict) * _dot(k_1, tl.trans(k_1))
-    if PAIRED:
-        inverse_00, inverse_11 = _two_inverses(a_00, a_11)
-    else:
-        inverse_00, inverse_11 = _inverse_of_unit_lower(a_00), _inverse_of_unit_lower(a_11)
+    inverse_00, inverse_11 = _inverse_of_unit_lower(a_00), _inverse_of_unit_lower(a_11)
     a_10 = beta_1[:, None] * tl.exp(cum_1[:, None] - cum_0[None, :]) * _dot(k_1, tl.trans(k_0))
     inverse_10 = -_dot(_dot(inverse_11, a_10), inverse_00)
 

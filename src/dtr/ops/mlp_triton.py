@@ -1,6 +1,7 @@
-"""What a prompt meets around attention, in Triton: residual sum with norm, and the first half of a gated MLP.
+"""The norm and the first half of a gated MLP over a prompt, in Triton.
 
 Gate and up projection of a long prompt are several times as large as its hidden states; here they never reach memory.
+The weight of the norm is part of the projections, and its division comes after them.
 
 Shapes: R rows, D hidden dim, C inner dim.
 """
@@ -16,6 +17,7 @@ import triton.language as tl
 MIN_ROWS = 1024
 """Fewer rows do not fill a GPU with tiles of this size."""
 _INNER = 64
+_NORM_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,31 +28,33 @@ class Tiles:
     columns: int = 128
     """Of the gate, and as many of the up projection."""
     warps: int = 8
-    stages: int = 3
+    stages: int = 4
 
 
 DEFAULT = Tiles()
 
 
-@triton.jit
-def _add_and_norm(x_ptr, update_ptr, weight_ptr, sum_ptr, normed_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (R): one row; the norm is of the rounded sum, as it is when they are two operations."""
-    at, c = tl.program_id(0).to(tl.int64) * D, tl.arange(0, BLOCK)
-    seen = c < D
-    x = tl.load(x_ptr + at + c, mask=seen, other=0.0).to(tl.float32)
-    x = (x + tl.load(update_ptr + at + c, mask=seen, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + at + c, x, mask=seen)
-    x = x.to(tl.float32)
-    x *= tl.load(weight_ptr + c, mask=seen, other=0.0).to(tl.float32) / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
-    tl.store(normed_ptr + at + c, x.to(normed_ptr.dtype.element_ty), mask=seen)
+@triton.jit(do_not_specialize=["R"])
+def _inverse_rms(x_ptr, scale_ptr, eps, R, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    """Grid (R / BR): one over the root mean square of each row."""
+    r, d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
+    at_x = x_ptr + r.to(tl.int64)[:, None] * D + d[None, :]
+    squares = tl.zeros([BR, BD], dtype=tl.float32)
+    for first in tl.static_range(0, D, BD):
+        x = tl.load(at_x + first, mask=(r < R)[:, None], other=0.0).to(tl.float32)
+        squares += x * x
+    tl.store(scale_ptr + r, 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + eps), mask=r < R)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _gated_pair(
-    x_ptr, weight_ptr, out_ptr, R, D: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    x_ptr, scale_ptr, weight_ptr, out_ptr, R, D: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (C / BC, R / BR): one tile of the output; weight rows are the gate's, then the up projection's."""
+    """Grid (C / BC, R / BR): one tile of the output; weight rows are the gate's, then the up projection's.
+
+    Rows of x count times their factor `scale`, which a matrix product may as well take at its end.
+    """
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     c, d = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, BD)
     seen = (r < R)[:, None]
@@ -66,6 +70,8 @@ def _gated_pair(
         at_x += BD
         at_gate += BD
         at_up += BD
+    scale = tl.load(scale_ptr + r, mask=r < R, other=0.0)[:, None]
+    gate, up = gate * scale, up * scale
     out = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_ptr + r.to(tl.int64)[:, None] * C + c[None, :], out.to(out_ptr.dtype.element_ty), mask=seen)
 
@@ -78,27 +84,15 @@ def supports(x_RD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 @torch.no_grad()
-def gated_pair(x_RD: torch.Tensor, weight: torch.Tensor, tiles: Tiles = DEFAULT) -> torch.Tensor:
-    """(R, C) from x (R, D) and the weights (2 C, D) of gate and up projection, one below the other."""
+def gated_pair(x_RD: torch.Tensor, weight: torch.Tensor, eps: float, tiles: Tiles = DEFAULT) -> torch.Tensor:
+    """(R, C) of x (R, D) over its root mean square, from weights (2 C, D) of gate and up projection on each other."""
     (R, D), inner = x_RD.shape, len(weight) // 2
-    out = x_RD.new_empty(R, inner)
+    scale, out = x_RD.new_empty(R, dtype=torch.float32), x_RD.new_empty(R, inner)
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(x_RD):
+        _inverse_rms[(triton.cdiv(R, _NORM_ROWS),)](x_RD, scale, eps, R, D=D, BR=_NORM_ROWS, BD=_INNER, num_warps=4)
         _gated_pair[(inner // tiles.columns, triton.cdiv(R, tiles.rows))](
-            x_RD, weight.contiguous(), out, R, D=D, C=inner, BR=tiles.rows, BC=tiles.columns, BD=min(_INNER, D),
+            x_RD, scale, weight.contiguous(), out, R, D=D, C=inner, BR=tiles.rows, BC=tiles.columns, BD=_INNER,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out
-
-
-def add_and_norm(
-    hidden: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    x, update, D = hidden.contiguous(), update.contiguous(), hidden.shape[-1]
-    total, normed = torch.empty_like(x), torch.empty_like(x)
-    block = triton.next_power_of_2(D)
-    with torch.cuda.device_of(x):
-        _add_and_norm[(x.numel() // D,)](
-            x, update, weight, total, normed, eps, D=D, BLOCK=block, num_warps=max(1, min(8, block // 512))
-        )
-    return total, normed
