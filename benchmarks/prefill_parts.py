@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import statistics
 import time
@@ -29,6 +28,7 @@ from dtr.inference.blocks import DeltaBlock
 from dtr.inference.decoder import Decoder
 from dtr.mixers import mixer_from_teacher
 from dtr.ops import decoding
+from dtr.ops.decoding import Norm
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,64 +116,65 @@ def delta_block(hybrid: Any, batch: int) -> DeltaBlock:
     return DeltaBlock(hybrid.model.layers[hybrid.linear_layers[0]].self_attn, batch)
 
 
-def rows_of(hybrid: Any, block: DeltaBlock, batch: int, num_tokens: int) -> dict[str, Any]:
-    """Arguments of `delta_prompt` for random inputs of a layer."""
-    g = read_geometry(hybrid.config)
-    hidden = torch.randn(batch, num_tokens, g.hidden_dim, device=hybrid.device, dtype=hybrid.dtype)
-    positions = torch.arange(num_tokens, device=hybrid.device)[None]
-    cos, sin = hybrid.model.rotary_emb(hidden, positions)
-    rows = block.project(hidden)
-    return {"hidden": hidden, "args": (rows, cos, sin), "options": {"num_heads": block.state_BHKV.shape[1]}}
+def arguments(hybrid: Any, block: DeltaBlock, batch: int, num_tokens: int) -> tuple[Any, ...]:
+    """Those of `delta_prompt`, for random inputs of a layer."""
+    layer = hybrid.model.layers[hybrid.linear_layers[0]]
+    hidden = torch.randn(batch, num_tokens, hybrid.config.hidden_size, device=hybrid.device, dtype=hybrid.dtype)
+    norm = Norm(weight=layer.input_layernorm.weight, eps=layer.input_layernorm.variance_epsilon)
+    cos, sin = hybrid.model.rotary_emb(hidden, torch.arange(num_tokens, device=hybrid.device)[None])
+    return hidden, norm, block.projection, cos, sin
 
 
 def layer_parts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds of what one linear layer does, old kernels and new, and what surrounds it."""
-    block = delta_block(hybrid, batch)
-    made = rows_of(hybrid, block, batch, num_tokens)
-    hidden, args, options = made["hidden"], made["args"], made["options"]
-    layer = hybrid.model.layers[hybrid.linear_layers[0]]
-    out = decoding.delta_prompt(*args, **options)[0]
-    work: dict[str, Callable[[], Any]] = {
-        "projection": lambda: block.project(hidden),
-        "parts, one after the other": lambda: decoding.delta_prompt_in_parts(*args, **options),
-        "fused": lambda: decoding.delta_prompt(*args, **options),
-        "rotation": lambda: decoding.rotate_heads(
-            args[0][..., : out.shape[-1]].unflatten(-1, (options["num_heads"], -1)), *args[1:], unit_length=True
-        ),
-        "output projection": lambda: layer.self_attn.o_proj(out),
-        "norm": lambda: F.rms_norm(hidden, hidden.shape[-1:], layer.input_layernorm.weight, 1e-5),
-        "residual": lambda: hidden + hidden,
-        "residual and norm": lambda: decoding.add_and_norm(hidden, hidden, layer.input_layernorm.weight, 1e-5),
-    }
-    gate_up = hidden.new_ones(batch * num_tokens, 2 * hybrid.config.intermediate_size)
-    pair = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
-    work["gate and up"] = lambda: F.linear(hidden, pair)
-    work["gate, up and their product"] = lambda: decoding.gated_pair(hidden.flatten(0, 1), pair, None)
-    work["down"] = lambda: layer.mlp.down_proj(gate_up[:, : hybrid.config.intermediate_size])
-    work["gated product"] = lambda: decoding.gated_product(*gate_up.chunk(2, dim=1), activation="silu")
-    for name, one in work.items():
-        yield {"of_layer": name, "ms": milliseconds(one)}
+    """Milliseconds of what one linear layer does, in fused kernels and in parts."""
     for name, one in (("parts", decoding.delta_prompt_in_parts), ("fused", decoding.delta_prompt)):
         yield {"of_layer": name, "relative_error": error(hybrid, one)}
-    yield from fla(args, options)
+    args = arguments(hybrid, delta_block(hybrid, batch), batch, num_tokens)
+    hidden, norm, projection = args[:3]
+    layer = hybrid.model.layers[hybrid.linear_layers[0]]
+    heads = torch.randn(*hidden.shape[:2], projection.num_heads * projection.head_dim, device=hidden.device).to(hidden)
+    work: dict[str, Callable[[], Any]] = {
+        "norm, projections and mixer in parts": lambda: decoding.delta_prompt_in_parts(*args),
+        "norm, projections and mixer fused": lambda: decoding.delta_prompt(*args),
+        "projections": lambda: F.linear(hidden, projection.weight[: projection.num_head_rows]),
+        "norm": lambda: norm(hidden),
+        "output projection and sum": lambda: decoding.add_linear(hidden, heads, layer.self_attn.o_proj.weight, None),
+    }
+    if hidden.is_cuda:
+        from dtr.ops import delta_prompt_triton as kernels
+
+        gates = kernels.read_gates(hidden, norm, projection)
+        rows = F.linear(hidden, projection.weight[: projection.num_head_rows] * norm.weight)
+        maps = kernels.map_chunks(rows, gates, *args[2:])
+        work |= {
+            "gates": lambda: kernels.read_gates(hidden, norm, projection),
+            "maps": lambda: kernels.map_chunks(rows, gates, *args[2:]),
+            "scan": lambda: kernels.scan_chunks(rows, gates, maps, projection),
+        }
+    x, inner = hidden.flatten(0, 1), hidden.new_ones(batch * num_tokens, hybrid.config.intermediate_size)
+    pair = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+    work["gate and up"] = lambda: F.linear(x, pair)
+    work["norm, gate, up and their product"] = lambda: decoding.gated_pair(x, norm, pair, None)
+    work["down and sum"] = lambda: decoding.add_linear(hidden, inner, layer.mlp.down_proj.weight, None)
+    for name, one in work.items():
+        yield {"of_layer": name, "ms": milliseconds(one)}
+    yield from fla(projection, batch, num_tokens, hidden)
 
 
 def error(hybrid: Any, operator: Callable[..., Any]) -> dict[str, float]:
     """Relative error of outputs and last state against plain float32, over 2 x 1,100 tokens at most."""
     size = (2, 1100) if hybrid.device.type == "cuda" else (1, 70)
-    block = delta_block(hybrid, size[0])
-    made = rows_of(hybrid, block, *size)
-    got = operator(*made["args"], **made["options"])
-    want = exact(*made["args"], **made["options"])
-    found = zip(("out", "state"), got, want)
-    return {name: float((x.float() - y).norm() / y.norm()) for name, x, y in found}
+    args = arguments(hybrid, delta_block(hybrid, size[0]), *size)
+    want = decoding.delta_prompt_in_parts(*(as_float32(x) for x in args))
+    found = zip(("out", "state"), operator(*args), want)
+    return {name: float((x.cpu().float() - y).norm() / y.norm()) for name, x, y in found}
 
 
-def exact(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, num_heads: int) -> tuple[torch.Tensor, Any]:
-    """Plain float32 on the CPU, for results on the GPU."""
-    on_cpu = (x.float().cpu() for x in (rows, cos, sin))
-    out, state = decoding.delta_prompt_in_parts(*on_cpu, num_heads=num_heads)
-    return out.to(rows.device), state.to(rows.device)
+def as_float32(x: Any) -> Any:
+    """The same on the CPU in float32."""
+    if dataclasses.is_dataclass(x):
+        return dataclasses.replace(x, **{name: as_float32(value) for name, value in vars(x).items()})
+    return x.float().cpu() if isinstance(x, torch.Tensor) else x
 
 
 def cuts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[dict[str, Any]]:
@@ -182,17 +183,21 @@ def cuts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[di
         return
     from dtr.ops import delta_prompt_triton as kernels
 
-    made = rows_of(hybrid, delta_block(hybrid, batch), batch, num_tokens)
-    args, options = made["args"], made["options"]
-    maps = kernels.map_chunks(*args, **options)
-    inverses = ((1, False), (1, True), (2, False), (2, True), (4, True))
-    for (inverse_warps, paired), warps in (*((inverse, 4) for inverse in inverses), ((2, False), 8)):
-        cut = kernels.Tuning(inverse_warps=inverse_warps, inverse_paired=paired, map_warps=warps)
-        yield from one_cut("maps", cut, lambda cut=cut: kernels.map_chunks(*args, **options, tuning=cut))
-    yield from pair_cuts(hybrid, batch * num_tokens)
-    for (columns, warps), stages, segments in itertools.product(((16, 2), (16, 4), (32, 4)), (3, 4), (1, 4)):
+    hidden, norm, projection, *angles = arguments(hybrid, delta_block(hybrid, batch), batch, num_tokens)
+    gates = kernels.read_gates(hidden, norm, projection)
+    rows = F.linear(hidden, projection.weight[: projection.num_head_rows] * norm.weight)
+    maps = kernels.map_chunks(rows, gates, projection, *angles)
+    for registers in (None, 208, 168):
+        cut = kernels.Tuning(map_registers=registers)
+        yield from one_cut(
+            "maps", cut, lambda cut=cut: kernels.map_chunks(rows, gates, projection, *angles, tuning=cut)
+        )
+    for columns, warps, stages, segments in (
+        (64, 4, 3, 1), (64, 4, 4, 1), (64, 4, 5, 1), (64, 8, 4, 1), (32, 4, 3, 1), (16, 4, 3, 1), (64, 4, 4, 2),
+    ):  # fmt: skip
         cut = kernels.Tuning(scan_columns=columns, scan_warps=warps, scan_stages=stages, segments=segments)
-        yield from one_cut("scan", cut, lambda cut=cut: kernels.scan_chunks(args[0], maps, **options, tuning=cut))
+        yield from one_cut("scan", cut, lambda cut=cut: kernels.scan_chunks(rows, gates, maps, projection, tuning=cut))
+    yield from pair_cuts(hybrid, batch * num_tokens)
 
 
 def pair_cuts(hybrid: Any, num_rows: int) -> Iterator[dict[str, Any]]:
@@ -206,14 +211,12 @@ def pair_cuts(hybrid: Any, num_rows: int) -> Iterator[dict[str, Any]]:
         (128, 128, 8, 3), (128, 128, 8, 4), (128, 64, 4, 3), (128, 64, 8, 4), (256, 64, 8, 3), (64, 128, 4, 4),
     ):  # fmt: skip
         cut = kernels.Tiles(rows=rows, columns=columns, warps=warps, stages=stages)
-        yield from one_cut("pair", cut, lambda cut=cut: kernels.gated_pair(x, weight, cut))
+        yield from one_cut("pair", cut, lambda cut=cut: kernels.gated_pair(x, weight, 1e-5, cut))
 
 
 def one_cut(kernel: str, cut: Any, work: Callable[[], Any]) -> Iterator[dict[str, Any]]:
-    names = {"maps": ("inverse", "map"), "scan": ("scan", "segments")}.get(
-        kernel, ("rows", "columns", "warps", "stages")
-    )
-    described = {key: value for key, value in dataclasses.asdict(cut).items() if key.startswith(names[kernel])}
+    names = {"maps": ("map",), "scan": ("scan", "segments")}.get(kernel, ("rows", "columns", "warps", "stages"))
+    described = {key: value for key, value in dataclasses.asdict(cut).items() if key.startswith(names)}
     try:
         yield {"kernel": kernel, **described, "ms": milliseconds(work)}
     # Too many registers or too much shared memory is an answer too.
@@ -221,18 +224,17 @@ def one_cut(kernel: str, cut: Any, work: Callable[[], Any]) -> Iterator[dict[str
         yield {"kernel": kernel, **described, "error": str(failure).strip().splitlines()[0][:120]}
 
 
-def fla(args: tuple[torch.Tensor, ...], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def fla(projection: Any, batch: int, num_tokens: int, like: torch.Tensor) -> Iterator[dict[str, Any]]:
     """The delta rule of fla alone, where it is installed: without rotation, gates and norms."""
-    rows, cos, _ = args
-    if rows.device.type != "cuda":
+    if not like.is_cuda:
         return
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-        heads, dim = options["num_heads"], cos.shape[-1]
-        q, k, v = (rows[..., i * heads * dim : (i + 1) * heads * dim].unflatten(-1, (heads, dim)) for i in range(3))
-        q, k, v = F.normalize(q, dim=-1).contiguous(), F.normalize(k, dim=-1).contiguous(), v.contiguous()
-        gates = torch.rand(*rows.shape[:2], heads, device=rows.device)
+        shape = (batch, num_tokens, projection.num_heads)
+        q, k, v = (torch.randn(*shape, projection.head_dim, device=like.device, dtype=like.dtype) for _ in range(3))
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        gates = torch.rand(*shape, device=like.device)
         yield {
             "of_layer": "fla chunk_gated_delta_rule",
             "ms": milliseconds(
