@@ -38,7 +38,7 @@ class Tuning:
     """Most registers of a thread; fewer let more programs share a processor."""
     scan_columns: int = 64
     """Columns of a state that a program carries."""
-    scan_warps: int = 8
+    scan_warps: int = 4
     scan_stages: int = 4
     """Chunks that are on their way from memory."""
     full: int = 72
