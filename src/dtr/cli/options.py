@@ -11,8 +11,10 @@ import typer
 RecipeArg = Annotated[Path | None, typer.Argument(help="YAML recipe; see recipes/ for examples.", metavar="RECIPE")]
 OutOpt = Annotated[Path, typer.Option("--out", help="Run folder.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="Change one setting: section.key=value. Repeatable.")]
-ModelOpt = Annotated[str | None, typer.Option("--model", help="Teacher: hub name, folder or GGUF file.")]
-TaskOpt = Annotated[str | None, typer.Option("--task", help="Task: recall, or a folder with JSONL splits.")]
+ModelOpt = Annotated[str | None, typer.Option("--model", help="Teacher: hub name, folder, GGUF file or smollm2-demo.")]
+TaskOpt = Annotated[
+    str | None, typer.Option("--task", help="Task: a folder with JSONL splits, datasets:NAME, lm_eval:NAME or recall.")
+]
 PMinOpt = Annotated[float | None, typer.Option("--p-min", help="Share of the teacher's score to keep, as 0.95.")]
 MixerOpt = Annotated[
     str | None,

@@ -149,7 +149,7 @@ def search(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hybrid folder, hub name or GGUF file.")],
+    model: Annotated[str, typer.Argument(help="Hybrid folder, or teacher: hub name, folder, GGUF file, smollm2-demo.")],
     task: TaskOpt = "recall",
     split: Annotated[str, typer.Option("--split", help="validation or test.")] = "test",
     settings: SetOpt = None,
