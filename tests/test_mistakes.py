@@ -43,7 +43,7 @@ def finished(place, tmp_path_factory):
 RECIPES = {
     "missing": (None, "got no such file or directory; expected a readable YAML recipe. Did you mean "),
     "empty": ("", "got an empty file; expected sections"),
-    "broken": ("teacher:\n  source: [a\ntask: x", "in line 3, column 5; expected YAML."),
+    "broken": ("teacher:\n  source: [a\ntask: x", "got broken YAML in line 3, column 5 (expected"),
     "a list": ("- a", "got a list; expected sections"),
     "a value for a section": ("teacher: some/model", "expected a section. Its settings are teacher.source, "),
 }

@@ -42,11 +42,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         got = (error.strerror or str(error)).lower() if isinstance(error, OSError) else "bytes that are not UTF-8"
+        got = "a folder" if path.is_dir() else got
         hint = "Check the path." if path.exists() else suggest_path(str(path))
         raise RecipeError(str(path), got=got, expected="a readable YAML recipe", hint=hint) from None
     except yaml.YAMLError as error:
         problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
-        got = f"{problem} in line {mark.line + 1}, column {mark.column + 1}" if mark else " ".join(str(error).split())
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        got = f"broken YAML{place} ({problem or ' '.join(str(error).split())})"
         raise RecipeError(str(path), got=got, expected="YAML", hint="Mend that line or the one before it.") from None
     if not isinstance(data, dict):
         got = "an empty file" if data is None else f"a {type(data).__name__}"
