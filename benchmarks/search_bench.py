@@ -35,7 +35,9 @@ def main() -> None:
         from dtr.selection.trials import simulate_certificates
 
         started = time.monotonic()
-        found = simulate_certificates(args.simulate, num_items=args.simulated_items, confidence=args.confidence or 0.95)
+        found = simulate_certificates(
+            args.simulate, num_items=args.simulated_items, confidence=args.confidence or 0.95, p_min=args.p_min
+        )
         found |= {**provenance, "hardware": hardware(), "seconds": round(time.monotonic() - started, 1)}
         record["certificate_simulation"] = found
     if args.simulate_stops:

@@ -75,7 +75,7 @@ def confirm(values: dict[int, Score], teacher: Score, num_selected: int, **optio
 
 
 def test_testing_stops_at_the_first_failure():
-    assert sizes_to_test(27) == [4, 9, 14, 18, 22, 27]
+    assert sizes_to_test(27) == [3, 5, 8, 11, 14, 16, 19, 22, 24, 27]
     assert sizes_to_test(3) == [1, 2, 3]
     teacher = accuracy(300, 500)
     good, poor = accuracy(298, 500), accuracy(276, 500)
@@ -147,6 +147,19 @@ def test_confirmation_items_are_looked_at_only_in_the_end():
     assert seen == list(range(seen[0], seen[0] + num_tests))
     assert len(calls) - seen[-1] <= 1
     assert all(calls[index - 1] == split.confirmation for index in seen)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.9])
+def test_search_and_certificate_stay_within_the_passes_together(share: float):
+    """Fewer items to select by make a pass over them cheaper, so that `auto` may take more of them."""
+    for preset in ("hard", "pairs"):
+        task = SimulatedTask(PRESETS[preset], num_items=500, seed=2)
+        limits = Limits(p_min=0.9, p_min_confidence=0.8)
+        split = split_items(500, confirmation_share=share, seed=2)
+        trace = select_layers(task, layers=range(30), limits=limits, strategy="auto", items=split)
+        assert trace.certificate is not None
+        assert trace.certificate.num_selected > 0
+        assert task.pass_equivalents <= 25
 
 
 def test_too_few_confirmation_items_stop_the_search_before_any_candidate():

@@ -160,7 +160,7 @@ def test_a_run_with_guard_and_budget_reports_them(dtr, tmp_path, place, recipe, 
         ({"guards": [{"task": {"source": "nowhere"}}]}, "nowhere"),
         (
             {"p_min": 0.95, "p_min_confidence": 0.95},
-            "search.p_min_confidence: got 12 validation items to confirm with, too few",
+            "search.p_min_confidence: got 17 validation items to confirm with, too few",
         ),
         ({"p_min_confidence": 95}, "less than 1"),
         ({"strategy": "greedy"}, "search.strategy: got 'greedy'; expected 'auto', 'exact'"),

@@ -141,7 +141,7 @@ def test_guards_and_certificates_on_a_model(teacher, bank, task, tmp_path):
     result = search(teacher, bank, task, strategy="lazy", **limits)
     found = result.trace
     assert found.guards[0].m_opt.value >= found.guards[0].floor - 1e-9
-    assert found.certificate.num_items == 62
+    assert found.certificate.num_items == 88
     assert len(found.m_opt.layers) == found.certificate.num_certified
     assert result.guard_pass_equivalents > 0
     # All from the journal, guards and confirmation included.

@@ -289,8 +289,9 @@ def test_unknown_strategy():
 def test_items_are_split_once_and_for_all():
     split = split_items(500, confirmation_share=0.4, seed=3)
     assert split == split_items(500, confirmation_share=0.4, seed=3) != split_items(500, confirmation_share=0.4, seed=4)
-    assert [len(block) for block in split.blocks] == [30, 30, 90, 150]
+    assert [len(block) for block in split.blocks] == [300]
     assert sorted(split.selection + split.confirmation) == list(range(500))
+    assert [len(block) for block in split_items(500).blocks] == [50, 50, 150, 250]
     assert len(split_items(100).blocks) == 1
 
 

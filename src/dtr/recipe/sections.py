@@ -195,7 +195,7 @@ class SearchSection(Section):
     p_min_confidence: float | None = Field(default=None, gt=0.5, lt=1)
     """Commit only what validation items that selection never saw certify at this confidence, as 0.95; the plain
     comparison with p_min when left out."""
-    confirmation_share: float = Field(default=0.5, gt=0, lt=1)
+    confirmation_share: float = Field(default=0.7, gt=0, lt=1)
     """Share of the validation items kept for that certificate; nothing is kept without p_min_confidence."""
     guards: list[GuardSection] = Field(default_factory=list)
     """Other tasks with a floor; a swap that breaks one is refused."""

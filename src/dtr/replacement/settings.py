@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtr.selection.criteria import Limits, PMinKind
+from dtr.selection.items import CONFIRMATION_SHARE
 from dtr.tasks.base import Task
 
 
@@ -32,7 +33,7 @@ class SearchSettings:
     """Standard errors of the paired difference to P_min by which a hybrid must lie above it."""
     p_min_confidence: float | None = None
     """Commit only what is certified at this confidence on items that selection never saw, as 0.95."""
-    confirmation_share: float = 0.5
+    confirmation_share: float = CONFIRMATION_SHARE
     """Share of the validation items that are kept for that."""
     guards: Sequence[GuardFloor] = ()
     """Tasks with a floor; a swap that breaks one is refused."""

@@ -33,7 +33,7 @@ from dtr.selection.state import Search
 MAX_PASSES = 25.0
 """Work to stay within: a tenth of what `exact` takes for 30 layers where nothing is shared."""
 ROUND_PASSES = 4.0
-"""What a race with its leaps and steps may cost, where nothing is shared; no round begins with less in hand."""
+"""What a race on a block, with its leaps and steps, may cost where nothing is shared; no round begins with less."""
 MAX_LAYERS_FOR_EXACT = 8
 """So many layers cost `exact` about 20 passes."""
 NUM_RACING = 12
@@ -170,7 +170,9 @@ def _step(search: Search, ranked: Sequence[int]) -> int:
 
 
 def _affords_round(search: Search) -> bool:
-    return search.passes + ROUND_PASSES * search.pass_share <= MAX_PASSES
+    # A race over all items costs half a pass for each of its layers, on average.
+    price = ROUND_PASSES if len(search.blocks) > 1 else ROUND_PASSES + NUM_RACING / 2
+    return search.passes + price * search.pass_share <= MAX_PASSES
 
 
 def _go_on_as_exact(search: Search, ranked: Sequence[int]) -> None:

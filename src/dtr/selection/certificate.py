@@ -30,7 +30,7 @@ from dtr.errors import DataError
 from dtr.evaluation.paired import lowest_margin, margins_over_limit, mean_lower_bound, score_statistic
 from dtr.evaluation.score import Score
 
-MAX_TESTS = 6
+MAX_TESTS = 10
 POWER = 0.8
 """The chance of success that "about M needed" is worked out for."""
 

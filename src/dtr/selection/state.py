@@ -63,7 +63,9 @@ class Search:
         seed: for strategies that draw.
         clock: seconds, for the budget.
         layer_of: the layer that each candidate makes linear, where a layer has several; itself when left out.
-        pass_share: what one pass over all items costs, in pass equivalents; below 1 where choices share prompts.
+        pass_share: what one pass over the items that search may look at costs, in pass equivalents; below 1 where
+            choices share prompts, or where other items are kept for confirmation.
+        reserved_passes: work that is to come after the search, in the same unit.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Search:
         clock: Callable[[], float] = time.monotonic,
         layer_of: Mapping[int, int] | None = None,
         pass_share: float = 1.0,
+        reserved_passes: float = 0.0,
     ) -> None:
         self.layer_of = layer_of or {number: number for number in layers}
         self.layers, self.teacher, self.threshold, self.scorer = tuple(layers), teacher, threshold, scorer
@@ -91,7 +94,7 @@ class Search:
         self.facts = facts
         self.blocks = tuple(tuple(sorted(block)) for block in blocks)
         self._items = tuple(sorted(item for block in self.blocks for item in block))
-        self.pass_share = pass_share
+        self.pass_share, self._reserved_passes = pass_share, reserved_passes
         self._meter = PassMeter(
             num_layers=num_model_layers, num_items=teacher.num_items, layer_of=layer_of, pass_share=pass_share
         )
@@ -118,8 +121,8 @@ class Search:
 
     @property
     def passes(self) -> float:
-        """Estimated work so far, in pass equivalents over the items that search may look at."""
-        return self._meter.passes
+        """Estimated work so far and what is reserved, in pass equivalents over all items of the split."""
+        return self._meter.passes + self._reserved_passes
 
     @property
     def num_layers(self) -> int:

@@ -12,7 +12,7 @@ from dtr.errors import RecipeError
 from dtr.evaluation.score import Score
 from dtr.registry import Registry
 from dtr.selection.auto import auto
-from dtr.selection.certificate import Certificate, check_num_items, confirm_path
+from dtr.selection.certificate import MAX_TESTS, Certificate, check_num_items, confirm_path
 from dtr.selection.criteria import Limits, PMinKind, check_p_min, resolve_p_min, with_safety
 from dtr.selection.greedy import exact
 from dtr.selection.items import ItemSplit
@@ -104,6 +104,10 @@ def select_layers(
     scorer = Scorer(score, max_candidates=len(layers) * (num_layers + 1) // 2, journal=journal, on_event=on_event)
     teacher = scorer.teacher(items.selection if items else None)
     threshold = with_safety(resolve_p_min(limits.p_min, limits.p_min_kind, teacher), limits, teacher)
+    # Of the split's items, those that only the certificate looks at. Its teacher and its tests pass over them, and the
+    # hybrid that comes of it is scored on the others.
+    confirmed = len(items.confirmation) / (len(items.confirmation) + len(items.selection)) if items else 0.0
+    pass_share = getattr(score, "pass_share", 1.0)
     certify = _Confirmation(scorer, items, limits) if items and limits.p_min_confidence is not None else None
     search = Search(
         layers=layers,
@@ -119,7 +123,8 @@ def select_layers(
         seed=seed,
         clock=clock,
         layer_of=layer_of,
-        pass_share=getattr(score, "pass_share", 1.0),
+        pass_share=pass_share * (1 - confirmed),
+        reserved_passes=pass_share * (confirmed * (1 + MAX_TESTS) + 1 - confirmed) if certify else 0.0,
     )
     try:
         run(search)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dtr.errors import DataError
 from dtr.selection.criteria import Limits
-from dtr.selection.items import split_items
+from dtr.selection.items import CONFIRMATION_SHARE, split_items
 from dtr.selection.simulation import PRESETS, SimulatedTask
 from dtr.selection.strategies import select_layers
 
@@ -20,7 +20,7 @@ def simulate_certificates(
     presets: Iterable[str] = ("arc_easy", "hard", "pairs", "easy"),
     num_layers: int = 30,
     num_items: int = 1000,
-    confirmation_share: float = 0.5,
+    confirmation_share: float = CONFIRMATION_SHARE,
     p_min: float = 0.95,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
@@ -74,14 +74,17 @@ def simulate_stops(
 ) -> dict[str, Any]:
     """The same searches under each safety and each confidence: what share falls below P_min, and how many layers go.
 
-    All see the same tasks and the same number of validation items; a confidence gives half of them to confirmation.
+    All see the same tasks and the same number of validation items; a confidence gives its share of them to confirmation.
 
     Returns:
         by the name of the stop, as `safety 1.5`: `violations` (share of runs) and `mean_layers`, in all and by preset.
     """
     names = list(presets)
     stops: dict[str, dict[str, float]] = {f"safety {safety:g}": {"safety": safety} for safety in safeties}
-    stops |= {f"p_min_confidence {level:g}": {"confidence": level, "confirmation_share": 0.5} for level in confidences}
+    stops |= {
+        f"p_min_confidence {level:g}": {"confidence": level, "confirmation_share": CONFIRMATION_SHARE}
+        for level in confidences
+    }
     common: dict[str, Any] = {"num_layers": num_layers, "num_items": num_items, "strategy": strategy, "p_min": p_min}
     out: dict[str, Any] = {"runs": num_runs, **common, "stops": {}}
     for stop, limits in stops.items():
