@@ -13,6 +13,8 @@ layers are harmless and differ by less than the noise of the items. With few lay
    as many layers, and where a single layer passes, go on with two. Every commit has been scored on all items.
 4. Where no single layer passes any more, or a round could overdraw the passes, go on as `exact` does: score all layers
    left on all items, commit the best, until none passes or the passes are spent.
+5. With passes left, restore the attention of up to three layers that cost most in the hybrid so found and go on from
+   there as in step 4, as long as that gives a better hybrid: what was committed early, by few items, is chosen anew.
 
 Where a layer has mixers of several kinds, all layers linear means the best copy of each; step 2 also scores every other
 mixer in that place, and the kind that costs least there is the layer's from then on.
@@ -42,6 +44,8 @@ NUM_LEADERS = 2
 """Layers of a race that are scored on all items before one of them is committed."""
 DESCENT = (1, 3, 6)
 """How many layers to restore at once when going down from the all-linear model."""
+MAX_EXCHANGED = 3
+"""Layers that are given back at once in the end."""
 OPTIMISM = 1.0
 """Standard errors that a hybrid may lie below P_min on half of the items and still be scored on the rest."""
 
@@ -72,11 +76,12 @@ def auto(search: Search) -> None:
     if limit == len(every):
         _descend(search, ranked, every, top)
     num_at_once = len(every)
-    while num_at_once and search.goes_on() and search.stop_reason is None and _affords_round(search):
+    while num_at_once and search.goes_on() and search.path.stop_reason is None and _affords_round(search):
         ranked = _race(search, gain_of_attention, ranked)
-        num_at_once = min(num_at_once, len(ranked) // 2, limit - len(search.order))
+        num_at_once = min(num_at_once, len(ranked) // 2, limit - len(search.path.order))
         num_at_once = _leap(search, ranked, num_at_once) or _step(search, ranked)
     _go_on_as_exact(search, ranked)
+    _exchange(search, ranked)
     for layer in [layer for layer in ranked if layer in search.remaining()] if search.goes_on() else ():
         search.take([layer], search.candidate(layer))
 
@@ -119,15 +124,21 @@ def _race(search: Search, gain_of_attention: Mapping[int, float], stale: Sequenc
     """
     remaining = [layer for layer in stale if layer in search.remaining()]
     layers = sorted(remaining[:NUM_RACING])
-    gains = _gains(search, search.linear, (search.linear | {layer} for layer in layers), layers, len(search.steps) % 2)
+    gains = _gains(
+        search, search.linear, (search.linear | {layer} for layer in layers), layers, len(search.path.steps) % 2
+    )
     return sorted(layers, key=lambda layer: (gain_of_attention[layer] - gains[layer], layer)) + remaining[NUM_RACING:]
 
 
 def _gains(
-    search: Search, base: frozenset[int], hybrids: Iterable[frozenset[int]], layers: Sequence[int], block: int
+    search: Search,
+    base: frozenset[int],
+    hybrids: Iterable[frozenset[int]],
+    layers: Sequence[int],
+    block: int | None = None,
 ) -> dict[int, float]:
-    """Estimated gain over `base` of the hybrid that differs from it in each layer."""
-    blocks = (block,) if len(search.blocks) > 1 else None
+    """Estimated gain over `base` of the hybrid that differs from it in each layer, on a block or on all items."""
+    blocks = (block,) if block is not None and len(search.blocks) > 1 else None
     hybrids = list(hybrids)
     search.expect([base, *hybrids], base=base, blocks=blocks)
     before = search.score(base, base=base, blocks=blocks)
@@ -177,17 +188,58 @@ def _affords_round(search: Search) -> bool:
 
 def _go_on_as_exact(search: Search, ranked: Sequence[int]) -> None:
     """Steps of `exact` while the passes last: each layer left on all items, those first that did best before."""
-    while search.goes_on() and search.stop_reason is None:
+    while search.goes_on() and search.path.stop_reason is None:
         remaining = [layer for layer in ranked if layer in search.remaining()]
+        if not remaining:
+            return
         layers = search.affordable(remaining, MAX_PASSES)
         search.expect_candidates(layers)
         scores = {layer: search.candidate(layer) for layer in layers}
         if len(layers) < len(remaining) and not any(search.threshold.is_met_by(score) for score in scores.values()):
-            search.stop("budget", f"After {search.passes:.1f} passes, with {len(search.m_opt.layers)} layers linear.")
+            search.stop(
+                "budget", f"After {search.passes:.1f} passes, with {len(search.path.m_opt.layers)} layers linear."
+            )
             return
         search.take_best(scores)
         best_first = sorted(layers, key=lambda layer: (-scores[layer].goodness, -scores[layer].log_likelihood, layer))
         ranked = best_first + [layer for layer in remaining if layer not in scores]
+
+
+def _exchange(search: Search, ranked: Sequence[int]) -> None:
+    """Give back the layers that cost most in M_opt, take steps of `exact` from there, and keep the better path."""
+    while search.path.stop_reason == "p_min" and (layers := search.path.m_opt.layers):
+        first, linear = search.path, frozenset(layers)
+        if search.passes + search.pass_share * (1 + len(layers) / 2) > MAX_PASSES:
+            return
+        gains = _gains(search, linear, (linear - {layer} for layer in layers), layers)
+        kept = sorted(layers, key=lambda layer: (gains[layer], layer))[: _affordable_start(search)]
+        given_back = [layer for layer in layers if layer not in kept]
+        try:
+            if kept and given_back and search.start_over(kept):
+                _go_on_as_exact(search, list(dict.fromkeys([*given_back, *ranked])))
+        finally:
+            # Also where the time is spent in the middle.
+            is_better = search.path.is_better_than(first)
+            search.path = search.path if is_better else first
+        if not is_better:
+            return
+        search.reason += f" In the end {len(given_back)} of {len(layers)} layers were chosen anew."
+
+
+def _affordable_start(search: Search) -> int:
+    """How many layers of M_opt to keep, so that steps of `exact` can be paid until there are more than M_opt has."""
+    layers = search.path.m_opt.layers
+    left = MAX_PASSES - search.passes
+    start = len(layers)
+    while start > len(layers) - MAX_EXCHANGED:
+        taken = {search.layer_of[layer] for layer in layers[: start - 1]}
+        num_candidates = sum(search.layer_of[number] not in taken for number in search.layers)
+        # Half a pass for each candidate on average, and the base.
+        left -= search.pass_share * (1 + num_candidates / 2)
+        if left < 0:
+            break
+        start -= 1
+    return start
 
 
 def _score_while_open(
@@ -199,7 +251,7 @@ def _score_while_open(
     """
     if search.passes + 2 * search.pass_share > MAX_PASSES:
         return None
-    base, before = search.linear if base is None else base, before or search.current
+    base, before = search.linear if base is None else base, before or search.path.current
     if len(search.blocks) > 1 and search.teacher.higher_is_better:
         half = tuple(range(len(search.blocks) - 1))
         ours, theirs = search.score(linear, base=base, blocks=half), search.score(base, base=base, blocks=half)

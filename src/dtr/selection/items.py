@@ -17,9 +17,8 @@ MIN_RACE_ITEMS = 20
 """Smaller blocks say nothing; with fewer than six times as many items all stay together. So they do beside
 confirmation items, which leave so few that ranking layers on all of them costs little and orders the path better."""
 CONFIRMATION_SHARE = 0.7
-"""Of the validation items, where a certificate is asked for. Selection ranks by likelihoods, which say much on few items,
-while the power of a test on 0/1 scores grows only with their number (by `dtr.selection.trials`: from half of 500 items
-to 70 %, the certified layers grow by half)."""
+"""Of the validation items, where a certificate is asked for. Selection ranks by likelihoods, which say much on few
+items, while the power of a test on 0/1 scores grows only with their number (`dtr.selection.trials`; dev/LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

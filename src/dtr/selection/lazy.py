@@ -53,7 +53,7 @@ def lazy(search: Search) -> None:
     """Greedy replacement with stale scores; before it stops, all layers left are scored anew."""
     stale = StaleScores(search.candidate, search.expect_candidates)
     while search.goes_on():
-        fresh = stale.best(search.remaining(), search.current)
+        fresh = stale.best(search.remaining(), search.path.current)
         if not any(search.threshold.is_met_by(score) for score in fresh.values()):
             others = [layer for layer in search.remaining() if layer not in fresh]
             search.expect_candidates(others)

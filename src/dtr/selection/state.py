@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dtr.evaluation.score import Score
 from dtr.selection.criteria import Threshold, argmax, at_least
 from dtr.selection.meter import PassMeter
+from dtr.selection.path import Path
 from dtr.selection.scorer import Scorer
-from dtr.selection.trace import Chosen, SearchStep, StopReason
+from dtr.selection.trace import SearchStep, StopReason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,21 +104,12 @@ class Search:
         self._clock = clock
         self._deadline = clock() + self.budget.seconds if self.budget.seconds else None
 
-        self.order: tuple[int, ...] = ()
-        self.current = teacher
-        """Score of the hybrid with the layers in `order`."""
-        self.steps: list[SearchStep] = []
-        self.refused: set[int] = set()
-        """Candidates that broke a guard's floor; a larger hybrid would break it too, so they are not tried again."""
-        self.m_opt = self.m_best = Chosen(layers=(), score=teacher)
-        self.stop_reason: StopReason | None = None
-        self.stop_text = ""
+        self.path = Path.of(teacher)
         self.reason = ""
-        self._p_best = teacher.goodness
 
     @property
     def linear(self) -> frozenset[int]:
-        return frozenset(self.order)
+        return frozenset(self.path.order)
 
     @property
     def passes(self) -> float:
@@ -131,8 +123,9 @@ class Search:
 
     def remaining(self) -> list[int]:
         """Candidates whose layer is not linear yet, and that were not refused."""
-        taken = {self.layer_of[number] for number in self.order}
-        return [number for number in self.layers if self.layer_of[number] not in taken and number not in self.refused]
+        taken = {self.layer_of[number] for number in self.path.order}
+        refused = self.path.refused
+        return [number for number in self.layers if self.layer_of[number] not in taken and number not in refused]
 
     def one_per_layer(self, ranked: Sequence[int] | None = None) -> list[int]:
         """The first candidate of each layer in this order; by default the best copy of each layer, layers ascending."""
@@ -147,10 +140,10 @@ class Search:
     def goes_on(self) -> bool:
         """Whether a further step is wanted."""
         num_wanted = self.budget.num_linear
-        if self.stop_reason is None and num_wanted is not None and len(self.order) >= num_wanted:
+        if num_wanted is not None and len(self.path.order) >= num_wanted:
             why = self.budget.num_linear_text or "as many as asked for"
-            self.stop("budget", f"{len(self.order)} layers are linear, {why}.")
-        return bool(self.remaining()) and (self.run_to_end or self.stop_reason is None)
+            self.stop("budget", f"{len(self.path.order)} layers are linear, {why}.")
+        return bool(self.remaining()) and (self.run_to_end or self.path.stop_reason is None)
 
     def affordable(self, layers: Sequence[int], max_passes: float) -> list[int]:
         """Those of the candidates, in this order, that can be scored on all items within so much work in all."""
@@ -197,7 +190,7 @@ class Search:
         items = self._items_of(blocks)
         share = items is not None and len(items) < len(self._items)
         self._meter.add(linear, base=base, items=range(self.teacher.num_items) if items is None else items)
-        return self.scorer.hybrid(linear, base=base, step=len(self.order) + 1, items=items, share=share)
+        return self.scorer.hybrid(linear, base=base, step=len(self.path.order) + 1, items=items, share=share)
 
     def _items_of(self, blocks: Sequence[int] | None) -> tuple[int, ...] | None:
         """The items of some blocks, or of all; None where the score function knows only all."""
@@ -221,11 +214,11 @@ class Search:
         left = dict(candidates)
         while left:
             layer = argmax(left)
-            may_accept = self.stop_reason is None and self.threshold.is_met_by(left[layer])
+            may_accept = self.path.stop_reason is None and self.threshold.is_met_by(left[layer])
             if not may_accept or self.keeps_guards(self.linear | {layer}, [layer]):
                 self.take([layer], left[layer], candidates)
                 return layer
-            self.refused.add(layer)
+            self.path = replace(self.path, refused=self.path.refused | {layer})
             del left[layer]
         return None
 
@@ -241,47 +234,39 @@ class Search:
 
         Guards have been asked; below P_min the step is kept for the curve, and search stops.
         """
-        self.order = (*self.order, *layers)
-        self.current = score
-        accepted = self.stop_reason is None and self.threshold.is_met_by(score)
-        step = SearchStep(
-            index=len(self.order),
-            layer=layers[-1],
-            linear=tuple(sorted(self.order)),
-            score=score,
-            accepted=accepted,
-            candidates={layer: (candidates or {})[layer] for layer in sorted(candidates or {})},
-            added=tuple(layers),
-            is_ranked=is_ranked,
-        )
-        self.steps.append(step)
+        self.path = self.path.with_step(layers, score, self.threshold, candidates or {}, is_ranked=is_ranked)
+        step = self.path.steps[-1]
         fields: dict[str, Any] = {"layers": list(layers)} if len(layers) > 1 else {}
         self.scorer.emit(
             "step",
             step=step.index,
             layer=step.layer,
             score=score.value,
-            accepted=accepted,
+            accepted=step.accepted,
             num_layers=self.num_layers,
             **fields,
         )
-        if self.stop_reason is None:
-            if at_least(score.goodness, self._p_best):
-                # The maximum keeps P_best from sinking, tolerance by tolerance, over many ties.
-                self.m_best, self._p_best = Chosen(layers=self.order, score=score), max(self._p_best, score.goodness)
-            if accepted:
-                self.m_opt = Chosen(layers=self.order, score=score)
-            else:
-                self.stop("p_min", self._below_p_min(step))
+        if not step.accepted:
+            self.stop("p_min", self._below_p_min(step))
+
+    def start_over(self, layers: Sequence[int]) -> bool:
+        """Begin a new path with these layers at once, in a measured order, if that hybrid keeps all limits."""
+        linear = frozenset(layers)
+        score = self.score(linear, base=linear)
+        if not self.threshold.is_met_by(score) or not self.keeps_guards(linear, layers):
+            return False
+        self.path = Path.of(self.teacher)
+        self.take(layers, score)
+        return True
 
     def stop(self, reason: StopReason, text: str) -> None:
         """End Algorithm 1; the first reason stands."""
-        if self.stop_reason is None:
-            self.stop_reason, self.stop_text = reason, text
+        self.path = self.path.ended(reason, text)
 
     def conclude(self) -> None:
         """Name the reason where a strategy simply ran out of layers."""
-        left = {self.layer_of[number] for number in self.refused} - {self.layer_of[number] for number in self.order}
+        refused, taken = ({self.layer_of[number] for number in x} for x in (self.path.refused, self.path.order))
+        left = refused - taken
         if left:
             guards = " and ".join(guard.name for guard in self.guards)
             names = ", ".join(map(str, sorted(left)))

@@ -151,23 +151,26 @@ def check_limits(limits: Limits, *, num_confirmation: int) -> None:
 
 def _conclude(search: Search, certificate: Certificate | None, limits: Limits, strategy: str) -> SearchTrace:
     """The trace of a finished search, cut back to what is certified."""
-    m_opt, stop_reason, stop_text = search.m_opt, search.stop_reason, search.stop_text
+    path = search.path
+    m_opt, stop_reason, stop_text = path.m_opt, path.stop_reason, path.stop_text
     assert stop_reason is not None
     if certificate is not None and certificate.num_certified < len(m_opt.layers):
         kept = m_opt.layers[: certificate.num_certified]
         m_opt = Chosen(layers=kept, score=search.score_untimed(kept) if kept else search.teacher)
         stop_reason, stop_text = "certificate", certificate.text
     search.scorer.emit(
-        "stop", reason=stop_reason, text=stop_text, num_opt=len(m_opt.layers), num_best=len(search.m_best.layers)
+        "stop", reason=stop_reason, text=stop_text, num_opt=len(m_opt.layers), num_best=len(search.path.m_best.layers)
     )
     return SearchTrace(
         teacher=search.teacher,
         p_min=limits.p_min,
         p_min_kind=limits.p_min_kind,
         p_min_value=search.threshold.value,
-        steps=tuple(replace(step, accepted=step.accepted and step.index <= len(m_opt.layers)) for step in search.steps),
+        steps=tuple(
+            replace(step, accepted=step.accepted and step.index <= len(m_opt.layers)) for step in search.path.steps
+        ),
         m_opt=m_opt,
-        m_best=search.m_best,
+        m_best=search.path.m_best,
         num_candidate_evaluations=search.scorer.num_candidates,
         stop_reason=stop_reason,
         stop_text=stop_text,
@@ -201,7 +204,7 @@ class _Confirmation:
         check_num_items(len(items.confirmation), **self._limit, teacher=self._teacher)
 
     def __call__(self, search: Search) -> Certificate:
-        order = search.m_opt.layers
+        order = search.path.m_opt.layers
         certificate = confirm_path(
             len(order),
             lambda num_linear: self._score(frozenset(order[:num_linear])),

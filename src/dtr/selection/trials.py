@@ -74,7 +74,7 @@ def simulate_stops(
 ) -> dict[str, Any]:
     """The same searches under each safety and each confidence: what share falls below P_min, and how many layers go.
 
-    All see the same tasks and the same number of validation items; a confidence gives its share of them to confirmation.
+    All see the same tasks and the same number of validation items; a confidence keeps its share of them apart.
 
     Returns:
         by the name of the stop, as `safety 1.5`: `violations` (share of runs) and `mean_layers`, in all and by preset.
