@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_bank_and_another_does_not(teacher, blocks)
 
 @pytest.mark.parametrize("stop_at", [1, 7, 20, None])
 def test_an_interrupted_run_resumes_to_the_same_bits(stop_at, teacher, blocks, tmp_path, monkeypatch):
-    # By the clock, which is looked at every ten steps; the first steps take time too.
+    # By the clock, where no steps are given.
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     whole = distill(teacher, blocks, **SETTINGS)
     checkpoint = tmp_path / "state.safetensors"

@@ -77,14 +77,14 @@ def train(
             batch = text.batch(first_step + step, batch_size=batch_size, seed=identity["seed"])
             losses = students.train_step(batch, learning_rate_at(step, bank.num_steps, identity))
             step += 1
-            stopping = stop.requested and world.size == 1
+            is_due = checkpoint_every_steps is None and time.monotonic() - saved_at >= CHECKPOINT_SECONDS
+            stopping, saving = (wish and world.size == 1 for wish in (stop.requested, is_due))
             measuring = step % measure_every == 0 or step == bank.num_steps
-            saving = step == bank.num_steps or bool(checkpoint_every_steps and step % checkpoint_every_steps == 0)
+            saving |= step == bank.num_steps or bool(checkpoint_every_steps and step % checkpoint_every_steps == 0)
             # Reading the loss waits for the device, and asking all ranks waits for them; not at every step.
             if step % CHECK_EVERY_STEPS == 0 or measuring or saving or stopping:
                 emit(_progress(step, bank.num_steps, batch, losses))
                 _give_up_lost_layers(bank, students, watch, losses, step * batch.numel(), world, emit)
-                is_due = checkpoint_every_steps is None and time.monotonic() - saved_at >= CHECKPOINT_SECONDS
                 # Clocks differ, and all ranks save together.
                 wishes = world.collect((stop.requested, is_due))
                 stopping, saving = any(stop for stop, _ in wishes), saving or any(due for _, due in wishes)
