@@ -157,18 +157,15 @@ def _obstacles(
     op: str, device_type: str, head_dim: int | None, dtype: torch.dtype | None
 ) -> dict[str, _Obstacle | None]:
     """What keeps each kernel library from running, None where nothing does; the preferred one first."""
-    if device_type != "cuda":
+    amx = _amx_obstacle(op, device_type, head_dim, dtype)
+    machine = _probe() if device_type == "cuda" else None
+    if machine is None:
         needs_cuda = _Obstacle(why=f"kernels need CUDA and the device is {device_type}", remedy="Take auto or torch.")
-        return {"triton": needs_cuda, "fla": needs_cuda, "amx": _amx_obstacle(op, device_type, head_dim, dtype)}
-    machine = _probe()
+        return {"triton": needs_cuda, "fla": needs_cuda, "amx": amx}
     if machine.triton_version is None:
         absent = _Obstacle(why="triton is not installed", remedy="Install triton, or take auto or torch.")
-        return {"triton": absent, "fla": absent, "amx": _amx_obstacle(op, device_type, head_dim, dtype)}
-    return {
-        "triton": _triton_obstacle(op, head_dim, dtype),
-        "fla": _fla_obstacle(op, machine),
-        "amx": _amx_obstacle(op, device_type, head_dim, dtype),
-    }
+        return {"triton": absent, "fla": absent, "amx": amx}
+    return {"triton": _triton_obstacle(op, head_dim, dtype), "fla": _fla_obstacle(op, machine), "amx": amx}
 
 
 def _amx_obstacle(op: str, device_type: str, head_dim: int | None, dtype: torch.dtype | None) -> _Obstacle | None:
