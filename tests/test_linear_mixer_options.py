@@ -16,6 +16,7 @@ from dtr.errors import RecipeError
 from dtr.hybrid.cache import RecurrentStateLayer
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import make_mixer, mixer_from_teacher
+from dtr.mixers.quadratic import STEP_SIZE, QuadraticFeatures
 from dtr.ops.short_convolution import dynamic_convolution, short_convolution
 
 KINDS = ("gated_deltanet", "gated_linear_attention", "hedgehog", "kimi_delta_attention", "retention")
@@ -25,7 +26,8 @@ OPTIONS = {
     "copies": {"head_copies": 2},
     "window": {"window": 5, "sinks": 2},
     "first value": {"exact_first": True},
-    "all": {"conv_tokens": 4, "head_copies": 2, "window": 3, "sinks": 1, "exact_first": True},
+    "quadratic": {"quadratic": True},
+    "all": {"conv_tokens": 4, "head_copies": 2, "window": 3, "sinks": 1, "exact_first": True, "quadratic": True},
     "both": {"conv_tokens": 3, "head_copies": 3},
 }
 
@@ -33,6 +35,11 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def teacher():
     return pico_teacher("qwen3")
+
+
+def fitting(kind, options):
+    """These options, but for the one that hedgehog has no place for."""
+    return {k: v for k, v in options.items() if (kind, k) != ("hedgehog", "quadratic")}
 
 
 def made(teacher, kind, options):
@@ -112,11 +119,38 @@ def test_the_convolution_starts_as_nothing(kind, teacher):
     torch.testing.assert_close(ours(hidden, rotary(teacher, 21))[0], plain(hidden, rotary(teacher, 21))[0])
 
 
+def test_quadratic_features_by_hand():
+    features, x = QuadraticFeatures(3, 4).requires_grad_(False), torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(features(x), x / x.square().mean(-1, keepdim=True).sqrt())
+    torch.nn.init.normal_(features.weight)
+    one = x[1, 3, 2] / x[1, 3, 2].square().mean().sqrt()
+    expected = one * (1 + STEP_SIZE * features.weight[2] @ one)
+    torch.testing.assert_close(features(x)[1, 3, 2], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_joined_projection_gives_the_mix_of_features():
+    features, projection, hidden = QuadraticFeatures(3, 4), torch.nn.Linear(7, 12), torch.randn(5, 7)
+    torch.nn.init.normal_(features.weight)
+    mix = torch.einsum("bhk,hjk->bhj", projection(hidden).view(5, 3, 4), STEP_SIZE * features.weight).flatten(1)
+    torch.testing.assert_close(features.joined(projection)(hidden), mix)
+    assert features.joined(torch.nn.Linear(7, 12, bias=False)).bias is None
+
+
+@torch.no_grad()
+def test_quadratic_features_start_as_nothing(teacher):
+    hidden, angles = torch.randn(2, 21, 32), rotary(teacher, 21)
+    plain, ours = made(teacher, "gated_deltanet", {}), made(teacher, "gated_deltanet", {"quadratic": True})
+    torch.testing.assert_close(ours(hidden, angles)[0], plain(hidden, angles)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(RecipeError, match=r"quadratic.*lengths"):
+        make_mixer("hedgehog", teacher.geometry, 0, {"quadratic": True})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @torch.no_grad()
 def test_cached_pieces_and_padding_equal_the_whole(kind, options, teacher):
-    mixer, hidden = random_mixer(teacher, kind, options), torch.randn(2, 41, 32)
+    mixer, hidden = random_mixer(teacher, kind, fitting(kind, options)), torch.randn(2, 41, 32)
     cos, sin = rotary(teacher, 41)
     memory = SimpleNamespace(layers=[None, RecurrentStateLayer()])
     expected, _ = mixer(hidden, (cos, sin))
@@ -151,7 +185,7 @@ def test_copies_of_a_head_differ_in_half_life_alone(teacher):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_learn_and_survive_saving(kind, tmp_path):
-    teacher, options = pico_teacher(), OPTIONS["all"]
+    teacher, options = pico_teacher(), fitting(kind, OPTIONS["all"])
     bank = distill(
         teacher, token_blocks(), mixer=kind, options=options, num_tokens=8 * 32 * 20, batch_size=8, learning_rate=2e-3
     )
@@ -159,6 +193,7 @@ def test_they_learn_and_survive_saving(kind, tmp_path):
     for mixer in bank.mixers.values():
         assert (mixer.conv_taps[:, 0] != 0).any()
         assert mixer.window_proj.weight.any()
+        assert kind == "hedgehog" or mixer.k_quadratic.weight.any()
     bank.save(tmp_path / "bank")
     assert load_bank(tmp_path / "bank", teacher=teacher).fingerprint == bank.fingerprint
 

@@ -17,6 +17,7 @@ from torch import nn
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
 from dtr.mixers.first_token import FirstToken
+from dtr.mixers.quadratic import QuadraticFeatures
 from dtr.ops.rotary import rotate, rotate_to_unit_length
 from dtr.ops.short_convolution import short_convolution
 from dtr.ops.window_attention import attend_window, kept_bytes
@@ -126,6 +127,8 @@ class LinearMixer(Mixer):
             positions; it starts as the identity and has no activation. 0 leaves it out.
         head_copies: states that stand in for each query head; they start as copies with different half-lives, their
             outputs averaged.
+        quadratic: give queries and keys of the state quadratic features (`quadratic.py`), at the same size. Their
+            lengths are lost, so it needs a kind that has them of unit length anyway.
         window: last tokens that softmax attention by the same queries and keys also sees; each token decides, head by
             head, how much of its output comes from there and how much from the state. 0 leaves it out.
         sinks: first tokens that the window keeps in sight.
@@ -144,6 +147,7 @@ class LinearMixer(Mixer):
         *,
         conv_tokens: int = 0,
         head_copies: int = 1,
+        quadratic: bool = False,
         window: int = 0,
         sinks: int = 4,
         exact_first: bool = False,
@@ -154,7 +158,13 @@ class LinearMixer(Mixer):
         check_number("head_copies", head_copies, 1)
         check_number("window", window, 0)
         check_number("sinks", sinks, 0)
-        self.conv_tokens, self.head_copies = conv_tokens, head_copies
+        if quadratic and not self.has_unit_keys:
+            raise RecipeError(
+                "mixer.options.quadratic",
+                got="it for a kind that reads lengths of queries and keys",
+                expected="a kind with queries and keys of unit length, such as gated_deltanet",
+            )
+        self.conv_tokens, self.head_copies, self.quadratic = conv_tokens, head_copies, bool(quadratic)
         self.window, self.sinks, self.is_pure_linear = window, sinks, not window
         self.num_heads = g.num_heads * head_copies
         inner_dim = self.num_heads * g.head_dim
@@ -165,6 +175,9 @@ class LinearMixer(Mixer):
         self.gate_proj = nn.Linear(g.hidden_dim, inner_dim)
         self.exact_first = exact_first
         self.first_token = FirstToken(g) if exact_first else None
+        if quadratic:
+            self.q_quadratic = QuadraticFeatures(self.num_heads, g.head_dim)
+            self.k_quadratic = QuadraticFeatures(self.num_heads, g.head_dim)
         if conv_tokens:
             self.conv_taps = nn.Parameter(torch.empty(3 * inner_dim, conv_tokens))
         if window:
@@ -204,6 +217,9 @@ class LinearMixer(Mixer):
             self.k_norm.weight.copy_(attention.k_norm.weight)
         nn.init.zeros_(self.gate_proj.weight)
         nn.init.zeros_(self.gate_proj.bias)
+        if self.quadratic:
+            nn.init.zeros_(self.q_quadratic.weight)
+            nn.init.zeros_(self.k_quadratic.weight)
         if self.conv_tokens:
             nn.init.zeros_(self.conv_taps)
             self.conv_taps[:, -1] = 1.0
@@ -250,19 +266,17 @@ class LinearMixer(Mixer):
         past_inputs = None if memory is None else memory.read_conv()
         q, k, v, conv_inputs = self.mix_tokens(hidden_states, q, k, v, mask, past_inputs)
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
-        if g.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
         starts_here = memory is None or memory.read() is None
         near: torch.Tensor | None = None
         kept: tuple[torch.Tensor, ...] = ()
-        if self.has_unit_keys and not self.window:
-            q, k = (rotate_to_unit_length(x, *position_embeddings) for x in (q, k))
-        else:
-            q, k = (rotate(x, *position_embeddings) for x in (q, k))
         if self.window:
             past = None if memory is None else memory.read_window()
-            near, kept = attend_window(q, k, v, token_mask, past, window=self.window, sinks=self.sinks)
-            q, k = (nn.functional.normalize(x, dim=-1) if self.has_unit_keys else x for x in (q, k))
+            plain = (rotate(x, *position_embeddings) for x in self._normed(q, k))
+            near, kept = attend_window(*plain, v, token_mask, past, window=self.window, sinks=self.sinks)
+        if self.quadratic:
+            q, k = self.q_quadratic(q), self.k_quadratic(k)
+        turn = rotate_to_unit_length if self.has_unit_keys else rotate
+        q, k = (turn(x, *position_embeddings) for x in self._normed(q, k))
         out, state = self.recur(hidden_states, q, k, v, mask, None if memory is None else memory.read())
         if memory is not None:
             memory.write(state, num_tokens, conv_inputs, kept)
@@ -275,6 +289,9 @@ class LinearMixer(Mixer):
         if self.first_token is not None and starts_here:
             out = self.first_token(hidden_states, out, None if mask is None else mask[..., 0])
         return out, None
+
+    def _normed(self, q_BTHK: torch.Tensor, k_BTHK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (self.q_norm(q_BTHK), self.k_norm(k_BTHK)) if self.geometry.qk_norm else (q_BTHK, k_BTHK)
 
     def mix_tokens(
         self,
