@@ -41,16 +41,17 @@ class Case:
         return torch.tensor(numbers, dtype=torch.int32, device=self.device)
 
 
-def check_delta_step(case: Case, norms: HeadNorms | None, tolerance: float) -> None:
+def check_delta_step(case: Case, norms: HeadNorms | None, tolerance: float, *, quadratic: bool = False) -> None:
     from dtr.ops import decoding_triton
 
-    width = 4 * case.heads * case.dim + 2 * case.heads
+    width = (6 if quadratic else 4) * case.heads * case.dim + 2 * case.heads
     # As a slice of something wider: rows may be strided.
     rows = case.randn(case.batch, width + 8)[:, :width]
     ours = case.randn(case.batch, case.heads, case.dim, case.dim, dtype=torch.float32)
     plain = ours.cpu().clone()
-    out = decoding_triton.delta_step(rows, case.cos, case.sin, ours, norms)
-    want = decoding.delta_step(rows.cpu(), case.cos.cpu(), case.sin.cpu(), plain, on_cpu(norms))
+    out = decoding_triton.delta_step(rows, case.cos, case.sin, ours, norms, quadratic)
+    tables = case.cos.cpu(), case.sin.cpu()
+    want = decoding.delta_step(rows.cpu(), *tables, plain, on_cpu(norms), quadratic=quadratic)
     close(out, want, tolerance)
     close(ours, plain, 1e-5)
 
@@ -160,8 +161,9 @@ def check_delta_prompt(case: Case, *, num_tokens: int, tolerance: float, **cut: 
     cos, sin = (torch.cat([x, x], dim=-1)[None].to(case.device, case.dtype) for x in (angles.cos(), angles.sin()))
     mask = torch.ones(case.batch, num_tokens, dtype=torch.long, device=case.device)
     mask[0, : num_tokens // 3] = 0
-    for token_mask, norms, tables in ((None, None, 1), (mask, case.norms, case.batch)):
-        projection = delta_projection(case, hidden_dim, norms)
+    cases = (None, None, 1, False), (None, None, 1, True), (mask, case.norms, case.batch, True)
+    for token_mask, norms, tables, quadratic in cases:
+        projection = delta_projection(case, hidden_dim, norms, quadratic=quadratic)
         tables = [x.expand(tables, -1, -1) for x in (cos, sin)]
         got = prompt(hidden, norm, projection, *tables, token_mask_BT=token_mask, tuning=Tuning(**cut))
         token_mask = None if token_mask is None else token_mask.cpu()
@@ -175,19 +177,20 @@ def check_delta_prompt(case: Case, *, num_tokens: int, tolerance: float, **cut: 
         assert relative_error(got[1], want[1]) < tolerance
 
 
-def delta_projection(case: Case, hidden_dim: int, norms: HeadNorms | None) -> DeltaProjection:
+def delta_projection(case: Case, hidden_dim: int, norms: HeadNorms | None, *, quadratic: bool) -> DeltaProjection:
     """Keys that lean to one side and slow decay; with norms there are biases of q, k and v too, as far as none is 0."""
     width = case.heads * case.dim
-    weight = hidden_dim**-0.5 * case.randn(4 * width + 2 * case.heads + 6, hidden_dim)
+    wide = (6 if quadratic else 4) * width
+    weight = hidden_dim**-0.5 * case.randn(wide + 2 * case.heads + 6, hidden_dim)
     bias = 0.3 * case.randn(len(weight))
     if norms is None:
         bias[: 3 * width] = 0.0
+        bias[4 * width : wide] = 0.0
     # The first feature of a hidden state is the same for all tokens.
     weight[width : 2 * width, 0] *= 4.0
-    bias[4 * width : 4 * width + case.heads] -= 5.0
-    return DeltaProjection(
-        weight=weight, bias=bias, num_heads=case.heads, head_dim=case.dim, norms=norms, has_head_bias=norms is not None
-    )
+    bias[wide : wide + case.heads] -= 5.0
+    shape = {"num_heads": case.heads, "head_dim": case.dim, "quadratic": quadratic}
+    return DeltaProjection(weight=weight, bias=bias, norms=norms, has_head_bias=norms is not None, **shape)
 
 
 def as_float32(x: Any) -> Any:
@@ -211,7 +214,8 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
 
 def check_all(case: Case, tolerance: float) -> None:
     for norms in (None, case.norms):
-        check_delta_step(case, norms, tolerance)
+        for quadratic in (False, True):
+            check_delta_step(case, norms, tolerance, quadratic=quadratic)
         check_rotate_and_store(case, norms, tolerance)
     for last in (0, 63, 200, case.slots - 1):
         check_attend(case, last, tolerance)

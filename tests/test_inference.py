@@ -118,9 +118,9 @@ def test_a_convolution_before_the_rule_keeps_its_tokens(padded):
     assert torch.equal(decoder.greedy(8), model.generate(**padded, **GREEDY, max_new_tokens=8)[:, 9:])
 
 
-@pytest.mark.parametrize("exact_first", [False, True])
-def test_copies_of_heads_keep_their_tokens(padded, exact_first):
-    model = hybrid_with_options({"head_copies": 2, "exact_first": exact_first})
+@pytest.mark.parametrize("more", [{}, {"exact_first": True}, {"quadratic": True}], ids=str)
+def test_copies_of_heads_keep_their_tokens(padded, more):
+    model = hybrid_with_options({"head_copies": 2, **more})
     decoder = Decoder(model, batch_size=3, capacity_tokens=20)
     want = model(**padded, use_cache=False).logits[:, -1]
     torch.testing.assert_close(decoder.prefill(**rename(padded)), want, rtol=1e-4, atol=1e-4)

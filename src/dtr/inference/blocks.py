@@ -104,8 +104,10 @@ class DeltaBlock:
 
     def __init__(self, mixer: GatedDeltaNet, batch: int) -> None:
         g = mixer.geometry
-        parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.decay_proj, mixer.write_proj)
-        weight, bias = stacked(parts)
+        parts = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj]
+        if mixer.quadratic:
+            parts += [mixer.q_quadratic.joined(mixer.q_proj), mixer.k_quadratic.joined(mixer.k_proj)]
+        weight, bias = stacked([*parts, mixer.decay_proj, mixer.write_proj])
         assert bias is not None, "the gates have biases"
         # Rows of an odd width would keep matrix products and loads off their fast, aligned forms.
         padding = -len(weight) % _ALIGNED_COLUMNS
@@ -116,6 +118,7 @@ class DeltaBlock:
             head_dim=g.head_dim,
             norms=_norms(mixer, g),
             has_head_bias=g.qkv_bias,
+            quadratic=mixer.quadratic,
         )
         self._out = stacked([mixer.o_proj])
         self._first_token = mixer.first_token
@@ -131,7 +134,7 @@ class DeltaBlock:
     def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
         p = self.projection
         rows = F.linear(hidden_BD, p.weight, p.bias)[:, : p.num_rows]
-        heads = decoding.delta_step(rows, at.cos_BK, at.sin_BK, self.state_BHKV, p.norms)
+        heads = decoding.delta_step(rows, at.cos_BK, at.sin_BK, self.state_BHKV, p.norms, quadratic=p.quadratic)
         return F.linear(heads, *self._out)
 
     def prefill(

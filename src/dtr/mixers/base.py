@@ -271,8 +271,8 @@ class LinearMixer(Mixer):
         kept: tuple[torch.Tensor, ...] = ()
         if self.window:
             past = None if memory is None else memory.read_window()
-            plain = (rotate(x, *position_embeddings) for x in self._normed(q, k))
-            near, kept = attend_window(*plain, v, token_mask, past, window=self.window, sinks=self.sinks)
+            near_q, near_k = (rotate(x, *position_embeddings) for x in self._normed(q, k))
+            near, kept = attend_window(near_q, near_k, v, token_mask, past, window=self.window, sinks=self.sinks)
         if self.quadratic:
             q, k = self.q_quadratic(q), self.k_quadratic(k)
         turn = rotate_to_unit_length if self.has_unit_keys else rotate

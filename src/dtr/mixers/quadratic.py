@@ -15,14 +15,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-EPS = 1e-6
-"""Keeps the root mean square of a head of zeros from being divided by."""
-STEP_SIZE = 4.0
+from dtr.ops.quadratic_features import quadratic_features
+
+STEP_SIZE = 8.0
 """Factor of the learned mix: entries of A then learn in steps that suit the rate of all other weights."""
 
 
 class QuadraticFeatures(nn.Module):
-    """y = x (1 + 4 A x) with x the head over its root mean square; A starts at zero, so that y starts as x.
+    """y = x (1 + 8 A x) with x the head over its root mean square; A starts at zero, so that y starts as x.
 
     The length of a head is lost, which a mixer with queries and keys of unit length has no use for anyway.
     """
@@ -32,13 +32,12 @@ class QuadraticFeatures(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim))
 
     def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
-        x = x_BTHK.float()
-        x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)).to(x_BTHK.dtype)
-        return x * (1 + STEP_SIZE * torch.einsum("bthk,hjk->bthj", x, self.weight.to(x.dtype)))
+        weight = STEP_SIZE * self.weight.to(x_BTHK.dtype)
+        return quadratic_features(x_BTHK, torch.einsum("bthk,hjk->bthj", x_BTHK, weight))
 
     @torch.no_grad()
     def joined(self, projection: nn.Linear) -> nn.Linear:
-        """4 A after a projection to all heads, as one linear map of the hidden state.
+        """8 A after a projection to all heads, as one linear map of the hidden state.
 
         Divided by the root mean square of the projected head it is the mix that y holds.
         """

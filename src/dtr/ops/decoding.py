@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dtr.ops.dispatch import gated_delta_rule
 from dtr.ops.gated_delta import step as gated_delta_step
+from dtr.ops.quadratic_features import quadratic_features
 from dtr.ops.rotary import rotate
 
 
@@ -48,7 +49,8 @@ class DeltaProjection:
     """The joined input projections of a `GatedDeltaNet` layer."""
 
     weight: torch.Tensor
-    """(C, D): q, k, v, output gate (H K rows each), decay and write strength (H each), and perhaps rows of padding."""
+    """(C, D): q, k, v, output gate (H K rows each), with `quadratic` the mixes of q and k (H K each, see
+    `dtr.mixers.quadratic`), decay and write strength (H each), and perhaps rows of padding."""
     bias: torch.Tensor
     """(C,)"""
     num_heads: int
@@ -56,11 +58,13 @@ class DeltaProjection:
     norms: HeadNorms | None = None
     has_head_bias: bool = True
     """Whether the biases of q, k and v need not be zero."""
+    quadratic: bool = False
+    """Whether queries and keys have quadratic features."""
 
     @property
     def num_head_rows(self) -> int:
         """Rows of all that has a value per feature of a head; those of the gates per head follow."""
-        return 4 * self.num_heads * self.head_dim
+        return (6 if self.quadratic else 4) * self.num_heads * self.head_dim
 
     @property
     def num_rows(self) -> int:
@@ -74,23 +78,30 @@ def delta_step(
     sin_BK: torch.Tensor,
     state_BHKV: torch.Tensor,
     norms: HeadNorms | None = None,
+    *,
+    quadratic: bool = False,
 ) -> torch.Tensor:
     """One token of a `GatedDeltaNet` layer between its input projections and its output projection.
 
     Args:
-        rows: (B, 4 H K + 2 H), the projections side by side: q, k, v, output gate, decay, write strength.
+        rows: (B, 4 H K + 2 H), the projections side by side: q, k, v, output gate, decay, write strength; with
+            `quadratic` the mixes of q and k (H K each) lie before the decay.
         cos_BK: cosines of each sequence's position, first half equal to the second; `sin_BK` likewise.
         state_BHKV: float32; replaced in place.
         norms: norms of queries and keys, where the family has them.
+        quadratic: whether queries and keys have quadratic features.
 
     Returns:
         (B, H K), the gated heads, in the type of `rows`.
     """
     if kernels := _kernels(rows):
-        return kernels.delta_step(rows, cos_BK, sin_BK, state_BHKV, norms)
+        return kernels.delta_step(rows, cos_BK, sin_BK, state_BHKV, norms, quadratic)
     batch, heads, dim, _ = state_BHKV.shape
-    q, k, v, gate, decay, write = rows.float().split([heads * dim] * 4 + [heads] * 2, dim=1)
-    q, k, v, gate = (x.view(batch, heads, dim) for x in (q, k, v, gate))
+    wide, narrow = rows.float().split([rows.shape[1] - 2 * heads, 2 * heads], dim=1)
+    q, k, v, gate, *mixes = wide.view(batch, -1, heads, dim).unbind(1)
+    decay, write = narrow.chunk(2, dim=1)
+    if quadratic:
+        q, k = (quadratic_features(x, mix) for x, mix in zip((q, k), mixes))
     q, k = _rotated(q, k, cos_BK, sin_BK, norms)
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     out, state = gated_delta_step(q, k, v, -F.softplus(decay), torch.sigmoid(write), state_BHKV, scale=1.0)
@@ -223,8 +234,11 @@ def delta_prompt_in_parts(
     num_heads, dim, norms = projection.num_heads, projection.head_dim, projection.norms
     width = num_heads * dim
     rows = F.linear(norm(hidden_BTD), projection.weight, projection.bias)[..., : projection.num_rows]
-    *heads, gate, decay, write = rows.split([width] * 4 + [num_heads] * 2, dim=-1)
-    q, k, v = (x.unflatten(-1, (num_heads, dim)) for x in heads)
+    *wide, decay, write = rows.split([width] * (projection.num_head_rows // width) + [num_heads] * 2, dim=-1)
+    gate = wide[3]
+    q, k, v, _, *mixes = (x.unflatten(-1, (num_heads, dim)) for x in wide)
+    if projection.quadratic:
+        q, k = (quadratic_features(x, mix) for x, mix in zip((q, k), mixes))
     eps = 0.0 if norms is None else norms.eps
     weights = (None, None) if norms is None else (norms.query, norms.key)
     q, k = (

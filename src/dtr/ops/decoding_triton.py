@@ -16,8 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from dtr.ops.quadratic_features import EPS
+
 if TYPE_CHECKING:
     from dtr.ops.decoding import HeadNorms
+
+QUADRATIC_EPS = tl.constexpr(EPS)
 
 _SLOTS = 64
 """Slots of the cache that a program reads at once."""
@@ -39,12 +43,16 @@ def _softplus(x):
 
 @triton.jit
 def _rotated_head(
-    x_ptr, cos_ptr, sin_ptr, norm_ptr, eps, K: tl.constexpr, HAS_NORM: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, norm_ptr, eps, K: tl.constexpr, HAS_NORM: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
-    """One head (K,) in float32: RMS norm if asked, then rotary positions."""
+    """One head (K,) in float32: quadratic features with the mix MIX elements on, RMS norm, both if asked; rotated."""
     i = tl.arange(0, K)
     partner = (i + K // 2) % K
     x, other = tl.load(x_ptr + i).to(tl.float32), tl.load(x_ptr + partner).to(tl.float32)
+    if MIX:
+        inverse = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + QUADRATIC_EPS)
+        x *= inverse * (1.0 + inverse * tl.load(x_ptr + MIX + i).to(tl.float32))
+        other *= inverse * (1.0 + inverse * tl.load(x_ptr + MIX + partner).to(tl.float32))
     if HAS_NORM:
         inverse = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + eps)
         x *= inverse * tl.load(norm_ptr + i).to(tl.float32)
@@ -61,21 +69,24 @@ def _unit(x):
 @triton.jit
 def _delta_step(
     rows_ptr, cos_ptr, sin_ptr, state_ptr, out_ptr, q_norm_ptr, k_norm_ptr, eps, rows_stride, H: tl.constexpr,
-    K: tl.constexpr, BV: tl.constexpr, HAS_NORM: tl.constexpr,
+    K: tl.constexpr, BV: tl.constexpr, HAS_NORM: tl.constexpr, QUADRATIC: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H, K / BV): read and write BV columns of one head's state once."""
     b, h, first = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H, tl.program_id(1) * BV
     row = rows_ptr + b * rows_stride
     width: tl.constexpr = H * K
+    # Mixes of q and k follow the output gate.
+    mix: tl.constexpr = 4 * width if QUADRATIC else 0
+    gates: tl.constexpr = 6 * width if QUADRATIC else 4 * width
     cos_ptr += b * K
     sin_ptr += b * K
-    q = _unit(_rotated_head(row + h * K, cos_ptr, sin_ptr, q_norm_ptr, eps, K, HAS_NORM))
-    k = _unit(_rotated_head(row + width + h * K, cos_ptr, sin_ptr, k_norm_ptr, eps, K, HAS_NORM))
+    q = _unit(_rotated_head(row + h * K, cos_ptr, sin_ptr, q_norm_ptr, eps, K, HAS_NORM, mix))
+    k = _unit(_rotated_head(row + width + h * K, cos_ptr, sin_ptr, k_norm_ptr, eps, K, HAS_NORM, mix))
     j = first + tl.arange(0, BV)
     v = tl.load(row + 2 * width + h * K + j).to(tl.float32)
     gate = 2.0 * _sigmoid(tl.load(row + 3 * width + h * K + j).to(tl.float32))
-    decay = tl.exp(-_softplus(tl.load(row + 4 * width + h).to(tl.float32)))
-    write = _sigmoid(tl.load(row + 4 * width + H + h).to(tl.float32))
+    decay = tl.exp(-_softplus(tl.load(row + gates + h).to(tl.float32)))
+    write = _sigmoid(tl.load(row + gates + H + h).to(tl.float32))
 
     tile = state_ptr + (b * H + h) * K * K + tl.arange(0, K)[:, None] * K + j[None, :]
     state = tl.load(tile) * decay
@@ -100,10 +111,10 @@ def _rotate_and_store(
     cos_ptr += b * K
     sin_ptr += b * K
     if head < H:
-        q = _rotated_head(x_ptr, cos_ptr, sin_ptr, q_norm_ptr, eps, K, HAS_NORM)
+        q = _rotated_head(x_ptr, cos_ptr, sin_ptr, q_norm_ptr, eps, K, HAS_NORM, 0)
         tl.store(q_ptr + (b * H + head) * K + i, q.to(q_ptr.dtype.element_ty))
     elif head < H + G:
-        k = _rotated_head(x_ptr, cos_ptr, sin_ptr, k_norm_ptr, eps, K, HAS_NORM)
+        k = _rotated_head(x_ptr, cos_ptr, sin_ptr, k_norm_ptr, eps, K, HAS_NORM, 0)
         tl.store(keys_ptr + ((b * G + head - H) * S + slot) * K + i, k.to(keys_ptr.dtype.element_ty))
     else:
         tl.store(values_ptr + ((b * G + head - H - G) * S + slot) * K + i, tl.load(x_ptr + i))
@@ -215,6 +226,7 @@ def delta_step(
     sin_BK: torch.Tensor,
     state_BHKV: torch.Tensor,
     norms: HeadNorms | None,
+    quadratic: bool,
 ) -> torch.Tensor:
     B, H, K, _ = state_BHKV.shape
     assert state_BHKV.is_contiguous(), "the state is changed in place"
@@ -226,7 +238,7 @@ def delta_step(
     with torch.cuda.device_of(rows):
         _delta_step[(B * H, K // BV)](
             rows, cos_BK.contiguous(), sin_BK.contiguous(), state_BHKV, out, q_norm, k_norm, eps, rows.stride(0),
-            H=H, K=K, BV=BV, HAS_NORM=norms is not None, num_warps=4,
+            H=H, K=K, BV=BV, HAS_NORM=norms is not None, QUADRATIC=quadratic, num_warps=4,
         )  # fmt: skip
     return out
 

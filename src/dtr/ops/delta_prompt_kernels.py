@@ -10,7 +10,8 @@ T = (I + A)^-1 as in `gated_delta_triton.py`, U = T (beta v) and W = T (beta exp
 `prompt_scan` then has one product per chunk on its way from state to state, and writes gated outputs as it goes.
 
 Shapes: B batch, T tokens, D hidden dim, H heads, K head dim, C = 64 tokens a chunk, N chunks. A row of projections is
-q, k, v, output gate (H K each), of hidden states before the division of their norm, `scale`.
+q, k, v, output gate (H K each) and perhaps the mixes of q and k, of hidden states before the division of their norm,
+`scale`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from dtr.ops.chunk_inverse_kernels import inverse_of_chunk
-from dtr.ops.decoding_triton import _sigmoid, _softplus
+from dtr.ops.decoding_triton import QUADRATIC_EPS, _sigmoid, _softplus
 from dtr.ops.gated_delta_kernels import _dot, _tile
 
 
@@ -63,9 +64,11 @@ def _dot_onto(a, b, total):
 @triton.jit
 def _rotated(
     at_x, cos, sin, seen, scale, norm_ptr, bias_ptr, eps, K: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """Queries or keys (64, K) in float32: the family's norm if any, rotated, of unit length.
+
+    With quadratic features their mix lies MIX columns on, as does its bias.
 
     `at_x` points to the first halves (64, K / 2), to which cos and sin belong. Without norm and bias the length takes
     any scale out again.
@@ -73,11 +76,20 @@ def _rotated(
     f = tl.arange(0, K // 2)
     x = tl.load(at_x, mask=seen, other=0.0).to(tl.float32)
     y = tl.load(at_x + K // 2, mask=seen, other=0.0).to(tl.float32)
-    if HAS_NORM or HAS_BIAS:
+    if HAS_NORM or HAS_BIAS or MIX:
         x, y = x * scale, y * scale
     if HAS_BIAS:
         x += tl.load(bias_ptr + f).to(tl.float32)[None, :]
         y += tl.load(bias_ptr + K // 2 + f).to(tl.float32)[None, :]
+    if MIX:
+        mix_x = tl.load(at_x + MIX, mask=seen, other=0.0).to(tl.float32) * scale
+        mix_y = tl.load(at_x + MIX + K // 2, mask=seen, other=0.0).to(tl.float32) * scale
+        if HAS_BIAS:
+            mix_x += tl.load(bias_ptr + MIX + f).to(tl.float32)[None, :]
+            mix_y += tl.load(bias_ptr + MIX + K // 2 + f).to(tl.float32)[None, :]
+        inverse = (1.0 / tl.sqrt(tl.sum(x * x + y * y, axis=1) / K + QUADRATIC_EPS))[:, None]
+        x *= inverse * (1.0 + inverse * mix_x)
+        y *= inverse * (1.0 + inverse * mix_y)
     if HAS_NORM:
         inverse = (1.0 / tl.sqrt(tl.sum(x * x + y * y, axis=1) / K + eps))[:, None]
         x *= inverse * tl.load(norm_ptr + f).to(tl.float32)[None, :]
@@ -91,21 +103,25 @@ def _rotated(
 def chunk_maps(
     rows_ptr, bias_ptr, scale_ptr, gates_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, eps, p_ptr, n_ptr, x_ptr, y_ptr,
     total_ptr, T, cos_stride, H: tl.constexpr, K: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    QUADRATIC: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H, N): P, N, X and Y of one chunk, (K, K), (K, K), (64, K) and (64, K), and the decay over all of it.
 
-    Rows are (B, T, 4 H K), `gates` (2, B, H, T) those of `token_gates`, cos and sin (B or 1, T, K).
+    Rows are (B, T, 4 H K), or 6 H K with QUADRATIC features, `gates` (2, B, H, T) those of `token_gates`, cos and sin
+    (B or 1, T, K).
     """
     bh, n = tl.program_id(0), tl.program_id(1)
     b, h = (bh // H).to(tl.int64), bh % H
     index = bh.to(tl.int64) * tl.num_programs(1) + n
     dtype = rows_ptr.dtype.element_ty
     width: tl.constexpr = H * K
+    columns: tl.constexpr = 6 * width if QUADRATIC else 4 * width
+    mix: tl.constexpr = 4 * width if QUADRATIC else 0
     i, f, c = tl.arange(0, 64), tl.arange(0, K), tl.arange(0, K // 2)
     valid = n * 64 + i < T
     seen = valid[:, None]
     token = b * T + n * 64
-    corner = rows_ptr + token * (4 * width) + h * K
+    corner = rows_ptr + token * columns + h * K
     bias_ptr += h * K
     at_angle = b * cos_stride + (n * 64 + i)[:, None] * K + c[None, :]
     cos = tl.load(cos_ptr + at_angle, mask=seen, other=0.0).to(tl.float32)
@@ -114,12 +130,12 @@ def chunk_maps(
     at_gate = gates_ptr + bh.to(tl.int64) * T + n * 64 + i
     g = tl.load(at_gate, mask=valid, other=0.0)
     beta = tl.load(at_gate + tl.num_programs(0).to(tl.int64) * T, mask=valid, other=0.0)
-    at_half = corner + i[:, None] * (4 * width) + c[None, :]
-    k = _rotated(at_half + width, cos, sin, seen, scale, k_norm_ptr, bias_ptr + width, eps, K, HAS_NORM, HAS_BIAS).to(
-        dtype
-    )
-    q = _rotated(at_half, cos, sin, seen, scale, q_norm_ptr, bias_ptr, eps, K, HAS_NORM, HAS_BIAS).to(dtype)
-    at_v = corner + 2 * width + i[:, None] * (4 * width) + f[None, :]
+    at_half = corner + i[:, None] * columns + c[None, :]
+    k = _rotated(
+        at_half + width, cos, sin, seen, scale, k_norm_ptr, bias_ptr + width, eps, K, HAS_NORM, HAS_BIAS, mix
+    ).to(dtype)
+    q = _rotated(at_half, cos, sin, seen, scale, q_norm_ptr, bias_ptr, eps, K, HAS_NORM, HAS_BIAS, mix).to(dtype)
+    at_v = corner + 2 * width + i[:, None] * columns + f[None, :]
     v = tl.load(at_v, mask=seen, other=0.0).to(tl.float32) * (beta[:, None] * scale)
     if HAS_BIAS:
         v += beta[:, None] * tl.load(bias_ptr + 2 * width + f).to(tl.float32)[None, :]
@@ -147,6 +163,7 @@ def chunk_maps(
 def prompt_scan(
     rows_ptr, bias_ptr, scale_ptr, p_ptr, n_ptr, x_ptr, y_ptr, total_ptr, initial_ptr, final_ptr, out_ptr, T, N,
     segment_chunks, H: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr, AFFINE: tl.constexpr,
+    QUADRATIC: tl.constexpr,
 ):  # fmt: skip
     """Grid (V / BV, B H, segments of `segment_chunks` chunks): carry BV columns of a state, and write their outputs.
 
@@ -160,6 +177,7 @@ def prompt_scan(
     place = bh.to(tl.int64) * tl.num_programs(2) + segment
     dtype = rows_ptr.dtype.element_ty
     width: tl.constexpr = H * K
+    columns: tl.constexpr = 6 * width if QUADRATIC else 4 * width
     j, f, i = tl.arange(0, BV), tl.arange(0, K), tl.arange(0, 64)
     column = first + j
     identity = tl.where(j[:, None] == j[None, :], 1.0, 0.0).to(dtype)
@@ -176,7 +194,7 @@ def prompt_scan(
     at_n = n_ptr + chunk * (K * K) + f[:, None] * K + column[None, :]
     at_x = x_ptr + chunk * (64 * K) + i[:, None] * K + f[None, :]
     at_y = y_ptr + chunk * (64 * K) + i[:, None] * K + column[None, :]
-    at_gate = rows_ptr + token * (4 * width) + 3 * width + h * K + i[:, None] * (4 * width) + column[None, :]
+    at_gate = rows_ptr + token * columns + 3 * width + h * K + i[:, None] * columns + column[None, :]
     at_out = out_ptr + token * width + h * K + column[:, None] + i[None, :] * width
     at_scale, at_total = scale_ptr + token + i, total_ptr + chunk
     # One chunk ahead by hand: only operands of products are fetched ahead by the compiler.
@@ -198,7 +216,7 @@ def prompt_scan(
             o = 2.0 * o / (1.0 + tl.exp(-(gate * scale[None, :] + bias)))
             tl.store(at_out, o.to(dtype), mask=in_text[None, :])
             at_out += 64 * width
-            at_gate += 64 * (4 * width)
+            at_gate += 64 * columns
             at_scale += 64
             at_x += 64 * K
             at_y += 64 * K

@@ -128,7 +128,8 @@ def map_chunks(
         chunk_maps[(B * H, N)](
             rows_BTC, projection.bias, gates.scale_BT, gates.gates_2BHT, cos, sin, q_norm, k_norm, eps, *maps, T,
             cos.stride(0) if len(cos) > 1 else 0, H=H, K=K, HAS_NORM=norms is not None,
-            HAS_BIAS=projection.has_head_bias, num_warps=4, maxnreg=tuning.map_registers,
+            HAS_BIAS=projection.has_head_bias, QUADRATIC=projection.quadratic, num_warps=4,
+            maxnreg=tuning.map_registers,
         )  # fmt: skip
     return maps
 
@@ -151,6 +152,7 @@ def scan_chunks(
         prompt_scan[(last.shape[-1] // columns, B * H, P)](
             rows_BTC, projection.bias, gates.scale_BT, *maps, last if initial is None else initial, last, out, T, N,
             length, H=H, K=K, BV=columns, HAS_INITIAL=initial is not None, AFFINE=last.shape[-1] > K,
+            QUADRATIC=projection.quadratic,
             num_warps=tuning.scan_warps, num_stages=tuning.scan_stages,
         )  # fmt: skip
 
