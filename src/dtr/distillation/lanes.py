@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -26,6 +26,20 @@ class Lanes:
         self._under_way: deque[tuple[torch.cuda.Stream, Any]] = deque()
 
     @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Around all lanes of a pass: at its end the current stream waits for them, and none is left under way."""
+        try:
+            yield
+        except BaseException:
+            # Streams of a recording that failed take no orders until it is over. It has run nothing, so that there is
+            # nothing to wait for; and whatever else went wrong is to be told, not this.
+            with suppress(RuntimeError):
+                self.join()
+            self._under_way.clear()
+            raise
+        self.join()
+
+    @contextmanager
     def next(self, *inputs: Any) -> Iterator[None]:
         """`inputs` come from the current stream and are kept until it has waited for the lane: freed earlier, their
         memory would be written anew while the lane still reads it."""
@@ -39,9 +53,10 @@ class Lanes:
         else:
             stream = self._streams[len(self._under_way)]
         stream.wait_stream(here)
+        # First, so that the lane is waited for whatever happens in it.
+        self._under_way.append((stream, inputs))
         with torch.cuda.stream(stream):
             yield
-        self._under_way.append((stream, inputs))
 
     def join(self) -> None:
         """Let the current stream wait for all lanes."""

@@ -53,28 +53,17 @@ def train(
         Interrupted: Ctrl-C; the state was saved.
     """
     identity, started = bank.identity, time.monotonic()
-    batch_size = identity["batch_size"]
     step = state.restore()
     watch = Watch({index: bank.mixers[index] for index in students.active})
     spent_before = bank.seconds
     measure_every = max(1, bank.num_steps // NUM_MEASURES)
     saved_at = started
 
-    def measure(done: int) -> None:
-        nmse = students.held_out_nmse(text.held_out, batch_size)
-        mean = sum(nmse.values()) / len(nmse)
-        tokens = min(done * batch_size * text.seq_len_tokens, bank.num_tokens)
-        bank.curve.append({"num_tokens": tokens, "mean_nmse": mean, "nmse": list(nmse.values())})
-        bank.nmse_before = bank.nmse_before or nmse
-        bank.nmse_after = nmse
-        by_kind = {"by_kind": bank.mean_nmse_by_kind} if len(bank.specs) > 1 else {}
-        emit({"event": "nmse", "step": done, "num_tokens": tokens, "mean_nmse": mean, **by_kind})
-
     if step == 0:
-        measure(0)
+        _measure(bank, students, text, 0, emit)
     with stop_at_safe_point() as stop:
         while step < bank.num_steps:
-            batch = text.batch(first_step + step, batch_size=batch_size, seed=identity["seed"])
+            batch = text.batch(first_step + step, batch_size=identity["batch_size"], seed=identity["seed"])
             losses = students.train_step(batch, learning_rate_at(step, bank.num_steps, identity))
             step += 1
             is_due = checkpoint_every_steps is None and time.monotonic() - saved_at >= CHECKPOINT_SECONDS
@@ -89,13 +78,28 @@ def train(
                 wishes = world.collect((stop.requested, is_due))
                 stopping, saving = any(stop for stop, _ in wishes), saving or any(due for _, due in wishes)
             if measuring:
-                measure(step)
+                _measure(bank, students, text, step, emit)
             bank.seconds = spent_before + time.monotonic() - started
             if saving or stopping:
                 state.save(step)
                 saved_at = time.monotonic()
             if stopping and step < bank.num_steps:
                 raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
+
+
+def _measure(
+    bank: MixerBank, students: Students, text: Text, step: int, emit: Callable[[dict[str, Any]], None]
+) -> None:
+    """Held-out error after so many steps, for the bank's record and whoever listens."""
+    batch_size = bank.identity["batch_size"]
+    nmse = students.held_out_nmse(text.held_out, batch_size)
+    mean = sum(nmse.values()) / len(nmse)
+    tokens = min(step * batch_size * text.seq_len_tokens, bank.num_tokens)
+    bank.curve.append({"num_tokens": tokens, "mean_nmse": mean, "nmse": list(nmse.values())})
+    bank.nmse_before = bank.nmse_before or nmse
+    bank.nmse_after = nmse
+    by_kind = {"by_kind": bank.mean_nmse_by_kind} if len(bank.specs) > 1 else {}
+    emit({"event": "nmse", "step": step, "num_tokens": tokens, "mean_nmse": mean, **by_kind})
 
 
 @contextmanager

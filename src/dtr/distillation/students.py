@@ -173,9 +173,8 @@ class Students:
                 self._exchange.layer_done(position_of[index], before_sending=self._lanes.join)
 
         # Only here, as batches of other shapes would each be compiled anew.
-        with self._fast_layers():
+        with self._fast_layers(), self._lanes.joined():
             self._run_pass(input_ids, self.active, visit)
-        self._lanes.join()
         if self._exchange is not None:
             self._exchange.finish()
             self._world.add_up([sums])
