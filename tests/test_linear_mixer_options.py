@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import pico_teacher, token_blocks
+from tiny import byte_tokenizer, pico_model, pico_teacher, token_blocks
 from transformers import AutoModelForCausalLM
 
 from dtr.arch import decoder_layers
@@ -18,6 +18,7 @@ from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import make_mixer, mixer_from_teacher
 from dtr.mixers.quadratic import STEP_SIZE, QuadraticFeatures
 from dtr.ops.short_convolution import dynamic_convolution, short_convolution
+from dtr.teacher import as_teacher
 
 KINDS = ("gated_deltanet", "gated_linear_attention", "hedgehog", "kimi_delta_attention", "retention")
 OPTIONS = {
@@ -108,6 +109,26 @@ def test_short_convolution_is_the_librarys():
     out, past = short_convolution(x, conv.weight[:, 0], conv.bias, None)
     torch.testing.assert_close(out, conv(x.mT).mT[:, :9], rtol=1e-5, atol=1e-5)
     assert torch.equal(past, x[:, -3:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_a_linear_mixer_starts_with_the_teachers_heads_in_float32(family, kind):
+    teacher = as_teacher(pico_model(family).bfloat16(), byte_tokenizer(), source="pico")
+    attention, hidden = decoder_layers(teacher.model)[1].self_attn, torch.randn(2, 7, 32)
+    mixer = mixer_from_teacher(kind, teacher.geometry, 1, attention, {"head_copies": 2})
+    assert {weight.dtype for weight in mixer.parameters()} == {torch.float32}, "bfloat16 swallows small updates"
+    for name, repeats in (("q_proj", 1), ("k_proj", 2), ("v_proj", 2)):
+        theirs = getattr(attention, name).float()(hidden).unflatten(-1, (-1, 16))
+        ours = getattr(mixer, name)(hidden).unflatten(-1, (-1, 16))
+        # Shared keys and values are there for each head, and each copy of a head has them all.
+        for head in range(8):
+            torch.testing.assert_close(ours[:, :, head], theirs[:, :, head % 4 // repeats], msg=name)
+    assert (2 * torch.sigmoid(mixer.gate_proj(hidden)) == 1).all(), "the gate is open"
+    heads = torch.randn(2, 7, 64)
+    expected = attention.o_proj.float()(heads)
+    torch.testing.assert_close(mixer.o_proj(torch.cat([heads, heads], dim=-1)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

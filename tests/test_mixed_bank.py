@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -19,6 +20,8 @@ from dtr.distillation.trainer import distill
 from dtr.errors import BankError, RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.hybrid.modeling import make_hybrid
+from dtr.pipeline import run
+from dtr.recipe import read_recipe
 from dtr.replacement.search import search as search_model
 from dtr.selection.meter import PassMeter
 from dtr.tasks import load_task
@@ -50,6 +53,45 @@ def test_each_kind_learns_as_in_a_bank_of_its_own(teacher, bank):
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
             assert bank.nmse_after[layer + 4 * at] == one.nmse_after[layer]
     assert bank.mean_nmse_by_kind == {one.kinds[0]: one.mean_nmse for one in alone}
+
+
+PER_LAYER = [
+    {"kind": "gated_deltanet", "layers": [0, 3]},
+    {"kind": "gated_deltanet", "options": {"head_copies": 2}, "layers": [1, 2, 3]},
+]
+
+
+def test_layers_get_the_kinds_that_name_them(teacher, tmp_path):
+    bank = distill(teacher, token_blocks(), mixer=PER_LAYER, **SETTINGS)
+    assert list(bank.mixers) == [0, 5, 6, 3, 7]
+    assert bank.kinds == ["gated_deltanet", "gated_deltanet head_copies=2"]
+    alone = distill(teacher, token_blocks(), mixer="gated_deltanet", options={"head_copies": 2}, **SETTINGS)
+    for layer in (1, 2, 3):
+        ours, theirs = bank.mixers[layer + 4].state_dict(), alone.mixers[layer].state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    bank.save(tmp_path)
+    loaded = load_bank(tmp_path, teacher=teacher)
+    assert (loaded.fingerprint, loaded.layer_of) == (bank.fingerprint, {0: 0, 5: 1, 6: 2, 3: 3, 7: 3})
+    # Without the layers that are not distilled, of the others those that an entry names.
+    with pytest.raises(RecipeError, match=r"layers \[0, 3\].*some of the layers to distil, \[1, 2, 3\]"):
+        distill(teacher, token_blocks(), mixer=PER_LAYER, layers=[1, 2, 3], **SETTINGS)
+    for bad in ([], [4], [-1, 0]):
+        with pytest.raises(RecipeError, match=r"mixer\.kind"):
+            distill(teacher, token_blocks(), mixer=[{"kind": "gated_deltanet", "layers": bad}], **SETTINGS)
+
+
+def test_a_run_with_other_options_for_some_layers(place, tmp_path):
+    out = tmp_path / "run"
+    settings = {"mixer.kind": PER_LAYER, "distill.num_tokens": 1024, "search.p_min": 0.01}
+    recipe = read_recipe(place / "recipe.yaml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    run(recipe, out)
+    report = json.loads((out / "report.json").read_text())
+    assert [row["layer"] for row in report["distill"]["nmse"]] == [0, 1, 2, 3, 3]
+    assert sorted(report["m_opt"]["layers"]) == [0, 1, 2, 3]
+    mixers = AutoModelForCausalLM.from_pretrained(out / "hybrid").config.mixers
+    assert [mixer.get("head_copies", 1) for mixer in mixers[:3]] == [1, 2, 2]
+    page = (out / "report.html").read_text()
+    assert not re.findall(r"Layer \d: [^<>]*error (?![0-9])[^<>]*", page), "each layer has its own error"
 
 
 def test_a_saved_bank_comes_back_and_goes_on(teacher, bank, tmp_path):

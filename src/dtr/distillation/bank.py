@@ -27,7 +27,10 @@ Spec = dict[str, Any]
 
 
 def read_specs(mixer: str | Sequence[str | dict[str, Any]], options: dict[str, Any] | None = None) -> list[Spec]:
-    """The kinds of a bank from `mixer.kind` and `mixer.options` of a recipe: a name, or a list of {kind, options}."""
+    """The kinds of a bank from `mixer.kind` and `mixer.options` of a recipe: a name, or a list of {kind, options}.
+
+    What an entry says of `layers` is not part of its kind; see `read_numbers`.
+    """
     if isinstance(mixer, str):
         mixer = [{"kind": mixer, "options": options or {}}]
     named: list[dict[str, Any]] = [{"kind": one} if isinstance(one, str) else one for one in mixer]
@@ -36,6 +39,27 @@ def read_specs(mixer: str | Sequence[str | dict[str, Any]], options: dict[str, A
         if spec in specs[:at]:
             raise RecipeError("mixer.kind", got=f"{spec['kind']} twice", expected="kinds or options that differ")
     return specs
+
+
+def read_numbers(
+    mixer: str | Sequence[str | dict[str, Any]], layers: Sequence[int], num_model_layers: int
+) -> list[int]:
+    """Numbers of the mixers that a bank holds: each kind for all of `layers`, or for those that its entry names.
+
+    Raises:
+        RecipeError: an entry names layers that are not there, or none.
+    """
+    numbers = []
+    for at, one in enumerate([mixer] if isinstance(mixer, str) else mixer):
+        wanted = None if isinstance(one, str) else one.get("layers")
+        if wanted is not None and not (wanted and set(wanted) <= set(layers)):
+            raise RecipeError(
+                "mixer.kind",
+                got=f"layers {wanted} for a mixer",
+                expected=f"some of the layers to distil, {list(layers)}",
+            )
+        numbers += [at * num_model_layers + index for index in layers if wanted is None or index in wanted]
+    return numbers
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dtr.arch import decoder_layers
-from dtr.distillation.bank import MixerBank, Spec, read_specs
+from dtr.distillation.bank import MixerBank, Spec, read_numbers, read_specs
 from dtr.distillation.compiled import pays
 from dtr.distillation.students import Students
 from dtr.distributed import World
@@ -30,7 +30,9 @@ def check_distillation(
     specs = read_specs(mixer, options)
     for spec in specs:
         check_mixer(spec["kind"], teacher.geometry, {key: value for key, value in spec.items() if key != "kind"})
-    return specs, _check_layers(layers, teacher.num_layers)
+    chosen = _check_layers(layers, teacher.num_layers)
+    read_numbers(mixer, chosen, teacher.num_layers)
+    return specs, chosen
 
 
 def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:
@@ -45,7 +47,7 @@ def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:
     return chosen
 
 
-def start_mixers(teacher: Teacher, specs: list[Spec], layers: list[int], seed: int) -> dict[int, Any]:
+def start_mixers(teacher: Teacher, specs: list[Spec], numbers: list[int], seed: int) -> dict[int, Any]:
     """Mixers by number, in the order in which their layers run, with the teacher's weights."""
     stack, mixers = decoder_layers(teacher.model), {}
     # Some start values are random; the caller's own random state stays as it is.
@@ -54,11 +56,12 @@ def start_mixers(teacher: Teacher, specs: list[Spec], layers: list[int], seed: i
             # Anew for each kind, so that its mixers start as in a bank of their own.
             torch.manual_seed(seed)
             options = {key: value for key, value in spec.items() if key != "kind"}
-            for index in layers:
+            for number in (number for number in numbers if number // teacher.num_layers == at):
+                index = number % teacher.num_layers
                 layer: Any = stack[index]
                 with whole_weights(layer):
                     mixer = mixer_from_teacher(spec["kind"], teacher.geometry, index, layer.self_attn, options)
-                mixers[index + at * teacher.num_layers] = mixer
+                mixers[number] = mixer
     return dict(sorted(mixers.items(), key=lambda pair: pair[1].layer_idx))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dtr.corpus import load_text
 from dtr.corpus.mixing import Text
-from dtr.distillation.bank import MixerBank, Spec
+from dtr.distillation.bank import MixerBank, Spec, read_numbers
 from dtr.distillation.calibration import calibrate
 from dtr.distillation.loop import memory_advice, train
 from dtr.distillation.refit import refit_outputs
@@ -54,7 +54,7 @@ def distill(
         teacher: from `load_teacher`; it is not changed.
         text: token blocks, streamed or not, or what `load_text` takes.
         mixer: kind of mixer by name; or a list of names and {"kind": name, "options": {...}}, and every layer gets one
-            of each, all trained in the same passes.
+            of each, all trained in the same passes. An entry with "layers": [...] is for these alone.
         options: keyword arguments of the one kind.
         num_tokens: budget; every token trains every layer. The text is repeated when it is shorter.
         seq_len_tokens: length of a training sequence (when `text` is not tokenized yet).
@@ -120,9 +120,10 @@ def distill(
 def _start_bank(teacher: Teacher, text: Text, specs: list[Spec], identity: dict[str, Any]) -> MixerBank:
     """Untrained mixers for the layers that the identity of a distillation names."""
     num_tokens, batch_size = identity["num_tokens"], identity["batch_size"]
+    numbers = read_numbers(identity["mixer"], identity["layers"], teacher.num_layers)
     bank = MixerBank(
         specs=specs,
-        mixers=start_mixers(teacher, specs, identity["layers"], identity["seed"]),
+        mixers=start_mixers(teacher, specs, numbers, identity["seed"]),
         num_model_layers=teacher.num_layers,
         teacher_fingerprint=teacher.fingerprint,
         geometry=teacher.geometry,

@@ -24,7 +24,7 @@ REDUCTION = 8
 
 
 class JetBlock(GatedDeltaNet):
-    """Gated DeltaNet with a convolution of the values whose taps depend on the token.
+    """Gated DeltaNet of values v'_t = sum_i c_ti * v_{t-i}, whose taps c_t depend on the token: W2 silu(W1 x_t) + b.
 
     Args:
         geometry: shape of the attention that is replaced.

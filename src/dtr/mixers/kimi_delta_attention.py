@@ -20,7 +20,7 @@ from dtr.ops.channel_delta import chunked
 
 
 class KimiDeltaAttention(DecayingMixer):
-    """Gated DeltaNet with a decay of its own for each key channel.
+    """S_t = A_t S_{t-1} + b_t k_t (v_t - (A_t S_{t-1})^T k_t)^T, A_t = diag(a_t): Gated DeltaNet, a decay per channel.
 
     Args:
         geometry: shape of the attention that is replaced.

@@ -105,7 +105,7 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
 
 def prepare_mixers(recipe: Recipe) -> dict[str, Any]:
     """Kinds and options as `distill` takes them."""
-    settings = recipe.mixer.model_dump()
+    settings = recipe.mixer.model_dump(exclude_none=True)
     return {"mixer": settings["kind"], "options": settings["options"]}
 
 

@@ -72,6 +72,8 @@ class MixerEntry(Section):
 
     kind: str
     options: dict[str, Any] = Field(default_factory=dict)
+    layers: list[int] | None = None
+    """Layers that get one; all of distill.layers when left out."""
 
 
 class MixerSection(Section):
@@ -82,8 +84,8 @@ class MixerSection(Section):
     """A mixer by name: gated_deltanet, jet_block, gated_linear_attention, kimi_delta_attention, retention (fixed
     decay), hedgehog (learned features, a state twice as large); for export mamba2 and qwen35_gated_deltanet;
     sliding_window, which is attention on a window and the first tokens. Or a list of them, `[gated_deltanet,
-    {kind: sliding_window, options: {window: 64}}]`: every layer gets one mixer of each, and search chooses layer by
-    layer."""
+    {kind: sliding_window, options: {window: 64}}]`: every layer gets one mixer of each, or only
+    the `layers` that an entry names, and search chooses layer by layer."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of that mixer; in a list each has its own."""
 

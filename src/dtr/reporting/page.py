@@ -79,12 +79,11 @@ def layer_cells(report: dict) -> list[dict[str, Any]]:
     order = {layer: place for place, layer in enumerate(dig(report, "m_opt.layers") or [], start=1)}
     kinds = kinds_by_layer(report, "m_opt")
     best = set(dig(report, "m_best.layers") or [])
-    errors = {
-        row.get("layer"): row.get("after")
-        for row in dig(report, "distill.nmse") or []
-        # Of several mixers for a layer, the one in its place, or else the first.
-        if row.get("kind") in (None, kinds.get(row.get("layer"), (dig(report, "mixer.kinds") or [None])[0]))
-    }
+    # Of several mixers for a layer, the one in its place, or else the first.
+    rows = sorted(dig(report, "distill.nmse") or [], key=lambda row: kinds.get(row.get("layer")) != row.get("kind"))
+    errors: dict[Any, Any] = {}
+    for row in rows:
+        errors.setdefault(row.get("layer"), row.get("after"))
     logs = [math.log(e) for e in errors.values() if is_number(e) and e > 0]
     cells = []
     for layer in range(report.get("num_layers") or 0):
