@@ -14,7 +14,7 @@ from pathlib import Path
 from dtr.distillation.trainer import distill
 from dtr.environment import hardware, own_commit
 from dtr.ops.dispatch import use_backend
-from dtr.pipeline.preparation import prepare_text
+from dtr.pipeline.preparation import prepare_mixers, prepare_text
 from dtr.recipe import read_recipe
 from dtr.teacher import load_teacher, pick_device
 
@@ -40,8 +40,7 @@ def main() -> None:
         bank = distill(
             teacher,
             texts[length],
-            mixer=recipe.mixer.kind,
-            options=recipe.mixer.options,
+            **prepare_mixers(recipe),
             seed=recipe.seed,
             **recipe.distill.model_dump(exclude={"seq_len_tokens"}),
         )

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from dtr.distillation import loop
+
 KEYS = {"mean_nmse", "num_tokens", "all_linear_retention", "recall_retention", "ablation", "command", "hardware"}
+
+
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch):
+    """As when a file of that folder is run."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.setattr(loop, "NUM_MEASURES", loop.NUM_MEASURES)
 
 
 def load_program(name):
@@ -59,9 +68,9 @@ def test_where_hybrids_part_from_the_teacher(place, tmp_path):
     out = tmp_path / "quality.json"
     arguments = [str(place / "recipe.yaml"), "--task", f"words={place / 'task'}", "--out", str(out), "--for-choosing"]
     arguments += ["--by-position", "--only-tries", "--set", "distill.num_tokens=2048"]
-    load_program("distil_quality").main(
-        [*arguments, "--try", "seed=1 realign.num_tokens=1024", "--try", "distill.seq_len_tokens=32"]
-    )
+    kinds = '["retention",{"kind":"gated_deltanet","options":{"head_copies":2},"layers":[1,2]}]'
+    trials = ["seed=1 realign.num_tokens=1024", f"distill.seq_len_tokens=32 mixer.kind={kinds}"]
+    load_program("distil_quality").main([*arguments, "--try", trials[0], "--try", trials[1]])
     rows = json.loads(out.read_text())["ablation"]
     assert rows[0]["realigned"]["all_linear_kl"] != rows[0]["all_linear_kl"]
     assert "realigned" not in rows[1]
@@ -74,6 +83,38 @@ def test_where_hybrids_part_from_the_teacher(place, tmp_path):
             "all_linear",
             *(f"{way} {layer}" for way in ("only", "without") for layer in range(4)),
         ]
+        assert 0 < row["text_nmse"] < 2
         assert by_layer["only 2"] < by_layer["all_linear"]
         # In the base recipe's blocks of 64 tokens, whatever the trial's are.
         assert list(row["nmse_by_position"]) == ["0", "1-3", "4-15", "16-63"]
+
+
+def test_rows_made_in_parts_are_those_made_together(place, tmp_path):
+    program = load_program("distil_quality")
+    common = [str(place / "recipe.yaml"), "--task", f"words={place / 'task'}", "--for-choosing"]
+    common += ["--only-tries", "--set", "distill.num_tokens=1024"]
+    trials = ["seed=1", "distill.learning_rate=1e-3", "distill.learning_rate=2e-3"]
+    common += [argument for settings in trials for argument in ("--try", settings)]
+
+    def rows(name, *options):
+        program.main([*common, "--out", str(tmp_path / name), *options])
+        return json.loads((tmp_path / name).read_text())["ablation"]
+
+    def figures(rows):
+        return [{key: value for key, value in row.items() if key not in ("distill_seconds", "command")} for row in rows]
+
+    # The text is the same in two of the rows, and the teacher's scores in all.
+    together = rows("all.json")
+    assert [row["settings"] for row in together] == trials
+    assert together[1]["mean_nmse"] != together[2]["mean_nmse"]
+    first, second = rows("1.json", "--part", "1/2"), rows("2.json", "--part", "2/2")
+    assert figures(first) == figures(together[::2])
+    assert figures(second) == figures(together[1::2])
+    # Rows of the same settings are replaced, others stay.
+    (tmp_path / "2.json").write_text(json.dumps({"mean_nmse": 0.5, "ablation": [*second, {"settings": "seed=1"}]}))
+    merged = rows("2.json", "--merge", str(tmp_path / "1.json"))
+    assert figures(merged) == figures([together[1], together[0], together[2]])
+    assert json.loads((tmp_path / "2.json").read_text())["mean_nmse"] == 0.5
+    for part in ("0/2", "3/2", "1"):
+        with pytest.raises(SystemExit, match="2"):
+            program.main([*common, "--part", part])
