@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py --speed speed.json --served granite.json --served qwen.json
 
-`--speed` is the JSON that `dtr bench generate` prints, several of them where contexts were measured one by one on the
-same hardware and commit, `--served` what `benchmarks/export_and_serve.py` writes. Command, hardware and commit at the
+`--speed` is the JSON of `dtr bench generate`, several of them where sizes were measured one by one on the same hardware
+and commit, `--served` what `benchmarks/export_and_serve.py` writes. Command, hardware and commit at the
 top are those of the speeds; parts that were measured elsewhere carry their own. `--plot` draws the speeds.
 """
 
@@ -63,7 +63,9 @@ def together(speeds: list[dict[str, Any]]) -> dict[str, Any]:
     tables = {name: {} for name in TABLES}
     for speed in speeds:
         for name, table in tables.items():
-            table |= speed[name]
+            for context, found in speed[name].items():
+                # Batches of one context may come from several commands, too.
+                table[context] = table.get(context, {}) | found if isinstance(found, dict) else found
     tables = {name: dict(sorted(table.items(), key=lambda row: int(row[0]))) for name, table in tables.items()}
     return speeds[0] | tables | {"command": "; ".join(dict.fromkeys(speed["command"] for speed in speeds))}
 

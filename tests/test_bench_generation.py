@@ -51,6 +51,27 @@ def test_figures_of_generation_hang_together(place, tmp_path, monkeypatch):
     assert "</svg>" in (tmp_path / "ratios.svg").read_text()
 
 
+def test_what_was_measured_before_a_failure_is_kept(monkeypatch, place, tmp_path):
+    monkeypatch.setattr(generation, "_TIMED_SECONDS", 0.0)
+    right, out = generation._decode, tmp_path / "speed.json"
+
+    def fail_later(model, batch, context, num_steps):
+        if context == 16:
+            raise KeyboardInterrupt
+        return right(model, batch, context, num_steps)
+
+    monkeypatch.setattr(generation, "_decode", fail_later)
+    command = ["dtr", "bench", "generate", str(place / "model"), "--num-linear", "3", "--contexts", "8,16"]
+    command += ["--batch", "1", "--steps", "2", "--device", "cpu", "--dtype", "float32", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code
+    record = json.loads(out.read_text())
+    assert list(record["decode_speedup"]) == ["8"]
+    assert len(record["rows"]) == 1
+
+
 def test_what_does_not_fit_is_recorded(monkeypatch, place):
     def burst(*_, **__):
         raise torch.OutOfMemoryError("too much")
@@ -105,12 +126,14 @@ def test_the_command_takes_a_saved_hybrid(place, tmp_path, monkeypatch, capsys):
     subjects.hybrid.save_pretrained(tmp_path / "hybrid")
     command = ["dtr", "bench", "generate", str(tmp_path / "hybrid"), "--contexts", "8", "--batch", "2", "--steps", "2"]
     plot = tmp_path / "plot.png"
-    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu", "--dtype", "float32", "--plot", str(plot)])
+    out = ["--out", str(tmp_path / "speed.json")]
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu", "--dtype", "float32", "--plot", str(plot), *out])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 0
     assert plot.stat().st_size > 1000
     record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert json.loads((tmp_path / "speed.json").read_text()) == record
     assert record["linear_layers"] == [0, 2]
     assert record["mixers"] == [{"kind": "gated_deltanet", "exact_first": True, "head_copies": 2}]
     assert record["decode_speedup"]["8"]["2"] > 0

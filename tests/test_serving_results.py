@@ -27,7 +27,8 @@ def test_parts_become_one_result(tmp_path):
         elsewhere | {"export_parity": {"qwen3_5": parity}, "servers": {"vllm": good, "transformers": good}},
     ]
     (tmp_path / "speed.json").write_text("a table\n" + json.dumps(speed))
-    longer = {"decode_speedup": {"2048": {"1": 1.2}}, "prefill_speedup": {"2048": {"1": 3.0}}, "fill_batch": {}}
+    longer = {"decode_speedup": {"2048": {"1": 1.2}, "512": {"16": 1.5}}, "prefill_speedup": {"2048": {"1": 3.0}}}
+    longer["fill_batch"] = {}
     (tmp_path / "longer.json").write_text(json.dumps(origin | longer | {"cache_ratio": {"2048": 0.2}}))
     command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--plot", str(tmp_path / "speed.png")]
     # In any order.
@@ -38,7 +39,7 @@ def test_parts_become_one_result(tmp_path):
     subprocess.run([*command, "--out", str(tmp_path / "serving.json")], check=True, capture_output=True)
     result = json.loads((tmp_path / "serving.json").read_text())
     assert set(result) == KEYS
-    assert result["decode_speedup"]["512"] == {"1": 1.1, "fill": 2.0, "999": 2.0}
+    assert result["decode_speedup"]["512"] == {"1": 1.1, "16": 1.5, "fill": 2.0, "999": 2.0}
     assert list(result["cache_ratio"]) == ["512", "2048"]
     assert result["prefill_speedup"]["2048"] == {"1": 3.0}
     assert (tmp_path / "speed.png").stat().st_size > 1000

@@ -36,15 +36,18 @@ def bench_generation(
     num_steps: int,
     device: str,
     dtype: str,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """`dtr bench generate`: teacher and hybrid at every size, their ratios, and what they were measured on."""
+    """`dtr bench generate`: teacher and hybrid at every size, their ratios, and what they were measured on.
+
+    `on_row` is called with the record so far after every size.
+    """
     subjects = load_subjects(
         source, num_linear=num_linear, mixer=mixer, options=options, keep=keep, device=device, dtype=dtype
     )
     hybrid = subjects.hybrid
     specs = [spec for spec in hybrid.config.mixers if spec]
-    rows = list(bench_generate(subjects, contexts=contexts, batches=batches, num_steps=num_steps))
-    return {
+    record = {
         "command": command_line(),
         "hardware": hardware(hybrid.device),
         "versions": library_versions(),
@@ -56,9 +59,13 @@ def bench_generation(
         "linear_layers": hybrid.linear_layers,
         "mixers": [spec for i, spec in enumerate(specs) if spec not in specs[:i]],
         "max_position_embeddings": hybrid.config.max_position_embeddings,
-        **speedups(rows),
-        "rows": rows,
     }
+    rows: list[dict[str, Any]] = []
+    for row in bench_generate(subjects, contexts=contexts, batches=batches, num_steps=num_steps):
+        rows.append(row)
+        if on_row is not None:
+            on_row(record | speedups(rows) | {"rows": rows})
+    return record | speedups(rows) | {"rows": rows}
 
 
 def bench_strategies(

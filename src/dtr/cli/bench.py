@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,12 +70,16 @@ def bench_generate(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this PNG, SVG or PDF.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the JSON into this file too, anew after every size.")
+    ] = None,
     debug: DebugOpt = False,
 ) -> None:
     """Prefill, decoding and cache of a hybrid against its teacher, at several lengths and batch sizes."""
     from dtr.bench.measure import bench_generation
     from dtr.bench.speedups import draw, numbers
     from dtr.cli.display import generation_table
+    from dtr.files import write_json
 
     record = bench_generation(
         model,
@@ -87,6 +92,7 @@ def bench_generate(
         num_steps=steps,
         device=device,
         dtype=dtype,
+        on_row=None if out is None else functools.partial(write_json, out),
     )
     show_table(generation_table(record))
     print(json.dumps(record))
