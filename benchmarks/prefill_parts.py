@@ -28,7 +28,7 @@ from dtr.inference.blocks import DeltaBlock
 from dtr.inference.decoder import Decoder
 from dtr.mixers import mixer_from_teacher
 from dtr.ops import decoding
-from dtr.ops.decoding import Norm
+from dtr.ops.decoding import GatedProjection, Norm
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,16 +113,16 @@ def whole(teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[di
 
 
 def delta_block(hybrid: Any, batch: int) -> DeltaBlock:
-    return DeltaBlock(hybrid.model.layers[hybrid.linear_layers[0]].self_attn, batch)
+    layer = hybrid.model.layers[hybrid.linear_layers[0]]
+    norm = Norm(weight=layer.input_layernorm.weight, eps=layer.input_layernorm.variance_epsilon)
+    return DeltaBlock(layer.self_attn, norm, batch)
 
 
 def arguments(hybrid: Any, block: DeltaBlock, batch: int, num_tokens: int) -> tuple[Any, ...]:
     """Those of `delta_prompt`, for random inputs of a layer."""
-    layer = hybrid.model.layers[hybrid.linear_layers[0]]
     hidden = torch.randn(batch, num_tokens, hybrid.config.hidden_size, device=hybrid.device, dtype=hybrid.dtype)
-    norm = Norm(weight=layer.input_layernorm.weight, eps=layer.input_layernorm.variance_epsilon)
     cos, sin = hybrid.model.rotary_emb(hidden, torch.arange(num_tokens, device=hybrid.device)[None])
-    return hidden, norm, block.projection, cos, sin
+    return hidden, block.projection, cos, sin
 
 
 def layer_parts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[dict[str, Any]]:
@@ -130,7 +130,8 @@ def layer_parts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iter
     for name, one in (("parts", decoding.delta_prompt_in_parts), ("fused", decoding.delta_prompt)):
         yield {"of_layer": name, "relative_error": error(hybrid, one)}
     args = arguments(hybrid, delta_block(hybrid, batch), batch, num_tokens)
-    hidden, norm, projection = args[:3]
+    hidden, projection = args[:2]
+    norm = projection.norm
     layer = hybrid.model.layers[hybrid.linear_layers[0]]
     heads = torch.randn(*hidden.shape[:2], projection.num_heads * projection.head_dim, device=hidden.device).to(hidden)
     work: dict[str, Callable[[], Any]] = {
@@ -143,18 +144,20 @@ def layer_parts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iter
     if hidden.is_cuda:
         from dtr.ops import delta_prompt_triton as kernels
 
-        gates = kernels.read_gates(hidden, norm, projection)
-        rows = F.linear(hidden, projection.weight[: projection.num_head_rows] * norm.weight)
-        maps = kernels.map_chunks(rows, gates, *args[2:])
+        head_rows, gate_rows = kernels.split_rows(projection)
+        gates = kernels.read_gates(hidden, gate_rows, projection)
+        rows = F.linear(hidden, head_rows)
+        maps = kernels.map_chunks(rows, gates, *args[1:])
         work |= {
-            "gates": lambda: kernels.read_gates(hidden, norm, projection),
-            "maps": lambda: kernels.map_chunks(rows, gates, *args[2:]),
+            "gates": lambda: kernels.read_gates(hidden, gate_rows, projection),
+            "maps": lambda: kernels.map_chunks(rows, gates, *args[1:]),
             "scan": lambda: kernels.scan_chunks(rows, gates, maps, projection),
         }
     x, inner = hidden.flatten(0, 1), hidden.new_ones(batch * num_tokens, hybrid.config.intermediate_size)
     pair = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+    gated = GatedProjection(norm=norm, weight=pair)
     work["gate and up"] = lambda: F.linear(x, pair)
-    work["norm, gate, up and their product"] = lambda: decoding.gated_pair(x, norm, pair, None)
+    work["norm, gate, up and their product"] = lambda: decoding.gated_pair(x, gated)
     work["down and sum"] = lambda: decoding.add_linear(hidden, inner, layer.mlp.down_proj.weight, None)
     for name, one in work.items():
         yield {"of_layer": name, "ms": milliseconds(one)}
@@ -173,7 +176,8 @@ def error(hybrid: Any, operator: Callable[..., Any]) -> dict[str, float]:
 def as_float32(x: Any) -> Any:
     """The same on the CPU in float32."""
     if dataclasses.is_dataclass(x):
-        return dataclasses.replace(x, **{name: as_float32(value) for name, value in vars(x).items()})
+        fields = {field.name: as_float32(getattr(x, field.name)) for field in dataclasses.fields(x)}
+        return dataclasses.replace(x, **fields)
     return x.float().cpu() if isinstance(x, torch.Tensor) else x
 
 
@@ -183,9 +187,10 @@ def cuts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[di
         return
     from dtr.ops import delta_prompt_triton as kernels
 
-    hidden, norm, projection, *angles = arguments(hybrid, delta_block(hybrid, batch), batch, num_tokens)
-    gates = kernels.read_gates(hidden, norm, projection)
-    rows = F.linear(hidden, projection.weight[: projection.num_head_rows] * norm.weight)
+    hidden, projection, *angles = arguments(hybrid, delta_block(hybrid, batch), batch, num_tokens)
+    head_rows, gate_rows = kernels.split_rows(projection)
+    gates = kernels.read_gates(hidden, gate_rows, projection)
+    rows = F.linear(hidden, head_rows)
     maps = kernels.map_chunks(rows, gates, projection, *angles)
     for registers in (None, 208, 168):
         cut = kernels.Tuning(map_registers=registers)

@@ -68,6 +68,9 @@ def test_what_was_measured_before_a_failure_is_kept(monkeypatch, place, tmp_path
         main()
     assert stopped.value.code
     record = json.loads(out.read_text())
+    monkeypatch.setattr(sys, "argv", [*command[:-1], str(tmp_path / "nowhere" / "speed.json")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
     assert list(record["decode_speedup"]) == ["8"]
     assert len(record["rows"]) == 1
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dtr.ops import decoding, gated_delta
-from dtr.ops.decoding import DeltaProjection, HeadNorms, Norm
+from dtr.ops.decoding import DeltaProjection, GatedProjection, HeadNorms, Norm
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -127,9 +127,12 @@ def check_gated_pair(case: Case, tolerance: float) -> None:
     norm = Norm(weight=case.randn(128), eps=1e-5)
     tiles = mlp_triton.Tiles(rows=64, columns=32, warps=4)
     got = mlp_triton.gated_pair(x, weight * norm.weight, norm.eps, tiles)
+    assert relative_error(got, plain_pair(x, norm, weight)) < tolerance
+
+
+def plain_pair(x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
     norm = Norm(weight=norm.weight.cpu().float(), eps=norm.eps)
-    want = decoding.gated_pair(x.cpu().float(), norm, weight.cpu().float(), None)
-    assert relative_error(got, want) < tolerance
+    return decoding.gated_pair(x.cpu().float(), GatedProjection(norm=norm, weight=weight.cpu().float()))
 
 
 def check_prefill(case: Case, *, num_tokens: int, segments: int, tolerance: float) -> None:
@@ -156,7 +159,6 @@ def check_delta_prompt(case: Case, *, num_tokens: int, tolerance: float, **cut: 
     hidden_dim = 64
     hidden = 2.0 * case.randn(case.batch, num_tokens, hidden_dim)
     hidden[..., 0] = 8.0
-    norm = Norm(weight=case.randn(hidden_dim).abs() + 0.5, eps=1e-5)
     angles = torch.arange(num_tokens)[:, None] * torch.logspace(-1, -4, case.dim // 2)
     cos, sin = (torch.cat([x, x], dim=-1)[None].to(case.device, case.dtype) for x in (angles.cos(), angles.sin()))
     mask = torch.ones(case.batch, num_tokens, dtype=torch.long, device=case.device)
@@ -165,12 +167,11 @@ def check_delta_prompt(case: Case, *, num_tokens: int, tolerance: float, **cut: 
     for token_mask, norms, tables, quadratic in cases:
         projection = delta_projection(case, hidden_dim, norms, quadratic=quadratic)
         tables = [x.expand(tables, -1, -1) for x in (cos, sin)]
-        got = prompt(hidden, norm, projection, *tables, token_mask_BT=token_mask, tuning=Tuning(**cut))
+        got = prompt(hidden, projection, *tables, token_mask_BT=token_mask, tuning=Tuning(**cut))
         token_mask = None if token_mask is None else token_mask.cpu()
-        exact_norm, exact_projection = (as_float32(x) for x in (norm, projection))
         tables = [x.cpu().float() for x in tables]
         want = decoding.delta_prompt_in_parts(
-            hidden.cpu().float(), exact_norm, exact_projection, *tables, token_mask_BT=token_mask
+            hidden.cpu().float(), as_float32(projection), *tables, token_mask_BT=token_mask
         )
         real = slice(None) if token_mask is None else token_mask.bool()
         assert relative_error(got[0].cpu()[real], want[0][real]) < tolerance
@@ -190,7 +191,8 @@ def delta_projection(case: Case, hidden_dim: int, norms: HeadNorms | None, *, qu
     weight[width : 2 * width, 0] *= 4.0
     bias[wide : wide + case.heads] -= 5.0
     shape = {"num_heads": case.heads, "head_dim": case.dim, "quadratic": quadratic}
-    return DeltaProjection(weight=weight, bias=bias, norms=norms, has_head_bias=norms is not None, **shape)
+    norm = Norm(weight=case.randn(hidden_dim).abs() + 0.5, eps=1e-5)
+    return DeltaProjection(norm=norm, weight=weight, bias=bias, norms=norms, has_head_bias=norms is not None, **shape)
 
 
 def as_float32(x: Any) -> Any:

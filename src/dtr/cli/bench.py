@@ -79,8 +79,13 @@ def bench_generate(
     from dtr.bench.measure import bench_generation
     from dtr.bench.speedups import draw, numbers
     from dtr.cli.display import generation_table
+    from dtr.errors import OutputError
     from dtr.files import write_json
 
+    if out is not None and not out.resolve().parent.is_dir():
+        raise OutputError(
+            "--out", got=str(out), expected="a file in a folder that exists", hint="Make the folder first."
+        )
     record = bench_generation(
         model,
         num_linear=num_linear,

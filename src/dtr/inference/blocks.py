@@ -54,8 +54,10 @@ class Step:
 class AttentionBlock:
     """The teacher's attention with keys and values in preallocated slots."""
 
-    def __init__(self, module: Any, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> None:
-        g, self._attend = geometry, attend
+    def __init__(
+        self, module: Any, norm: Norm, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend
+    ) -> None:
+        g, self._norm, self._attend = geometry, norm, attend
         self._weight, self._bias = stacked([module.q_proj, module.k_proj, module.v_proj])
         self._out = stacked([module.o_proj])
         self._norms = _norms(module, g)
@@ -75,18 +77,16 @@ class AttentionBlock:
         return 2 * per_slot * num_tokens
 
     def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
-        rows = F.linear(hidden_BD, self._weight, self._bias)
+        rows = F.linear(self._norm(hidden_BD), self._weight, self._bias)
         caches = self.keys_BGSK, self.values_BGSK
         q = decoding.rotate_and_store(rows, at.cos_BK, at.sin_BK, *caches, at.slot, self._norms)
         heads = self._attend(q, *caches, at.first_B, at.slot, scale=self._scale).flatten(1)
         return F.linear(heads, *self._out)
 
-    def prefill(
-        self, hidden_BTD: torch.Tensor, norm: Norm, prompt: Prompt, rows: slice, *, only_last: bool
-    ) -> torch.Tensor:
+    def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice, *, only_last: bool) -> torch.Tensor:
         """See `Block`."""
         g, num_tokens = self._geometry, hidden_BTD.shape[1]
-        heads = F.linear(norm(hidden_BTD), self._weight, self._bias).unflatten(-1, (-1, g.head_dim))
+        heads = F.linear(self._norm(hidden_BTD), self._weight, self._bias).unflatten(-1, (-1, g.head_dim))
         q, k, v = heads.split([g.num_heads, g.num_kv_heads, g.num_kv_heads], dim=2)
         q, k = _rotate(q, k, prompt, self._norms)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -102,7 +102,7 @@ class AttentionBlock:
 class DeltaBlock:
     """A `GatedDeltaNet` between two matrix products, its state in place."""
 
-    def __init__(self, mixer: GatedDeltaNet, batch: int) -> None:
+    def __init__(self, mixer: GatedDeltaNet, norm: Norm, batch: int) -> None:
         g = mixer.geometry
         parts = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj]
         if mixer.quadratic:
@@ -112,6 +112,7 @@ class DeltaBlock:
         # Rows of an odd width would keep matrix products and loads off their fast, aligned forms.
         padding = -len(weight) % _ALIGNED_COLUMNS
         self.projection = DeltaProjection(
+            norm=norm,
             weight=F.pad(weight, (0, 0, 0, padding)),
             bias=F.pad(bias, (0, padding)),
             num_heads=mixer.num_heads,
@@ -133,22 +134,20 @@ class DeltaBlock:
 
     def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
         p = self.projection
-        rows = F.linear(hidden_BD, p.weight, p.bias)[:, : p.num_rows]
+        rows = F.linear(p.norm(hidden_BD), p.weight, p.bias)[:, : p.num_rows]
         heads = decoding.delta_step(rows, at.cos_BK, at.sin_BK, self.state_BHKV, p.norms, quadratic=p.quadratic)
         return F.linear(heads, *self._out)
 
-    def prefill(
-        self, hidden_BTD: torch.Tensor, norm: Norm, prompt: Prompt, rows: slice, *, only_last: bool
-    ) -> torch.Tensor:
+    def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice, *, only_last: bool) -> torch.Tensor:
         """See `Block`."""
         mask = prompt.token_mask_BT
-        out, state = decoding.delta_prompt(hidden_BTD, norm, self.projection, *prompt.rotary, token_mask_BT=mask)
+        out, state = decoding.delta_prompt(hidden_BTD, self.projection, *prompt.rotary, token_mask_BT=mask)
         self.state_BHKV[rows] = state
         if self._first_token is None or only_last:
             return _add_output(hidden_BTD, out, self._out, only_last)
         at = self._first_token.place(mask)
         first = hidden_BTD[at]
-        first = first + self._first_token.value(norm(first))
+        first = first + self._first_token.value(self.projection.norm(first))
         hidden_BTD = _add_output(hidden_BTD, out, self._out, only_last)
         hidden_BTD[at] = first
         return hidden_BTD
@@ -157,8 +156,8 @@ class DeltaBlock:
 class MixerBlock:
     """Any other mixer, by its own forward; its state is replaced in place by `RecurrentStateLayer`."""
 
-    def __init__(self, mixer: Mixer, batch: int) -> None:
-        self._mixer = mixer
+    def __init__(self, mixer: Mixer, norm: Norm, batch: int) -> None:
+        self._mixer, self._norm = mixer, norm
         g, weight = mixer.geometry, next(mixer.parameters())
         # One token of zeros tells the shapes of what this mixer keeps.
         hidden, angles = (weight.new_zeros(1, 1, dim) for dim in (g.hidden_dim, g.head_dim))
@@ -181,15 +180,17 @@ class MixerBlock:
 
     def step(self, hidden_BD: torch.Tensor, at: Step) -> torch.Tensor:
         angles = at.cos_BK[:, None], at.sin_BK[:, None]
-        return self._mixer(hidden_BD[:, None], angles, past_key_values=self._as_cache(self._memory))[0][:, 0]
+        hidden = self._norm(hidden_BD)[:, None]
+        return self._mixer(hidden, angles, past_key_values=self._as_cache(self._memory))[0][:, 0]
 
-    def prefill(
-        self, hidden_BTD: torch.Tensor, norm: Norm, prompt: Prompt, rows: slice, *, only_last: bool
-    ) -> torch.Tensor:
+    def prefill(self, hidden_BTD: torch.Tensor, prompt: Prompt, rows: slice, *, only_last: bool) -> torch.Tensor:
         """See `Block`."""
         memory = RecurrentStateLayer()
         out, _ = self._mixer(
-            norm(hidden_BTD), prompt.rotary, past_key_values=self._as_cache(memory), token_mask=prompt.token_mask_BT
+            self._norm(hidden_BTD),
+            prompt.rotary,
+            past_key_values=self._as_cache(memory),
+            token_mask=prompt.token_mask_BT,
         )
         for ours, theirs in zip(_held(self._memory), _held(memory)):
             if ours is not None and theirs is not None:
@@ -198,18 +199,18 @@ class MixerBlock:
 
 
 Block = AttentionBlock | DeltaBlock | MixerBlock
-"""`step` mixes the norm of one token's hidden states. `prefill` adds what it makes of a prompt's to them, perhaps in
-place: hidden states (B, T, D) before their norm, or (B, 1, D) with `only_last`, where the last token's are enough and
-no text has one token only."""
+"""Both take hidden states before their norm. `step` mixes those of one token. `prefill` adds what it makes of a
+prompt's (B, T, D) to them, perhaps in place; (B, 1, D) with `only_last`, where the last token's are enough and no text
+has one token only."""
 
 
-def make_block(module: Any, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> Block:
-    """The block for a layer's attention or mixer."""
+def make_block(module: Any, norm: Norm, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> Block:
+    """The block for a layer's attention or mixer and the norm before it."""
     if type(module) is GatedDeltaNet and not module.conv_tokens:
-        return DeltaBlock(module, batch)
+        return DeltaBlock(module, norm, batch)
     if isinstance(module, Mixer):
-        return MixerBlock(module, batch)
-    return AttentionBlock(module, geometry, batch, num_slots, attend)
+        return MixerBlock(module, norm, batch)
+    return AttentionBlock(module, norm, geometry, batch, num_slots, attend)
 
 
 def _add_output(

@@ -19,21 +19,20 @@ from dtr.errors import ModelError
 from dtr.inference.blocks import Attend, Prompt, Step, make_block
 from dtr.mixers.base import Mixer
 from dtr.ops import decoding
-from dtr.ops.decoding import Norm
+from dtr.ops.decoding import GatedProjection, Norm
 
 PREFILL_TOKENS = 2**18
 """Most tokens of a prompt that run through the layers at once; larger batches go in parts."""
 _WARMUP_STEPS = 2
 
 
-class _Around:
-    """What surrounds a layer's attention or mixer."""
+class _Mlp:
+    """The norm and the gated MLP of a layer."""
 
     def __init__(self, weights: BlockWeights) -> None:
-        self.mixing_norm, self.mlp_norm = (
-            Norm(weight=weight, eps=weights.norm_eps) for weight in (weights.mixing_norm, weights.mlp_norm)
-        )
-        self.gate_up, self.down = weights.gate_up, weights.down
+        weight, bias = weights.gate_up
+        norm = Norm(weight=weights.mlp_norm, eps=weights.norm_eps)
+        self.gate_up, self.down = GatedProjection(norm=norm, weight=weight, bias=bias), weights.down
 
 
 class Decoder:
@@ -69,9 +68,12 @@ class Decoder:
         self._embedding, self._lm_head = model.model.embed_tokens.weight, model.lm_head
         self._norm = Norm(weight=model.model.norm.weight, eps=model.model.norm.variance_epsilon)
         self._cos, self._sin = rotary_table(model, capacity_tokens)
-        layers = list(decoder_layers(model))
-        self._around = [_Around(block_weights(layer)) for layer in layers]
-        self._blocks = [make_block(x.self_attn, geometry, batch_size, capacity_tokens, attend) for x in layers]
+        self._mlps, self._blocks = [], []
+        for layer in decoder_layers(model):
+            weights = block_weights(layer)
+            norm = Norm(weight=weights.mixing_norm, eps=weights.norm_eps)
+            self._mlps.append(_Mlp(weights))
+            self._blocks.append(make_block(layer.self_attn, norm, geometry, batch_size, capacity_tokens, attend))
         self.token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.logits_BV: torch.Tensor = torch.zeros(0)
         self._position_B, self._first_B = (torch.zeros(batch_size, dtype=torch.int32, device=device) for _ in range(2))
@@ -195,11 +197,11 @@ class Decoder:
         # Only the last token's output is asked for, unless that is a text's first, which some layers treat apart.
         is_last_enough = num_tokens > 1 and (mask is None or bool(mask[:, -2].all()))
         hidden = F.embedding(ids_BT, self._embedding)
-        for i, (around, block) in enumerate(zip(self._around, self._blocks)):
+        for i, (block, mlp) in enumerate(zip(self._blocks, self._mlps)):
             only_last = is_last_enough and i + 1 == len(self._blocks)
-            hidden = block.prefill(hidden, around.mixing_norm, prompt, rows, only_last=only_last)
-            inner = decoding.gated_pair(hidden.flatten(0, -2), around.mlp_norm, *around.gate_up)
-            decoding.add_linear(hidden, inner, *around.down)
+            hidden = block.prefill(hidden, prompt, rows, only_last=only_last)
+            inner = decoding.gated_pair(hidden.flatten(0, -2), mlp.gate_up)
+            decoding.add_linear(hidden, inner, *mlp.down)
         return self._lm_head(self._norm(hidden[:, -1]))
 
     def _step(self) -> None:
@@ -210,9 +212,9 @@ class Decoder:
             slot=self._slot,
         )
         hidden = F.embedding(self.token_B, self._embedding)
-        for around, block in zip(self._around, self._blocks):
-            hidden = hidden + block.step(around.mixing_norm(hidden), at)
-            hidden = hidden + F.linear(decoding.gated_pair(hidden, around.mlp_norm, *around.gate_up), *around.down)
+        for block, mlp in zip(self._blocks, self._mlps):
+            hidden = hidden + block.step(hidden, at)
+            hidden = hidden + F.linear(decoding.gated_pair(hidden, mlp.gate_up), *mlp.down)
         self.logits_BV = self._lm_head(self._norm(hidden))
         self.token_B.copy_(self.logits_BV.argmax(-1))
         self._position_B += 1

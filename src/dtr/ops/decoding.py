@@ -10,6 +10,7 @@ V value dim (= K), R rows.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from dtr.ops.dispatch import gated_delta_rule
 from dtr.ops.gated_delta import step as gated_delta_step
 from dtr.ops.quadratic_features import quadratic_features
 from dtr.ops.rotary import rotate
+
+KEPT_BYTES = 2**23
+"""Weights of up to so many bytes are kept a second time, scaled by the norm before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +49,35 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaProjection:
-    """The joined input projections of a `GatedDeltaNet` layer."""
+class NormedProjection:
+    """A linear map (C, D) of hidden states and the norm before it."""
 
+    norm: Norm
     weight: torch.Tensor
-    """(C, D): q, k, v, output gate (H K rows each), with `quadratic` the mixes of q and k (H K each, see
-    `dtr.mixers.quadratic`), decay and write strength (H each), and perhaps rows of padding."""
-    bias: torch.Tensor
-    """(C,)"""
+    bias: torch.Tensor | None = None
+
+    @property
+    def scaled_weight(self) -> torch.Tensor:
+        """The weight times the norm's, for kernels that divide by the root mean square afterwards.
+
+        Small ones are kept: a short prompt is bound by how many kernels it launches.
+        """
+        is_small = self.weight.numel() * self.weight.element_size() <= KEPT_BYTES
+        return self._kept if is_small else self.weight * self.norm.weight
+
+    @functools.cached_property
+    def _kept(self) -> torch.Tensor:
+        return self.weight * self.norm.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaProjection(NormedProjection):
+    """The norm and the joined input projections of a `GatedDeltaNet` layer.
+
+    Rows are those of q, k, v, output gate (H K each), with `quadratic` the mixes of q and k (H K each, see
+    `dtr.mixers.quadratic`), decay and write strength (H each), and perhaps padding.
+    """
+
     num_heads: int
     head_dim: int
     norms: HeadNorms | None = None
@@ -70,6 +95,10 @@ class DeltaProjection:
     def num_rows(self) -> int:
         """All rows but the padding."""
         return self.num_head_rows + 2 * self.num_heads
+
+
+class GatedProjection(NormedProjection):
+    """The norm, gate and up projection of a gated MLP: the gate's rows, then the up projection's."""
 
 
 def delta_step(
@@ -196,7 +225,6 @@ def rotate_heads(
 
 def delta_prompt(
     hidden_BTD: torch.Tensor,
-    norm: Norm,
     projection: DeltaProjection,
     cos_BTK: torch.Tensor,
     sin_BTK: torch.Tensor,
@@ -207,8 +235,7 @@ def delta_prompt(
 
     Args:
         hidden_BTD: hidden states before the norm.
-        norm: the norm.
-        projection: the layer's input projections.
+        projection: the norm and the layer's input projections.
         cos_BTK: cosines of each token's position, (B or 1, T, K); `sin_BTK` likewise.
         token_mask_BT: 0 where a token is padding, which leaves the state as it is.
 
@@ -217,13 +244,12 @@ def delta_prompt(
     """
     kernels = _kernels(hidden_BTD, "delta_prompt_triton")
     if kernels and kernels.supports(hidden_BTD, projection.head_dim):
-        return kernels.prompt(hidden_BTD, norm, projection, cos_BTK, sin_BTK, token_mask_BT=token_mask_BT)
-    return delta_prompt_in_parts(hidden_BTD, norm, projection, cos_BTK, sin_BTK, token_mask_BT=token_mask_BT)
+        return kernels.prompt(hidden_BTD, projection, cos_BTK, sin_BTK, token_mask_BT=token_mask_BT)
+    return delta_prompt_in_parts(hidden_BTD, projection, cos_BTK, sin_BTK, token_mask_BT=token_mask_BT)
 
 
 def delta_prompt_in_parts(
     hidden_BTD: torch.Tensor,
-    norm: Norm,
     projection: DeltaProjection,
     cos_BTK: torch.Tensor,
     sin_BTK: torch.Tensor,
@@ -233,7 +259,7 @@ def delta_prompt_in_parts(
     """As `delta_prompt`, one operation after the other, each by its kernel where there is one."""
     num_heads, dim, norms = projection.num_heads, projection.head_dim, projection.norms
     width = num_heads * dim
-    rows = F.linear(norm(hidden_BTD), projection.weight, projection.bias)[..., : projection.num_rows]
+    rows = F.linear(projection.norm(hidden_BTD), projection.weight, projection.bias)[..., : projection.num_rows]
     *wide, decay, write = rows.split([width] * (projection.num_head_rows // width) + [num_heads] * 2, dim=-1)
     gate = wide[3]
     q, k, v, _, *mixes = (x.unflatten(-1, (num_heads, dim)) for x in wide)
@@ -265,11 +291,12 @@ def gated_product(gate: torch.Tensor, x: torch.Tensor, *, activation: str) -> to
     return (opened * x.float()).to(x.dtype)
 
 
-def gated_pair(x_RD: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`silu(gate) * up` (R, C) of the norm of x, from weight (2 C, D) and bias of gate and up, one below the other."""
+def gated_pair(x_RD: torch.Tensor, projection: GatedProjection) -> torch.Tensor:
+    """`silu(gate) * up` (R, C) of the norm of x."""
+    norm, weight, bias = projection.norm, projection.weight, projection.bias
     kernels = _kernels(x_RD, "mlp_triton")
     if kernels and kernels.supports(x_RD, weight, bias):
-        return kernels.gated_pair(x_RD, weight * norm.weight, norm.eps)
+        return kernels.gated_pair(x_RD, projection.scaled_weight, norm.eps)
     gate, up = F.linear(norm(x_RD), weight, bias).chunk(2, dim=-1)
     return gated_product(gate, up, activation="silu")
 

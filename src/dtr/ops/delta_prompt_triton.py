@@ -20,7 +20,7 @@ from dtr.ops.delta_prompt_kernels import chunk_maps, prompt_scan, token_gates
 from dtr.ops.gated_delta_kernels import carry_segments
 
 if TYPE_CHECKING:
-    from dtr.ops.decoding import DeltaProjection, Norm
+    from dtr.ops.decoding import DeltaProjection
 
 _CHUNK_TOKENS = 64
 _MIN_SEGMENT_CHUNKS = 8
@@ -72,7 +72,6 @@ def supports(hidden_BTD: torch.Tensor, head_dim: int) -> bool:
 @torch.no_grad()
 def prompt(
     hidden_BTD: torch.Tensor,
-    norm: Norm,
     projection: DeltaProjection,
     cos_BTK: torch.Tensor,
     sin_BTK: torch.Tensor,
@@ -82,18 +81,28 @@ def prompt(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `dtr.ops.decoding.delta_prompt`; `supports` says for what."""
     hidden = hidden_BTD.contiguous()
-    gates = read_gates(hidden, norm, projection, token_mask_BT)
-    rows = F.linear(hidden, projection.weight[: projection.num_head_rows] * norm.weight)
+    head_rows, gate_rows = split_rows(projection)
+    gates = read_gates(hidden, gate_rows, projection, token_mask_BT)
+    rows = F.linear(hidden, head_rows)
     maps = map_chunks(rows, gates, projection, cos_BTK, sin_BTK, tuning)
     return scan_chunks(rows, gates, maps, projection, tuning)
 
 
+def split_rows(projection: DeltaProjection) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, scaled by the norm's, of all that has a value per feature of a head, and of the gates (2 H, D)."""
+    weight, first = projection.scaled_weight, projection.num_head_rows
+    return weight[:first], weight[first : projection.num_rows]
+
+
 def read_gates(
-    hidden_BTD: torch.Tensor, norm: Norm, projection: DeltaProjection, token_mask_BT: torch.Tensor | None = None
+    hidden_BTD: torch.Tensor,
+    rows_GD: torch.Tensor,
+    projection: DeltaProjection,
+    token_mask_BT: torch.Tensor | None = None,
 ) -> Gates:
+    """What tokens decide by themselves; `rows_GD` from `split_rows`."""
     (B, T, D), H = hidden_BTD.shape, projection.num_heads
-    first = projection.num_head_rows
-    weight = projection.weight[first : first + 2 * H] * norm.weight
+    assert projection.bias is not None, "the gates have biases"
     gates = Gates(
         scale_BT=hidden_BTD.new_empty(B, T, dtype=torch.float32),
         gates_2BHT=hidden_BTD.new_empty(2, B, H, T, dtype=torch.float32),
@@ -102,9 +111,9 @@ def read_gates(
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(hidden_BTD):
         token_gates[(triton.cdiv(T, _GATE_TOKENS), B)](
-            hidden_BTD, weight, projection.bias[first:], mask, gates.scale_BT, gates.gates_2BHT, norm.eps, T, D=D, H=H,
-            BG=max(16, triton.next_power_of_2(2 * H)), BT=_GATE_TOKENS, BD=min(D, _GATE_COLUMNS),
-            HAS_MASK=token_mask_BT is not None, num_warps=4,
+            hidden_BTD, rows_GD, projection.bias[projection.num_head_rows :], mask, gates.scale_BT, gates.gates_2BHT,
+            projection.norm.eps, T, D=D, H=H, BG=max(16, triton.next_power_of_2(2 * H)), BT=_GATE_TOKENS,
+            BD=min(D, _GATE_COLUMNS), HAS_MASK=token_mask_BT is not None, num_warps=4,
         )  # fmt: skip
     return gates
 
