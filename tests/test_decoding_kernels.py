@@ -227,6 +227,38 @@ def check_all(case: Case, tolerance: float) -> None:
     check_gated_pair(case, tolerance)
 
 
+def test_order_of_streamed_rows() -> None:
+    projection = GatedProjection(
+        norm=Norm(weight=torch.full((2,), 2.0), eps=1e-5), weight=torch.arange(256.0)[:, None].expand(-1, 2)
+    )
+    rows = projection.streamed_rows[:, 0] / 2
+    # A thread's share of a tile of a product: two neighbours of every eight columns.
+    threads = rows.view(4, 8, 4, 2).transpose(1, 2).reshape(16, 8, 2)
+    gates = torch.arange(128.0).view(16, 8)
+    assert torch.equal(threads, torch.stack([gates, gates + 128], dim=-1))
+
+
+@pytest.mark.gpu
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("dim", [64, 576])
+@pytest.mark.parametrize("num_rows", [1, 1100, 40_000])
+def test_streaming_pair_on_the_gpu(num_rows: int, dim: int) -> None:
+    """One share of a row tile, several tiles with rows left over, and many tiles per program."""
+    from dtr.ops import mlp_triton
+
+    case = Case(dim=dim, dtype=torch.bfloat16, device="cuda")
+    x, weight = 3.0 * case.randn(num_rows, dim), case.randn(512, dim) / dim**0.5
+    kernels = mlp_triton.streaming(x, weight)
+    if kernels is None:
+        pytest.skip("another GPU, or another release of triton")
+    norm = Norm(weight=case.randn(dim), eps=1e-5)
+    for stages in (None, 3):
+        rows = GatedProjection(norm=norm, weight=weight).streamed_rows
+        got = kernels.gated_pair(x, rows, norm.eps, stages)
+        assert relative_error(got, plain_pair(x, norm, weight)) < 1e-2
+
+
 @pytest.mark.gpu
 @needs_triton
 @needs_gpu

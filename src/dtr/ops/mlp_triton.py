@@ -8,7 +8,9 @@ Shapes: R rows, D hidden dim, C inner dim.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +19,8 @@ import triton.language as tl
 MIN_ROWS = 1024
 """Fewer rows do not fill a GPU with tiles of this size."""
 _INNER = 64
+_STREAMING_GPU = (9, 0)
+_STREAMING_RELEASE = "3.6"
 _NORM_ROWS = 32
 
 
@@ -81,6 +85,21 @@ def supports(x_RD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     num_rows, dim = x_RD.shape
     fits = dim % _INNER == 0 and weight.shape[0] % (2 * tiles.columns) == 0 and x_RD.is_contiguous()
     return bias is None and x_RD.dtype == torch.bfloat16 and num_rows >= MIN_ROWS and fits
+
+
+def streaming(x_RD: torch.Tensor, weight: torch.Tensor) -> Any:
+    """The module `mlp_gluon` where it runs, which is faster, else None.
+
+    Its instructions are those of one generation of GPUs, and its language is experimental: each release changes it.
+    """
+    if torch.cuda.get_device_capability(x_RD.device) != _STREAMING_GPU or _release() != _STREAMING_RELEASE:
+        return None
+    kernels = importlib.import_module("dtr.ops.mlp_gluon")
+    return kernels if kernels.supports(x_RD, weight) else None
+
+
+def _release() -> str:
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 @torch.no_grad()
