@@ -12,6 +12,7 @@ from dtr.errors import ModelError
 from dtr.hybrid.modeling import make_hybrid
 from dtr.inference.decoder import Decoder
 from dtr.inference.generate import fast_generate
+from dtr.inference.prompt_graphs import PromptGraphs, padded_length
 from dtr.mixers import MIXERS, mixer_from_teacher
 
 LINEAR = [kind for kind in sorted(MIXERS) if MIXERS[kind].is_pure_linear]
@@ -64,6 +65,32 @@ def test_a_prompt_in_parts_is_the_prompt_whole(monkeypatch, padded):
     torch.testing.assert_close(decoder.prefill(**rename(padded)), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("layers", [(), (0, 2), (0, 1, 2, 3)], ids=["teacher", "mixed", "all"])
+def test_prompts_padded_for_a_graph_keep_their_logits_and_tokens(family, layers):
+    model = hybrid_of(pico_teacher(family), layers)
+    plain, padding = (Decoder(model, batch_size=2, capacity_tokens=40) for _ in range(2))
+    recorded = []
+
+    def record(work):
+        recorded.append(work)
+        return work
+
+    padding._prompts = PromptGraphs(padding._read_padded, batch_size=2, capacity_tokens=40, record=record)
+    # The first is read as it is, and so is one that would not fit with its padding; one token has no successor.
+    for num_tokens, num_recorded in ((9, 0), (13, 1), (1, 1), (16, 1), (17, 1), (30, 2), (34, 2)):
+        ids = torch.randint(1, 257, (2, num_tokens))
+        torch.testing.assert_close(padding.prefill(ids), plain.prefill(ids), rtol=1e-4, atol=1e-4)
+        assert torch.equal(padding.greedy(6), plain.greedy(6)), num_tokens
+        assert len(recorded) == num_recorded, num_tokens
+
+
+def test_padding_of_a_graph_is_at_most_an_eighth():
+    lengths = [padded_length(n) for n in range(1, 9000)]
+    assert all(n <= length <= max(1.125 * n, n + 15) for n, length in enumerate(lengths, 1))
+    assert len(set(lengths)) < 70
+
+
 def rename(padded):
     return {"ids_BT": padded["input_ids"], "attention_mask": padded["attention_mask"]}
 
@@ -109,6 +136,18 @@ def test_the_graph_on_the_gpu_keeps_tokens_and_logits(family, kind, padded):
     want = model.generate(**padded, do_sample=True, max_new_tokens=8, pad_token_id=0)
     torch.manual_seed(3)
     assert torch.equal(fast_generate(model, **padded, do_sample=True, max_new_tokens=8, pad_token_id=0), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("layers", [(), (0, 2), (0, 1, 2, 3)], ids=["teacher", "mixed", "all"])
+def test_recorded_prompts_on_the_gpu_keep_logits_and_tokens(layers):
+    model = hybrid_of(pico_teacher(), layers).cuda()
+    plain, recording = (Decoder(model, batch_size=2, capacity_tokens=1200, use_graph=use) for use in (False, True))
+    for num_tokens in (9, 13, 1000, 11, 1001, 16, 990, 1):
+        ids = torch.randint(1, 257, (2, num_tokens)).cuda()
+        torch.testing.assert_close(recording.prefill(ids), plain.prefill(ids), rtol=1e-3, atol=1e-3)
+        assert torch.equal(recording.greedy(20), plain.greedy(20)), num_tokens
 
 
 def test_a_convolution_before_the_rule_keeps_its_tokens(padded):

@@ -8,6 +8,7 @@ kernel (`graph`), the same with the attention of torch (`graph_sdpa`), and the l
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import statistics
@@ -25,6 +26,7 @@ from dtr.bench.subjects import Subjects
 from dtr.errors import DeviceError
 from dtr.hybrid.cache import HybridCache, RecurrentStateLayer
 from dtr.inference.decoder import PREFILL_TOKENS, Decoder
+from dtr.inference.prompt_graphs import MAX_TOKENS, padded_length
 
 FILL = "fill"
 """As a batch: the largest with which the teacher's cache fits at that context."""
@@ -212,23 +214,29 @@ def _prefill(model: Any, batch: int, context: int) -> dict[str, Any]:
     """Rates of reading prompts of `context` tokens; with one sequence the time is that to the first token."""
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
 
-    def fast() -> dict[str, Any]:
-        decoder = Decoder(model, batch_size=batch, capacity_tokens=context, use_graph=False)
+    def fast(*, use_graph: bool = False) -> dict[str, Any]:
+        decoder = Decoder(model, batch_size=batch, capacity_tokens=padded_length(context), use_graph=use_graph)
+        if use_graph:
+            # A length is recorded when it comes again.
+            decoder.prefill(ids)
+            decoder.prefill(ids)
         return {"seconds": _median_seconds(model.device, lambda: decoder.prefill(ids))}
 
     @torch.no_grad()
     def plain() -> dict[str, Any]:
         return {"seconds": _median_seconds(model.device, lambda: model(ids, use_cache=True, logits_to_keep=1))}
 
-    def with_kernel(work: Callable[[], dict[str, Any]], kernel: SDPBackend) -> dict[str, Any]:
+    def with_kernel(kernel: SDPBackend, *, use_graph: bool) -> dict[str, Any]:
         with sdpa_kernel(kernel):
-            return work()
+            return fast(use_graph=use_graph)
 
     ways: dict[str, Callable[[], dict[str, Any]]] = {"fused": fast, "transformers": plain}
     if model.device.type == "cuda":
         ways = {"transformers": plain}
         for name, kernel in _SDPA.items():
-            ways[f"fused_{name}"] = lambda kernel=kernel: with_kernel(fast, kernel)  # type: ignore[misc]
+            ways[f"fused_{name}"] = functools.partial(with_kernel, kernel, use_graph=False)
+            if batch * padded_length(context) <= MAX_TOKENS:
+                ways[f"graph_{name}"] = functools.partial(with_kernel, kernel, use_graph=True)
     measured = {name: _guarded(model, way) for name, way in ways.items()}
     done = {name: found["seconds"] for name, found in measured.items() if "error" not in found}
     best = min(done, key=lambda name: done[name]) if done else None

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from dtr.arch import BlockWeights, block_weights, decoder_layers, layer_kind, read_geometry, rotary_table
 from dtr.errors import ModelError
-from dtr.inference.blocks import Attend, Prompt, Step, make_block
+from dtr.inference.blocks import Attend, MixerBlock, Prompt, Step, make_block
+from dtr.inference.prompt_graphs import GraphRecorder, PromptGraphs
 from dtr.mixers.base import Mixer
 from dtr.ops import decoding
 from dtr.ops.decoding import GatedProjection, Norm
@@ -45,7 +46,7 @@ class Decoder:
         model: a teacher's or hybrid's causal language model.
         batch_size: number of sequences.
         capacity_tokens: slots of the cache.
-        use_graph: record the step as a CUDA graph; by default on a GPU.
+        use_graph: record the step, and short prompts whose length recurs, as CUDA graphs; by default on a GPU.
         attend: attention of a step, as `dtr.ops.decoding.attend`.
 
     Raises:
@@ -79,8 +80,17 @@ class Decoder:
         self._position_B, self._first_B = (torch.zeros(batch_size, dtype=torch.int32, device=device) for _ in range(2))
         self._slot = torch.zeros((), dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._prompts: PromptGraphs | None = None
         if device.type == "cuda" if use_graph is None else use_graph:
             self._record()
+            # Any other mixer's state moves as it reads a prompt, and may depend on what padding follows.
+            if not any(isinstance(block, MixerBlock) for block in self._blocks):
+                self._prompts = PromptGraphs(
+                    self._read_padded,
+                    batch_size=batch_size,
+                    capacity_tokens=capacity_tokens,
+                    record=GraphRecorder(device),
+                )
 
     @torch.no_grad()
     def prefill(self, ids_BT: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,11 +109,13 @@ class Decoder:
         batch, num_tokens = ids_BT.shape
         mask = None if attention_mask is None or attention_mask.all() else attention_mask.to(ids_BT.device)
         self._check_prompt(batch, num_tokens, mask)
-        rows_at_once = max(1, PREFILL_TOKENS // num_tokens)
-        parts = [slice(i, min(i + rows_at_once, batch)) for i in range(0, batch, rows_at_once)]
-        logits = torch.cat(
-            [self._prefill_rows(ids_BT[rows], None if mask is None else mask[rows], rows) for rows in parts]
-        )
+        logits = self._prompts(ids_BT) if self._prompts is not None and mask is None else None
+        if logits is None:
+            rows_at_once = max(1, PREFILL_TOKENS // num_tokens)
+            parts = [slice(i, min(i + rows_at_once, batch)) for i in range(0, batch, rows_at_once)]
+            logits = torch.cat(
+                [self._prefill_rows(ids_BT[rows], None if mask is None else mask[rows], rows) for rows in parts]
+            )
         num_real = num_tokens if mask is None else mask.sum(1)
         self._begin(num_tokens, num_real)
         self.token_B.copy_(logits.argmax(-1))
@@ -196,13 +208,24 @@ class Decoder:
             prompt = Prompt(rotary=(self._cos[positions], self._sin[positions]), token_mask_BT=mask, seen_B1TT=seen)
         # Only the last token's output is asked for, unless that is a text's first, which some layers treat apart.
         is_last_enough = num_tokens > 1 and (mask is None or bool(mask[:, -2].all()))
+        return self._lm_head(self._norm(self._read(ids_BT, prompt, rows, is_last_enough=is_last_enough)[:, -1]))
+
+    def _read_padded(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """As `_prefill_rows` for all sequences, padded on the right after the token of index `last`."""
+        cos, sin = (x[None, : ids_BT.shape[1]] for x in (self._cos, self._sin))
+        prompt = Prompt(rotary=(cos, sin), token_mask_BT=mask_BT, seen_B1TT=None)
+        hidden = self._read(ids_BT, prompt, slice(0, self.batch_size), is_last_enough=False)
+        return self._lm_head(self._norm(hidden.index_select(1, last)[:, 0]))
+
+    def _read(self, ids_BT: torch.Tensor, prompt: Prompt, rows: slice, *, is_last_enough: bool) -> torch.Tensor:
+        """Hidden states (B, T, D) after all layers, or of the last token (B, 1, D) if they are enough."""
         hidden = F.embedding(ids_BT, self._embedding)
         for i, (block, mlp) in enumerate(zip(self._blocks, self._mlps)):
             only_last = is_last_enough and i + 1 == len(self._blocks)
             hidden = block.prefill(hidden, prompt, rows, only_last=only_last)
             inner = decoding.gated_pair(hidden.flatten(0, -2), mlp.gate_up)
             decoding.add_linear(hidden, inner, *mlp.down)
-        return self._lm_head(self._norm(hidden[:, -1]))
+        return hidden
 
     def _step(self) -> None:
         at = Step(
