@@ -14,7 +14,7 @@ import torch
 import triton
 
 from dtr.ops.gated_delta_kernels import carry_segments, chunk_inverse, chunk_output, state_scan
-from dtr.ops.gated_delta_triton import CHUNK_TOKENS, check_inputs, num_stages, scan_block
+from dtr.ops.gated_delta_triton import CHUNK_TOKENS, check_inputs, inverse_warps, num_stages, scan_block
 
 _MIN_SEGMENT_CHUNKS = 8
 _MAX_SEGMENTS = 16
@@ -61,7 +61,7 @@ def prefill(
 
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(q):
-        chunk_inverse[(BH, N)](k, g, beta, cum, inverses, T, H, K=K, num_warps=2)
+        chunk_inverse[(BH, N)](k, g, beta, cum, inverses, T, H, K=K, num_warps=inverse_warps(k))
         initial = None
         if P > 1:
             initial = q.new_empty(BH, P, K, V, dtype=torch.float32)

@@ -84,6 +84,11 @@ def scan_block(num_sequences: int, value_dim: int) -> int:
     return min(value_dim, widest)
 
 
+def inverse_warps(q: torch.Tensor) -> int:
+    """Warps for the inverse of a chunk: one has no barriers to wait at, but in float32 too few registers."""
+    return 1 if q.dtype == torch.bfloat16 else 2
+
+
 def num_stages(q: torch.Tensor) -> int:
     """Loads of a scan run one chunk ahead, except in float32, where shared memory would run out at K = V = 128."""
     return 2 if q.dtype == torch.bfloat16 else 1
@@ -106,7 +111,7 @@ def _forward(q, k, v, g, beta, state, scale):  # type: ignore[no-untyped-def]
     BV, BO = scan_block(BH, V), min(V, 64)
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(q):
-        chunk_inverse[(BH, N)](k, g, beta, cum, inverses, T, H, K=K, num_warps=2)
+        chunk_inverse[(BH, N)](k, g, beta, cum, inverses, T, H, K=K, num_warps=inverse_warps(k))
         state_scan[(BH, V // BV, 1)](
             k, v, beta, cum, inverses, state, updates, states, final, T, N, H, BV=BV,
             HAS_INITIAL=state is not None, AFFINE=False, num_warps=4, num_stages=num_stages(q), **dims,
