@@ -28,7 +28,7 @@ from dtr.inference.blocks import DeltaBlock
 from dtr.inference.decoder import Decoder
 from dtr.mixers import mixer_from_teacher
 from dtr.ops import decoding
-from dtr.ops.decoding import GatedProjection, Norm
+from dtr.ops.projections import GatedProjection, Norm
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dtr.ops import decoding, gated_delta
-from dtr.ops.decoding import DeltaProjection, GatedProjection, HeadNorms, Norm
+from dtr.ops.projections import DeltaProjection, GatedProjection, HeadNorms, Norm
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -86,14 +86,14 @@ def check_rotate_and_store(case: Case, norms: HeadNorms | None, tolerance: float
 
 
 def check_attend(case: Case, last: int, tolerance: float) -> None:
-    from dtr.ops import decoding_triton
+    from dtr.ops import attend_triton
 
     q = case.randn(case.batch, case.heads, case.dim)
     keys, values = (case.randn(case.batch, case.groups, case.slots, case.dim) for _ in range(2))
     # Slots past the current one hold whatever was there before.
     keys[:, :, last + 1 :], values[:, :, last + 1 :] = float("nan"), float("inf")
     first = case.ints(0, last // 2, last)
-    out = decoding_triton.attend(q, keys, values, first, case.ints(last)[0], scale=0.3)
+    out = attend_triton.attend(q, keys, values, first, case.ints(last)[0], scale=0.3)
     want = decoding.attend(q.cpu(), keys.cpu(), values.cpu(), first.cpu(), torch.tensor(last), scale=0.3)
     close(out, want, tolerance)
 

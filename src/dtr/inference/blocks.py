@@ -20,7 +20,7 @@ from dtr.hybrid.cache import RecurrentStateLayer
 from dtr.mixers.base import Mixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.ops import decoding
-from dtr.ops.decoding import DeltaProjection, HeadNorms, Norm
+from dtr.ops.projections import DeltaProjection, HeadNorms, Norm
 
 _ALIGNED_COLUMNS = 64
 Attend = Callable[..., torch.Tensor]

@@ -20,7 +20,7 @@ from dtr.inference.blocks import Attend, MixerBlock, Prompt, Step, make_block
 from dtr.inference.prompt_graphs import GraphRecorder, PromptGraphs
 from dtr.mixers.base import Mixer
 from dtr.ops import decoding
-from dtr.ops.decoding import GatedProjection, Norm
+from dtr.ops.projections import GatedProjection, Norm
 
 PREFILL_TOKENS = 2**18
 """Most tokens of a prompt that run through the layers at once; larger batches go in parts."""

@@ -20,7 +20,7 @@ from dtr.ops.delta_prompt_kernels import chunk_maps, prompt_scan, token_gates
 from dtr.ops.gated_delta_kernels import carry_segments
 
 if TYPE_CHECKING:
-    from dtr.ops.decoding import DeltaProjection
+    from dtr.ops.projections import DeltaProjection
 
 _CHUNK_TOKENS = 64
 _MIN_SEGMENT_CHUNKS = 8

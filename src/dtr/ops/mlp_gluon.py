@@ -5,7 +5,7 @@ anew for every tile of the output, and with a short inner dim the second-level c
 tensor cores multiply: tiles of 128 x 256 read 11 GB for 262,144 rows of dim 576 and 3,072 columns, this one 7 GB.
 One warp copies, and two groups of four take turns: one multiplies while the other finishes its outputs and writes them.
 
-The order of the weights' rows (`dtr.ops.decoding.GatedProjection`) puts gate and up of an output, and eight outputs
+The order of the weights' rows (`dtr.ops.projections.GatedProjection`) puts gate and up of an output, and eight outputs
 that are neighbours in memory, into the registers of one thread: nothing is exchanged before it is stored.
 
 Shapes: R rows, D hidden dim, C inner dim.
@@ -203,7 +203,7 @@ def supports(x_RD: torch.Tensor, weight: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def gated_pair(x_RD: torch.Tensor, rows: torch.Tensor, eps: float, stages: int | None = None) -> torch.Tensor:
-    """(R, C) of x (R, D) over its root mean square, from `dtr.ops.decoding.GatedProjection.streamed_rows`."""
+    """(R, C) of x (R, D) over its root mean square, from `dtr.ops.projections.GatedProjection.streamed_rows`."""
     (R, D), inner = x_RD.shape, len(rows) // 2
     out = x_RD.new_empty(R, inner)
     layout = gl.NVMMASharedLayout.get_default_for([ROWS, _INNER], gl.bfloat16)
