@@ -1,9 +1,9 @@
 """The norm and the first half of a gated MLP over a prompt, in Gluon, for GPUs of the Hopper generation.
 
 A tile of 128 rows stays in shared memory while the weights stream past it. A plain tiling reads both of its operands
-anew for every tile of the output, and with a short inner dim the second-level cache cannot deliver that as fast as
-tensor cores multiply: tiles of 128 x 256 read 11 GB for 262,144 rows of dim 576 and 3,072 columns, this one 7 GB.
+anew for every tile of the output: of 262,144 rows, dim 576 and 3,072 columns, tiles of 128 x 256 read 11 GB, this 7.
 One warp copies, and two groups of four take turns: one multiplies while the other finishes its outputs and writes them.
+Programs stay for many tiles, as starting one takes as long as a good part of so short an inner dim.
 
 The order of the weights' rows (`dtr.ops.projections.GatedProjection`) puts gate and up of an output, and eight outputs
 that are neighbours in memory, into the registers of one thread: nothing is exchanged before it is stored.
