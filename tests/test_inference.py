@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from test_hybrid import hybrid_of
@@ -76,13 +78,24 @@ def test_prompts_padded_for_a_graph_keep_their_logits_and_tokens(family, layers)
         recorded.append(work)
         return work
 
-    padding._prompts = PromptGraphs(padding._read_padded, batch_size=2, capacity_tokens=40, record=record)
+    padding._prompts = PromptGraphs(batch_size=2, capacity_tokens=40, record=record)
     # The first is read as it is, and so is one that would not fit with its padding; one token has no successor.
     for num_tokens, num_recorded in ((9, 0), (13, 1), (1, 1), (16, 1), (17, 1), (30, 2), (34, 2)):
         ids = torch.randint(1, 257, (2, num_tokens))
         torch.testing.assert_close(padding.prefill(ids), plain.prefill(ids), rtol=1e-4, atol=1e-4)
         assert torch.equal(padding.greedy(6), plain.greedy(6)), num_tokens
         assert len(recorded) == num_recorded, num_tokens
+
+
+def test_a_decoder_is_freed_at_once():
+    """Its cache would otherwise stay on the GPU until Python looks for cycles."""
+    decoder = Decoder(hybrid_of(pico_teacher(), (0, 2)), batch_size=2, capacity_tokens=40)
+    decoder._prompts = PromptGraphs(batch_size=2, capacity_tokens=40, record=lambda work: work().clone)
+    for _ in range(3):
+        decoder.prefill(torch.randint(1, 257, (2, 9)))
+    gone = weakref.ref(decoder)
+    del decoder
+    assert gone() is None
 
 
 def test_padding_of_a_graph_is_at_most_an_eighth():

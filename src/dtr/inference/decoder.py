@@ -86,10 +86,7 @@ class Decoder:
             # Any other mixer's state moves as it reads a prompt, and may depend on what padding follows.
             if not any(isinstance(block, MixerBlock) for block in self._blocks):
                 self._prompts = PromptGraphs(
-                    self._read_padded,
-                    batch_size=batch_size,
-                    capacity_tokens=capacity_tokens,
-                    record=GraphRecorder(device),
+                    batch_size=batch_size, capacity_tokens=capacity_tokens, record=GraphRecorder(device)
                 )
 
     @torch.no_grad()
@@ -109,7 +106,7 @@ class Decoder:
         batch, num_tokens = ids_BT.shape
         mask = None if attention_mask is None or attention_mask.all() else attention_mask.to(ids_BT.device)
         self._check_prompt(batch, num_tokens, mask)
-        logits = self._prompts(ids_BT) if self._prompts is not None and mask is None else None
+        logits = self._prompts(ids_BT, self._read_padded) if self._prompts is not None and mask is None else None
         if logits is None:
             rows_at_once = max(1, PREFILL_TOKENS // num_tokens)
             parts = [slice(i, min(i + rows_at_once, batch)) for i in range(0, batch, rows_at_once)]

@@ -36,20 +36,19 @@ class PromptGraphs:
     Recording takes as long as reading a few such prompts.
 
     Args:
-        read: reads a padded prompt into the cache.
         record: makes of some work something that repeats it, with the same tensors; a `GraphRecorder`.
     """
 
-    def __init__(
-        self, read: ReadPadded, *, batch_size: int, capacity_tokens: int, record: Callable[[Work], Work]
-    ) -> None:
-        self._read, self._batch_size, self._capacity_tokens = read, batch_size, capacity_tokens
-        self._record = record
+    def __init__(self, *, batch_size: int, capacity_tokens: int, record: Callable[[Work], Work]) -> None:
+        self._batch_size, self._capacity_tokens, self._record = batch_size, capacity_tokens, record
         self._met: set[int] = set()
         self._recorded: dict[int, _Recorded] = {}
 
-    def __call__(self, ids_BT: torch.Tensor) -> torch.Tensor | None:
-        """The logits after the last token, or None for a prompt to be read without a graph."""
+    def __call__(self, ids_BT: torch.Tensor, read: ReadPadded) -> torch.Tensor | None:
+        """The logits after the last token, or None for a prompt to be read without a graph.
+
+        `read` reads a padded prompt into the cache. It is not kept: whose method it is could not be freed in time.
+        """
         num_tokens = ids_BT.shape[1]
         length = padded_length(num_tokens)
         if length > self._capacity_tokens or self._batch_size * length > MAX_TOKENS:
@@ -58,17 +57,17 @@ class PromptGraphs:
             self._met.add(length)
             return None
         if length not in self._recorded:
-            self._recorded[length] = self._prepare(length, ids_BT)
+            self._recorded[length] = self._prepare(length, ids_BT, read)
         prompt = self._recorded[length]
         prompt.ids_BT[:, :num_tokens] = ids_BT
         prompt.mask_BT[:, :num_tokens], prompt.mask_BT[:, num_tokens:] = 1, 0
         prompt.last.fill_(num_tokens - 1)
         return prompt.run().clone()
 
-    def _prepare(self, length: int, like: torch.Tensor) -> _Recorded:
+    def _prepare(self, length: int, like: torch.Tensor, read: ReadPadded) -> _Recorded:
         ids = like.new_zeros(self._batch_size, length)
         mask, last = torch.ones_like(ids), like.new_full((1,), length - 1)
-        return _Recorded(ids_BT=ids, mask_BT=mask, last=last, run=self._record(lambda: self._read(ids, mask, last)))
+        return _Recorded(ids_BT=ids, mask_BT=mask, last=last, run=self._record(lambda: read(ids, mask, last)))
 
 
 def padded_length(num_tokens: int) -> int:
