@@ -15,8 +15,8 @@ from score_tables import Table, acc, ppl, table
 
 from dtr.errors import DataError, RecipeError
 from dtr.selection import auto as auto_module
-from dtr.selection.auto import estimate_gains
 from dtr.selection.criteria import Limits
+from dtr.selection.gains import estimate_gains
 from dtr.selection.items import split_items
 from dtr.selection.journal import Journal
 from dtr.selection.meter import PassMeter
@@ -113,20 +113,22 @@ def test_baselines_follow_their_numbers():
         run(score, "impact", layers=range(5), facts=lambda name: {})
 
 
-# Not held by near_limit, where 25 passes are too few unless prompts are shared; see dev/LOG.md.
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"near_limit"}))
+@pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_auto_is_as_good_as_exact_for_25_passes(preset: str):
+    """With prompts shared as four choices to a question share them on ARC-easy."""
     found: dict[str, list[SimulatedTask]] = {"exact": [], "auto": []}
     traces: dict[str, list[SearchTrace]] = {"exact": [], "auto": []}
     for seed in range(3):
         for strategy, tasks in found.items():
-            tasks.append(SimulatedTask(PRESETS[preset], num_items=500, seed=seed))
-            traces[strategy].append(run(tasks[-1], strategy))
+            tasks.append(SimulatedTask(PRESETS[preset], num_items=250, seed=seed, pass_share=0.46))
+            traces[strategy].append(run(tasks[-1], strategy, num_items=250))
     passes = {strategy: [task.pass_equivalents for task in tasks] for strategy, tasks in found.items()}
     assert max(passes["auto"]) <= 25
-    assert statistics.fmean(passes["exact"]) > 6 * statistics.fmean(passes["auto"])
-    layers = {s: statistics.fmean(len(t.m_opt.layers) for t in traces[s]) for s in traces}
-    assert layers["auto"] >= layers["exact"] - 1
+    layers = {s: [len(trace.m_opt.layers) for trace in traces[s]] for s in traces}
+    assert statistics.fmean(layers["auto"]) >= statistics.fmean(layers["exact"]) - 1
+    if preset not in ("hard", "pairs"):
+        # On those that end half way a fifth of the runs are short, see dev/LOG.md.
+        assert all(ours >= theirs - 1 for ours, theirs in zip(layers["auto"], layers["exact"]))
     # Of the same number of layers, as one strategy that goes further gives up more for it.
     truth: dict[str, list[float]] = {"exact": [], "auto": []}
     for index in range(3):
@@ -134,6 +136,41 @@ def test_auto_is_as_good_as_exact_for_25_passes(preset: str):
         for s in traces:
             truth[s].append(found[s][index].truth(frozenset(traces[s][index].m_opt.layers[:num])))
     assert statistics.fmean(truth["auto"]) >= statistics.fmean(truth["exact"]) - 0.01
+
+
+def test_auto_goes_down_where_a_tenth_of_the_items_says_nothing():
+    """The tasks on which it once ended 2, 9 and 13 layers short: it committed early what those few items let pass."""
+    for preset, seed, least in (("measured", 3, 28), ("measured", 7, 24), ("near_limit", 9, 28)):
+        task = SimulatedTask(PRESETS[preset], num_items=250, seed=seed, pass_share=0.46)
+        trace = run(task, "auto", num_items=250)
+        assert len(trace.m_opt.layers) >= least
+        assert task.pass_equivalents <= 25
+        assert "attention was given back" in trace.reason
+
+
+def test_auto_going_down_heeds_a_guard_and_says_what_is_ranked():
+    task = SimulatedTask(PRESETS["measured"], num_items=250, seed=0, pass_share=0.46)
+    free = run(task, "auto", num_items=250)
+    assert free.steps[0].is_ranked
+    spared = free.m_opt.layers[0]
+
+    def recall(linear: frozenset[int], *, base: frozenset[int]):
+        return acc(1.0 - 0.5 * (spared in linear))
+
+    trace = run(task, "auto", num_items=250, guards=[GuardTask(name="recall", score=recall, p_min=0.8)])
+    assert spared not in trace.m_opt.layers
+    assert len(trace.m_opt.layers) > 10
+    assert trace.guards[0].m_opt.value == 1.0
+
+
+def test_estimates_that_tie_are_set_apart_by_likelihood():
+    """Where no item changes sides; so a certificate does not begin with the layers of the lowest numbers."""
+    base = acc(0.6, items=(1.0, 1.0, 0.0, 1.0, 0.0))
+    moves = {0: -0.3, 1: 0.1, 2: -0.1, 3: 0.2, 4: -0.2}
+    after = {layer: replace(base, log_likelihood=base.log_likelihood + move) for layer, move in moves.items()}
+    gains = estimate_gains(base, after)
+    assert sorted(gains, key=gains.__getitem__) == [0, 4, 2, 1, 3]
+    assert max(abs(gain) for gain in gains.values()) < 1e-3
 
 
 def test_auto_ends_as_exact_does_and_spends_what_shared_prompts_save():
@@ -155,11 +192,11 @@ def test_auto_ends_as_exact_does_and_spends_what_shared_prompts_save():
 
 def test_layers_chosen_anew_make_the_hybrid_better_or_leave_it(monkeypatch):
     """Also where the time is spent in the middle of it."""
-    exchange, gains = auto_module._exchange, []
+    exchange, gains = auto_module.exchange, []
     for seed in range(6):
         found, calls = {}, {}
         for name, seconds in (("without", None), ("whole", None), ("cut", "half way")):
-            monkeypatch.setattr(auto_module, "_exchange", exchange if name != "without" else lambda *_: None)
+            monkeypatch.setattr(auto_module, "exchange", exchange if name != "without" else lambda *_, **__: None)
             task = SimulatedTask(PRESETS["pairs"], num_items=250, seed=seed, pass_share=0.33)
             clock = itertools.count()
             limit = (calls["without"] + calls["whole"]) // 2 if seconds else 10**6

@@ -24,11 +24,14 @@ NUM_LAYERS = 9
 STRATEGIES = ("exact", "auto", "kl")
 LIMITS = {"p_min": 0.9, "test_curve": True, "max_linear_layers": 3}
 
+DOWN = {"p_min": 1.0, "max_linear_layers": None, "journal": None}
+"""With which `auto` goes down from the all-linear model."""
+
 WORKER = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from test_spreading import LIMITS, STRATEGIES, find, guards, make_bank, make_task, pico_teacher, summary, NUM_LAYERS
+from test_spreading import DOWN, STRATEGIES, find, guards, make_bank, make_task, pico_teacher, summary, NUM_LAYERS
 from dtr.distributed import join_world
 from dtr.errors import DtrError
 from dtr.evaluation.evaluator import Evaluator
@@ -57,6 +60,7 @@ world.wait()
 found["resumed"] = summary(find(teacher, bank, task, "exact", folder))
 found["timed"] = summary(find(teacher, bank, task, "exact", folder, max_seconds=600))
 found["guarded"] = summary(find(teacher, bank, task, "one_shot", folder, guards=guards(task), journal=None))
+found["down"] = summary(find(teacher, bank, task, "auto", folder, **DOWN))
 assert world.collect(found) == [found] * 2
 if world.is_first:
     (folder / "found.json").write_text(json.dumps({**found, "shares": shares}))
@@ -97,7 +101,9 @@ def make_bank(teacher):
 
 def make_task(folder):
     rng = random.Random(3)
-    rows = [{"question": f"{index:03d}?", "choices": ["a", "b"], "answer": rng.randrange(2)} for index in range(150)]
+    rows = [
+        {"question": f"{index:03d}?", "choices": ["a", "b"], "answer": 1 - rng.randrange(2)} for index in range(150)
+    ]
     for split, chosen in {"validation": rows[:130], "test": rows[130:]}.items():
         if not (folder / f"{split}.jsonl").exists():
             (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
@@ -166,6 +172,9 @@ def test_two_ranks_take_the_path_of_one(together, tmp_path):
         assert found[name]["test"] == alone["test"], name
         # Ranks that share a base each make its hidden states: more work in all, and less for each.
         assert alone["pass_equivalents"] <= found[name]["pass_equivalents"] + 1e-9
+    alone = summary(find(teacher, bank, task, "auto", tmp_path, **DOWN))
+    assert found["down"]["trace"] == alone["trace"]
+    assert "attention was given back" in alone["trace"]["reason"]
     assert found["resumed"]["trace"] == found["exact"]["trace"]
     assert found["resumed"]["pass_equivalents"] < found["exact"]["pass_equivalents"]
     assert found["timed"]["trace"] == found["exact"]["trace"]

@@ -209,6 +209,12 @@ class Search:
             self.scorer.emit("refused", layers=list(layers), guard=broken.name, num_linear=len(linear))
         return broken is None
 
+    def refuse_guilty(self, layers: Sequence[int]) -> list[int]:
+        """Those of the layers that break a guard's floor when they are added alone, which are not tried again."""
+        guilty = [layer for layer in layers if not self.keeps_guards(self.linear | {layer}, [layer])]
+        self.path = replace(self.path, refused=self.path.refused.union(guilty))
+        return guilty
+
     def take_best(self, candidates: Mapping[int, Score]) -> int | None:
         """Take the best candidate, or the next best where a guard refuses; None where all are refused."""
         left = dict(candidates)

@@ -96,42 +96,48 @@ def select_layers(
             candidate is scored.
         DataError: too few items to confirm with.
     """
-    run = STRATEGIES[strategy]
-    layers = _sorted_layers(layers)
+    run, layers = STRATEGIES[strategy], _sorted_layers(layers)
     check_limits(limits, num_confirmation=len(items.confirmation) if items else 0)
     layer_of = layer_of or {layer: layer for layer in layers}
-    num_layers = len(set(layer_of.values()))
-    scorer = Scorer(score, max_candidates=len(layers) * (num_layers + 1) // 2, journal=journal, on_event=on_event)
+    num_candidates = len(layers) * (len(set(layer_of.values())) + 1) // 2
+    scorer = Scorer(score, max_candidates=num_candidates, journal=journal, on_event=on_event)
     teacher = scorer.teacher(items.selection if items else None)
     threshold = with_safety(resolve_p_min(limits.p_min, limits.p_min_kind, teacher), limits, teacher)
-    # Of the split's items, those that only the certificate looks at. Its teacher and its tests pass over them, and the
-    # hybrid that comes of it is scored on the others.
-    confirmed = len(items.confirmation) / (len(items.confirmation) + len(items.selection)) if items else 0.0
-    pass_share = getattr(score, "pass_share", 1.0)
     certify = _Confirmation(scorer, items, limits) if items and limits.p_min_confidence is not None else None
+    how: dict[str, Any] = {"run_to_end": run_to_end, "budget": budget, "facts": facts, "seed": seed, "clock": clock}
     search = Search(
         layers=layers,
         num_model_layers=num_model_layers or max(layer_of.values()) + 1,
+        layer_of=layer_of,
         scorer=scorer,
         teacher=teacher,
         threshold=threshold,
         blocks=items.blocks if items else (),
-        run_to_end=run_to_end,
         guards=[_resolve_guard(guard, journal) for guard in guards],
-        budget=budget,
-        facts=facts,
-        seed=seed,
-        clock=clock,
-        layer_of=layer_of,
-        pass_share=pass_share * (1 - confirmed),
-        reserved_passes=pass_share * (confirmed * (1 + MAX_TESTS) + 1 - confirmed) if certify else 0.0,
+        **how,
+        **_prices(getattr(score, "pass_share", 1.0), items, is_certified=certify is not None),
     )
+    _run(search, run)
+    return _conclude(search, certify(search) if certify else None, limits, strategy)
+
+
+def _prices(pass_share: float, items: ItemSplit | None, *, is_certified: bool) -> dict[str, Any]:
+    """What a pass over the items that search may look at costs, and what is to come after the search.
+
+    Of the split's items, those that only the certificate looks at are confirmed: its teacher and its tests pass over
+    them, and the hybrid that comes of it is scored on the others.
+    """
+    confirmed = len(items.confirmation) / (len(items.confirmation) + len(items.selection)) if items else 0.0
+    reserved = confirmed * (1 + MAX_TESTS) + 1 - confirmed if is_certified else 0.0
+    return {"pass_share": pass_share * (1 - confirmed), "reserved_passes": pass_share * reserved}
+
+
+def _run(search: Search, strategy: Callable[[Search], None]) -> None:
     try:
-        run(search)
+        strategy(search)
     except OutOfTime:
         search.stop("budget", f"The budget of {search.budget.seconds:g} seconds is spent.")
     search.conclude()
-    return _conclude(search, certify(search) if certify else None, limits, strategy)
 
 
 def check_limits(limits: Limits, *, num_confirmation: int) -> None:
