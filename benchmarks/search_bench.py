@@ -24,7 +24,8 @@ from typing import Any
 from dtr.environment import command_line, hardware, own_commit
 
 OUT = Path(__file__).parent / "results" / "search.json"
-STRATEGIES = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,impact,uniform,random"
+STRATEGIES = "auto,one_shot,lowest_mse,uniform,random,kl,impact,restore,lazy,exact"
+"""Those that take long last, for the time limit; each is searched from nothing and paired with `exact` in the end."""
 
 
 def main() -> None:
@@ -71,10 +72,14 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="teacher: hub name, folder or GGUF file")
     parser.add_argument("--bank", type=Path, help="folder of its mixer bank")
     parser.add_argument("--task", action="append", default=[], help="name=source, repeatable; source as in a recipe")
-    parser.add_argument("--strategies", default=STRATEGIES, help="names, by commas")
+    parser.add_argument("--strategies", default=STRATEGIES, help="names, by commas; none for `auto_certified` alone")
     parser.add_argument("--p-min", type=float, default=0.95)
-    parser.add_argument("--confidence", type=float, help="p_min_confidence, for `auto_certified` beside the others")
-    parser.add_argument("--time-limit", type=float, help="seconds for each task, test scores included")
+    parser.add_argument(
+        "--confidence", type=float, help="p_min_confidence, for `auto_certified` after the first strategy"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, help="seconds for each task, test scores included; `left_out` says what has no row"
+    )
     parser.add_argument("--set", action="append", default=[], help="further recipe settings, section.key=value")
     parser.add_argument(
         "--task-set", action="append", default=[], metavar="NAME:KEY=VALUE", help="the same, for one of the tasks"
@@ -112,7 +117,7 @@ def merge(record: dict[str, Any], paths: list[Path]) -> None:
 
 
 def measure(args: argparse.Namespace, record: dict[str, Any]) -> bool:
-    """All strategies on every task; with a confidence first `auto` under it. False on all but torchrun's first rank."""
+    """All strategies on every task. False on all but torchrun's first rank."""
     from dtr.distributed import current_world, leave_world
     from dtr.errors import DtrError
     from dtr.pipeline.preparation import prepare_teacher
@@ -123,55 +128,42 @@ def measure(args: argparse.Namespace, record: dict[str, Any]) -> bool:
     for named in args.task:
         name, _, source = named.partition("=")
         settings = [*args.set, *(one.partition(":")[2] for one in args.task_set if one.startswith(f"{name}:"))]
-        deadline = time.monotonic() + args.time_limit if args.time_limit else None
-        rows: dict[str, Any] = {}
-        for certified in (True, False) if args.confidence else (False,):
-            limits = {"p_min": args.p_min} | ({"p_min_confidence": args.confidence} if certified else {})
-            base = {"teacher": {"source": args.model}, "task": {"source": source or name}, "search": limits}
-            recipe = read_recipe(None, settings, base)
-            teacher = teacher or prepare_teacher(recipe, report_steps)
-            strategies = ["auto"] if certified else args.strategies.split(",")
-            label = "auto_certified" if certified else ""
-            try:
-                measure_task(args, record, recipe, teacher, rows, name, strategies, label, deadline)
-            except DtrError as error:
-                # Such as too few items for the confidence; the other strategies and tasks are worth having.
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
+        base = {"teacher": {"source": args.model}, "task": {"source": source or name}, "search": {"p_min": args.p_min}}
+        recipe = read_recipe(None, settings, base)
+        teacher = teacher or prepare_teacher(recipe, report_steps)
+        try:
+            measure_task(args, record, recipe, teacher, name)
+        except DtrError as error:
+            # The other tasks are worth having.
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
     is_first = current_world().is_first
     leave_world()
     return is_first
 
 
-def measure_task(
-    args: argparse.Namespace,
-    record: dict[str, Any],
-    recipe: Any,
-    teacher: Any,
-    rows: dict[str, Any],
-    name: str,
-    strategies: list[str],
-    label: str,
-    deadline: float | None,
-) -> None:
-    """Add the rows of these strategies to `rows`; the file is written after every one of them."""
+def measure_task(args: argparse.Namespace, record: dict[str, Any], recipe: Any, teacher: Any, name: str) -> None:
+    """The rows of one task; the file is written after every one of them."""
     from dtr.bench.measure import bench_strategies
 
     def keep(found: dict[str, Any]) -> None:
-        rows.update({label or key: row for key, row in found["strategies"].items()})
         record["hardware"] = found["hardware"]
-        record["tasks"][name] = {**found, "command": record["command"], "strategies": rows}
+        record["tasks"][name] = {**found, "command": record["command"]}
         write(args.out, record)
-        print(f"{name}: {label or list(rows)[-1]} is done", file=sys.stderr, flush=True)
+        print(f"{name}: {list(found['strategies'])[-1]} is done", file=sys.stderr, flush=True)
 
-    bench_strategies(
+    found = bench_strategies(
         recipe,
         args.bank,
-        strategies,
+        [strategy for strategy in args.strategies.split(",") if strategy],
         teacher=teacher,
-        time_limit_seconds=max(1.0, deadline - time.monotonic()) if deadline else None,
+        confidence=args.confidence,
+        time_limit_seconds=args.time_limit,
         on_event=report_steps,
         on_row=keep,
     )
+    if found:
+        # Also what has no row, and why.
+        record["tasks"][name] = {**found, "command": record["command"]}
 
 
 def report_steps(event: dict[str, Any]) -> None:

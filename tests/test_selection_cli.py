@@ -103,12 +103,19 @@ def test_the_benchmark_script_keeps_what_it_does_not_measure(tmp_path, monkeypat
     script.main()
     task = f"choices={recipe['task']['source']}"
     model = ["--model", str(place / "model"), "--bank", str(bank)]
-    monkeypatch.setattr(sys, "argv", [*common, *model, "--task", task, "--strategies", "exact,auto"])
+    wanted = ["--strategies", "auto,uniform,exact", "--confidence", "0.95"]
+    monkeypatch.setattr(sys, "argv", [*common, *model, "--task", task, *wanted])
     script.main()
     record = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
     assert record["certificate_simulation"]["runs"] == 4
-    row = record["tasks"]["choices"]["strategies"]["auto"]
+    found = record["tasks"]["choices"]
+    assert list(found["strategies"]) == ["auto", "uniform", "exact"]
+    # The rows before it are paired with exact as well.
+    assert all(row["test_minus_exact"]["num_items"] == 30 for row in found["strategies"].values())
+    assert list(found["left_out"]) == ["auto_certified"]
+    assert "17 validation items to confirm with, too few" in found["left_out"]["auto_certified"]
+    row = found["strategies"]["auto"]
     wanted = {"num_replaced", "val", "test", "test_drop", "pass_equivalents", "seconds", "order"}
     assert wanted <= row.keys()
     assert {"command", "hardware", "commit"} <= record.keys()
@@ -165,12 +172,21 @@ def test_a_run_with_guard_and_budget_reports_them(dtr, tmp_path, place, recipe, 
         ({"p_min_confidence": 95}, "less than 1"),
         ({"strategy": "greedy"}, "search.strategy: got 'greedy'; expected 'auto', 'exact'"),
         ({"max_linear_layers": 0}, "search.max_linear_layers"),
+        # What only the teacher's own score can tell is told before anything is distilled, too.
+        ({"p_min": 0.99, "p_min_kind": "absolute"}, "search.p_min: got an acc_norm of 0.99, which the teacher itself"),
+        ({"guards": [{"task": "the recipe's", "p_min": 0.99, "p_min_kind": "absolute"}]}, "which the teacher itself"),
+        (
+            {"p_min": 0.8, "p_min_confidence": 0.95},
+            "17 validation items to confirm with, too few for 0.95 even if nothing changed; expected at least",
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(dtr, tmp_path, recipe, search, words):
     path = tmp_path / "bad.yaml"
+    for guard in search.get("guards", []):
+        guard["task"] = recipe["task"] if guard["task"] == "the recipe's" else guard["task"]
     path.write_text(yaml.safe_dump({**recipe, "search": {**recipe["search"], **search}}))
     code, _, err = dtr("run", path, "--out", tmp_path / "run")
     assert code == 2
     assert words in " ".join(err.split())
-    assert not (tmp_path / "run" / "bank").exists()
+    assert not (tmp_path / "run").exists()

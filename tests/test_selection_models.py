@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import pico_teacher
 
 from dtr.arch import decoder_layers
+from dtr.bench import strategies
 from dtr.bench.strategies import compare_strategies
 from dtr.distillation.bank import MixerBank
 from dtr.errors import DataError, OutputError, RecipeError
 from dtr.evaluation.evaluator import Evaluator
+from dtr.evaluation.generation import generate_texts
 from dtr.evaluation.probe import impact
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.mixers import mixer_from_teacher
@@ -22,6 +25,7 @@ from dtr.replacement.settings import GuardFloor
 from dtr.selection.items import split_items
 from dtr.selection.meter import PassMeter
 from dtr.tasks import load_task
+from dtr.tasks.base import GenerationRequest
 
 NUM_LAYERS = 9
 NUM_ITEMS = 125
@@ -185,6 +189,53 @@ def test_the_table_of_strategies(task):
     assert rows["exact"]["test_minus_exact"]["mean"] == 0
     # So few layers are scored one by one.
     assert rows["auto"]["layers"] == rows["exact"]["layers"]
+
+
+def test_a_time_limit_leaves_whole_rows_and_names_what_is_missing(teacher, bank, task, monkeypatch):
+    """The second search is cut off in the middle, and the third does not begin."""
+    now, events = [0.0], []
+    monkeypatch.setattr(strategies, "clock_of", lambda world: lambda: now[0])
+
+    def find_layers(*args, **options):
+        *subjects, settings = args
+        if settings.strategy == "random":
+            now[0], settings = 100.0, replace(settings, max_seconds=1e-9)
+        return find(*subjects, settings, **options)
+
+    find = strategies.find_layers
+    monkeypatch.setattr(strategies, "find_layers", find_layers)
+    limits = {"p_min": 0.9, "shares": (), "time_limit_seconds": 60, "on_event": events.append}
+    rows = list(compare_strategies(teacher, bank, task, strategies=("uniform", "random", "exact"), **limits))
+    assert [row["strategy"] for row in rows] == ["uniform"]
+    left_out = {event["strategy"]: event["reason"] for event in events if event["event"] == "left_out"}
+    assert left_out["random"].startswith("The time limit cut it off, with 0 layers")
+    assert left_out["exact"] == "The time limit was reached before it began."
+
+
+def test_floors_on_perplexity_and_on_generation(teacher, bank, task, tmp_path):
+    texts = [f"{index} stones lie in the river" for index in range(40)]
+    requests = [GenerationRequest(context=text, max_new_tokens=3) for text in texts]
+    answers = generate_texts(teacher.model, teacher.tokenizer, requests, chat_template=False, batch_tokens=400)
+    # Answers without a letter or digit are refused.
+    said = [{"prompt": t, "answer": a.strip()} for t, a in zip(texts, answers) if any(map(str.isalnum, a))]
+    for folder, rows in (("text", [{"text": text} for text in texts]), ("words", said)):
+        (tmp_path / folder).mkdir()
+        for split, chosen in (("validation", rows[:6]), ("test", rows[6:8])):
+            (tmp_path / folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    perplexity = load_task("perplexity", path=str(tmp_path / "text"))
+    options = {"max_new_tokens": 3, "stop": []}
+    words = load_task(str(tmp_path / "words"), kind="generation", prompt="{prompt}", options=options)
+    limits = {"strategy": "uniform", "p_min": 0.01}
+    assert len(search(teacher, bank, task, **limits).trace.m_opt.layers) == NUM_LAYERS
+    for guard in (GuardFloor(task=perplexity, p_min=0.9), GuardFloor(task=words, p_min=0.8)):
+        result = search(teacher, bank, task, **limits, guards=[guard])
+        (kept,) = result.trace.guards
+        assert len(result.trace.m_opt.layers) < NUM_LAYERS
+        assert result.trace.stop_reason == "guard"
+        if kept.teacher.higher_is_better:
+            assert kept.floor <= kept.m_opt.value <= kept.teacher.value
+        else:
+            assert kept.m_opt.value <= kept.floor == pytest.approx(kept.teacher.value / 0.9)
 
 
 def test_impact_is_zero_where_nothing_changes_and_high_where_the_answer_is_lost(teacher, bank, task):

@@ -74,6 +74,7 @@ def bench_strategies(
     strategies: list[str],
     *,
     teacher: Teacher | None = None,
+    confidence: float | None = None,
     time_limit_seconds: float | None = None,
     on_event: Listener | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
@@ -88,12 +89,22 @@ def bench_strategies(
         bank: folder of the bank.
         strategies: names.
         teacher: one that is loaded already, to compare on several tasks.
-        time_limit_seconds: as in `compare_strategies`.
+        confidence, time_limit_seconds: as in `compare_strategies`.
         on_event: called with the events of every search.
         on_row: called with the record so far after every strategy.
+
+    Returns:
+        what it was measured on; `strategies`, their rows by name; and `left_out`, why others have none.
     """
     world, _ = join_world(pick_device(recipe.runtime.device))
-    emit = on_event if on_event is not None and world.is_first else lambda event: None
+    left_out: dict[str, str] = {}
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["event"] == "left_out":
+            left_out[event["strategy"]] = event["reason"]
+        if on_event is not None and world.is_first:
+            on_event(event)
+
     task = prepare_task(recipe)
     settings = search_settings(recipe, [])
     for strategy in strategies:
@@ -112,6 +123,7 @@ def bench_strategies(
         "num_test": len(task.splits["test"]),
         "p_min": recipe.search.p_min,
         "strategies": {},
+        "left_out": left_out,
     }
     for row in compare_strategies(
         teacher,
@@ -119,6 +131,7 @@ def bench_strategies(
         task,
         settings,
         strategies=strategies,
+        confidence=confidence,
         time_limit_seconds=time_limit_seconds,
         on_event=emit,
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -10,10 +11,10 @@ from typing import Any
 
 from dtr.distillation.bank import MixerBank
 from dtr.distributed import current_world
-from dtr.errors import RecipeError
+from dtr.errors import DataError, RecipeError
 from dtr.evaluation.paired import mean_confidence_interval, paired_difference
 from dtr.evaluation.score import Score
-from dtr.replacement.binding import Selection, find_layers, make_evaluator
+from dtr.replacement.binding import Selection, find_layers, make_evaluator, make_validation
 from dtr.replacement.settings import SearchSettings
 from dtr.replacement.spreading import clock_of
 from dtr.tasks.base import Task
@@ -31,6 +32,7 @@ def compare_strategies(
     settings: SearchSettings | None = None,
     *,
     strategies: Sequence[str] = DEFAULT_STRATEGIES,
+    confidence: float | None = None,
     shares: Sequence[float] = SHARES,
     time_limit_seconds: float | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
@@ -38,67 +40,128 @@ def compare_strategies(
 ) -> Iterator[dict[str, Any]]:
     """Search with each strategy, from nothing, and score what it finds on test.
 
+    Before the first one the teacher and the all-linear model are scored once, so that no strategy pays for kernels
+    that are built and tuned at their first use.
+
     Args:
         teacher, bank, task, settings: as `search` takes them; each strategy takes the place of the settings' own.
         strategies: names.
+        confidence: also search with `auto` under this `p_min_confidence`, as `auto_certified`, after the first name.
         shares: also score the first so many layers of each path on test (`at_share`), the path drawn to its end.
             That is done after the timed search and adds nothing to its account.
-        time_limit_seconds: for all of them together, test scores included: a search is cut off at what is left, and
+        time_limit_seconds: for all of them together, test scores included. A search that it cuts off gives no row, and
             no further one begins. Test scores that two strategies share are computed once.
-        on_event: called with the events of every search.
+        on_event: called with the events of every search, and with `left_out` for each strategy without a row.
         changes: fields of `SearchSettings` by name.
 
     Yields:
-        one dict per strategy, with the keys of `benchmarks/results/search.json`.
+        one dict per strategy, with the keys of `benchmarks/results/search.json`. `test_minus_exact` is None until
+        `exact` has its row; then it is filled in in the rows before, too.
     """
+    emit = on_event or (lambda event: None)
     settings = replace(settings or SearchSettings(), **changes)
-    test = TestScores(teacher, bank, task, settings.batch_tokens)
-    # All ranks must give up at the same place, so the first one's clock and limit count.
-    world = current_world()
-    clock, limit_seconds = clock_of(world), world.collect(time_limit_seconds)[0]
-    deadline = clock() + limit_seconds if limit_seconds else None
-
-    def timed(strategy: str, **more: Any) -> SearchSettings | None:
-        """The settings with what is left of the time as a limit, or None if nothing is."""
-        changed = replace(settings, strategy=strategy, **more)
-        if deadline is None:
-            return changed
-        left = deadline - clock()
-        return replace(changed, max_seconds=min(left, settings.max_seconds or left)) if left > 0 else None
-
+    searches = [(name, replace(settings, strategy=name)) for name in strategies]
+    if confidence is not None:
+        searches.insert(1, ("auto_certified", replace(settings, strategy="auto", p_min_confidence=confidence)))
+    comparison = _Comparison(teacher, bank, task, shares, time_limit_seconds, emit)
+    comparison.warm_up(settings)
+    rows: list[tuple[dict[str, Any], Score]] = []
     reference: Score | None = None
-    for strategy in strategies:
+    for name, wanted in searches:
+        try:
+            row, score = comparison.row(name, wanted)
+        except _LeftOut as reason:
+            emit({"event": "left_out", "strategy": name, "reason": str(reason)})
+            continue
+        rows.append((row, score))
+        reference = score if name == "exact" else reference
+        if reference is not None:
+            for known, of_row in rows:
+                known["test_minus_exact"] = paired_difference(of_row, reference).to_dict()
+        yield row
+
+
+class _LeftOut(Exception):
+    """Why a strategy has no row."""
+
+
+class _Comparison:
+    """What the strategies of one comparison share: the subjects, the test scores and the time."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        bank: MixerBank,
+        task: Task,
+        shares: Sequence[float],
+        time_limit_seconds: float | None,
+        emit: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._subjects = teacher, bank, task
+        self._sizes = {f"{share:g}": round(share * teacher.num_layers) for share in shares}
+        self._emit = emit
+        self._test: TestScores | None = None
+        # All ranks must give up at the same place, so the first one's clock and limit count.
+        world = current_world()
+        self._clock = clock_of(world)
+        limit_seconds = world.collect(time_limit_seconds)[0]
+        self._deadline = self._clock() + limit_seconds if limit_seconds else None
+
+    def warm_up(self, settings: SearchSettings) -> None:
+        """Run every attention layer and every mixer once, on every rank, over the batches that searches will have."""
+        by_layer: dict[int, list[int]] = {}
+        for number, layer in self._subjects[1].layer_of.items():
+            by_layer.setdefault(layer, []).append(number)
+        kinds = itertools.zip_longest(*by_layer.values())
+        hybrids = [[number for number in hybrid if number is not None] for hybrid in kinds]
+        make_validation(*self._subjects, settings).warm_up([[], *hybrids])
+
+    def row(self, name: str, settings: SearchSettings) -> tuple[dict[str, Any], Score]:
+        """A search from nothing, and its hybrid's score on test.
+
+        Raises:
+            _LeftOut: the time is spent, or this task or its items do not allow the strategy.
+        """
+        if self._test is None:
+            self._test = TestScores(*self._subjects, settings.batch_tokens)
         with tempfile.TemporaryDirectory() as folder:
-            where: dict[str, Any] = {"journal": Path(folder) / "journal.jsonl", "on_event": on_event}
-            limits = timed(strategy)
-            if limits is None:
-                break
-            try:
-                result = find_layers(teacher, bank, task, limits, **where)
-            except RecipeError as error:
-                # Such as a ranking that this kind of task does not have; the other strategies can still be compared.
-                if on_event is not None:
-                    on_event({"event": "left_out", "strategy": strategy, "reason": str(error)})
-                if strategy not in ("kl", "impact"):
-                    raise
-                continue
-            order = list(result.trace.m_opt.layers)
-            limits = timed(strategy, run_to_end=True)
-            if limits and len(order) < max((_num_layers(share, teacher) for share in shares), default=0):
+            journal = Path(folder) / "journal.jsonl"
+            found = self._search(settings, journal)
+            if self._left() == 0 and found.trace.stop_reason == "budget":
+                raise _LeftOut(f"The time limit cut it off, with {len(found.trace.m_opt.layers)} layers linear.")
+            order = list(found.trace.m_opt.layers)
+            if len(order) < max(self._sizes.values(), default=0) and self._left() != 0:
                 # What was scored above is in the journal; only the rest of the path is new.
-                whole = find_layers(teacher, bank, task, limits, **where)
+                whole = self._search(replace(settings, run_to_end=True), journal)
                 order = [layer for step in whole.trace.steps for layer in step.added]
-        score = test(result.trace.m_opt.layers)
-        reference = score if strategy == "exact" else reference
-        yield {
-            **_row(strategy, result, order, score, test(())),
-            "at_share": {
-                f"{share:g}": test.row(order[: _num_layers(share, teacher)])
-                for share in shares
-                if _num_layers(share, teacher) <= len(order)
-            },
-            "test_minus_exact": paired_difference(score, reference).to_dict() if reference else None,
-        }
+        score = self._test(found.trace.m_opt.layers)
+        at_share = {share: self._test.row(order[:size]) for share, size in self._sizes.items() if size <= len(order)}
+        row = _row(name, found, order, score, self._test(()))
+        return {**row, "at_share": at_share, "test_minus_exact": None}, score
+
+    def _search(self, settings: SearchSettings, journal: Path) -> Selection:
+        """`find_layers` within the time that is left."""
+        left = self._left()
+        if left == 0:
+            raise _LeftOut("The time limit was reached before it began.")
+        if left is not None:
+            settings = replace(settings, max_seconds=min(left, settings.max_seconds or left))
+        try:
+            return find_layers(*self._subjects, settings, journal=journal, on_event=self._emit)
+        except DataError as error:
+            # Such as too few items for the confidence; the other strategies can still be compared.
+            if settings.p_min_confidence is None:
+                raise
+            raise _LeftOut(str(error)) from error
+        except RecipeError as error:
+            # Such as a ranking that this kind of task does not have.
+            if settings.strategy not in ("kl", "impact"):
+                raise
+            raise _LeftOut(str(error)) from error
+
+    def _left(self) -> float | None:
+        """Seconds; None without a limit."""
+        return None if self._deadline is None else max(0.0, self._deadline - self._clock())
 
 
 class TestScores:
@@ -126,10 +189,6 @@ class TestScores:
             "test_ci95": [low, high],
             "paired": paired_difference(score, self(())).to_dict(),
         }
-
-
-def _num_layers(share: float, teacher: Teacher) -> int:
-    return round(share * teacher.num_layers)
 
 
 def _row(strategy: str, result: Selection, order: list[int], test: Score, teacher_test: Score) -> dict[str, Any]:

@@ -218,6 +218,8 @@ def strategy_table(record: dict[str, Any]) -> Table:
             f"{row['pass_equivalents']:.1f}",
             f"{row['seconds']:.1f}",
         )
+    for name in record["left_out"]:
+        table.add_row(name, "left out")
     return table
 
 

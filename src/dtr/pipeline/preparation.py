@@ -22,7 +22,7 @@ from dtr.distributed import join_world, side_world
 from dtr.evaluation.generation import render_turn
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
-from dtr.replacement.binding import check_search
+from dtr.replacement.binding import check_search, check_teacher
 from dtr.replacement.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
 from dtr.tasks.base import Task
@@ -72,6 +72,7 @@ def prepare_run(recipe: Recipe, bank: str | Path | None, emit: Listener) -> Prep
     if bank is None:
         check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
     given = None if bank is None else load_bank(bank, teacher=teacher)
+    check_teacher(teacher, task, settings)
     ready = Prepared(teacher=teacher, task=task, settings=settings, bank=given, text=None, faults={})
     if not needs_text:
         return ready

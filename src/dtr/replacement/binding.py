@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dtr.distillation.bank import MixerBank
 from dtr.distributed import World, current_world
 from dtr.errors import BankError, RecipeError
-from dtr.evaluation.evaluator import Evaluator
+from dtr.evaluation.evaluator import Evaluator, evaluate
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.replacement.settings import SearchSettings
 from dtr.replacement.spreading import SpreadEvaluator, clock_of, shared_journal
+from dtr.selection.certificate import check_num_items
+from dtr.selection.criteria import resolve_p_min
 from dtr.selection.items import ItemSplit, split_items
 from dtr.selection.journal import Journal
 from dtr.selection.state import Budget
@@ -48,6 +51,35 @@ def check_search(task: Task, settings: SearchSettings) -> None:
     check_limits(settings.limits, num_confirmation=len(_split_items(task, settings).confirmation))
 
 
+def check_teacher(teacher: Teacher, task: Task, settings: SearchSettings) -> None:
+    """Refuse limits that this teacher misses, before anything is distilled or written; `search` does the same, later.
+
+    Scores the teacher on validation only where that can happen: with an absolute P_min or floor, and with a confidence.
+
+    Raises:
+        RecipeError: a P_min or floor that the teacher itself does not reach.
+        DataError: too few validation items for the confidence asked for, as this teacher answers them.
+    """
+    limits = [(task, settings.p_min, settings.p_min_kind, "search")]
+    limits += [(x.task, x.p_min, x.p_min_kind, f"search.guards ({x.task.name})") for x in settings.guards]
+    confirmation = _split_items(task, settings).confirmation
+    for one, p_min, kind, where in limits:
+        is_confirmed = one is task and len(confirmation) > 0
+        if kind == "relative" and not is_confirmed:
+            continue
+        score = evaluate(teacher, one, split="validation", batch_tokens=settings.batch_tokens)
+        resolve_p_min(p_min, kind, score, where=where)
+        if is_confirmed and settings.p_min_confidence is not None:
+            value = fmean(score.per_item[index] for index in confirmation)
+            check_num_items(
+                len(confirmation),
+                confidence=settings.p_min_confidence,
+                p_min=p_min,
+                p_min_kind=kind,
+                teacher=replace(score, value=value),
+            )
+
+
 def make_evaluator(teacher: Teacher, bank: MixerBank, task: Task, split: str, **options: Any) -> SpreadEvaluator:
     """An evaluator that knows the bank's mixers, spread over the ranks; `options` as `Evaluator` takes them."""
     own = Evaluator(
@@ -60,6 +92,19 @@ def make_evaluator(teacher: Teacher, bank: MixerBank, task: Task, split: str, **
         **options,
     )
     return SpreadEvaluator(own, current_world())
+
+
+def make_validation(teacher: Teacher, bank: MixerBank, task: Task, settings: SearchSettings) -> SpreadEvaluator:
+    """The evaluator that a search with these settings asks, batched as it batches."""
+    return make_evaluator(
+        teacher,
+        bank,
+        task,
+        "validation",
+        batch_tokens=settings.batch_tokens,
+        cache_bytes=settings.cache_bytes,
+        blocks=_split_items(task, settings).groups,
+    )
 
 
 def find_layers(
@@ -82,11 +127,10 @@ def find_layers(
     check_search(task, settings)
     budget, items = _budget(teacher, bank, settings), _split_items(task, settings)
     started = time.monotonic()
-    options = {"batch_tokens": settings.batch_tokens, "cache_bytes": settings.cache_bytes}
     world = current_world()
     with _open_journal(world, journal, teacher, bank, task, settings) as book:
-        validation = make_evaluator(teacher, bank, task, "validation", **options, blocks=items.groups)
-        options["cache_bytes"] = 0
+        validation = make_validation(teacher, bank, task, settings)
+        options = {"batch_tokens": settings.batch_tokens, "cache_bytes": 0}
         guarding = [make_evaluator(teacher, bank, guard.task, "validation", **options) for guard in settings.guards]
         trace = select_layers(
             validation,

@@ -83,6 +83,11 @@ class SpreadEvaluator:
         found = {layer: value for part in parts for layer, value in part.items()}
         return {layer: found[layer] for layer in layers}
 
+    def warm_up(self, hybrids: Sequence[Sequence[int]]) -> None:
+        """Score these on this rank, whatever the others do, so that what is built at the first use is there."""
+        for linear in hybrids:
+            self._evaluator(frozenset(linear))
+
     @property
     def pass_share(self) -> float:
         """As `Evaluator`; the same on every rank, as all lay out the same pairs."""
