@@ -172,14 +172,18 @@ def report_steps(event: dict[str, Any]) -> None:
 
 
 def draw_orders(record: dict[str, Any], path: Path) -> None:
-    """When each layer falls, by task and strategy: dark falls early; rows end in how many were replaced."""
+    """When each layer falls, by task, mixer and strategy: dark falls early; in brackets how many were replaced."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [
-        (f"{task}, {name} ({row['num_replaced']})", row["order"], found["num_layers"])
+        (
+            ", ".join([task, *found.get("mixers", ()), f"{name} ({row['num_replaced']})"]),
+            row["order"],
+            found["num_layers"],
+        )
         for task, found in record["tasks"].items()
         for name, row in found["strategies"].items()
         if row["order"]

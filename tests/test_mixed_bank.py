@@ -14,6 +14,7 @@ from score_tables import Table, acc, search
 from tiny import pico_teacher, token_blocks
 from transformers import AutoModelForCausalLM
 
+from dtr.bench.strategies import compare_strategies
 from dtr.cli import main
 from dtr.distillation.bank import load_bank
 from dtr.distillation.trainer import distill
@@ -227,6 +228,15 @@ def test_search_chooses_kinds_on_a_model(teacher, bank, place, tmp_path):
     again = search_model(teacher, bank, task, on_event=events.append, **options)
     assert again.trace == result.trace
     assert all(e["replayed"] for e in events if e["event"] == "candidate")
+
+
+def test_the_table_of_strategies_speaks_of_layers_and_kinds(teacher, bank, place):
+    task = load_task(str(place / "task"))
+    (row,) = compare_strategies(teacher, bank, task, strategies=["one_shot"], p_min=0.01)
+    assert sorted(row["order"]) == bank.layers
+    assert set(row["kinds"]) <= {spec["kind"] for spec in bank.specs}
+    assert len(row["kinds"]) == len(row["order"])
+    assert set(row["at_share"]) == {"0.5", "0.75", "0.9"}
 
 
 def test_the_whole_path_through_the_command_line(place, tmp_path, monkeypatch, capsys):

@@ -153,6 +153,14 @@ def test_guards_and_certificates_on_a_model(teacher, bank, task, tmp_path):
     assert (again.trace, again.pass_equivalents, again.guard_pass_equivalents) == (found, 0, 0)
     with pytest.raises(OutputError, match="seed = 0"):
         search(teacher, bank, task, strategy="lazy", **limits, seed=1)
+    other = untrained_bank(teacher)
+    with torch.no_grad():
+        next(other.mixers[0].parameters()).add_(1.0)
+    with pytest.raises(OutputError, match="another search, with bank = "):
+        search(teacher, other, task, strategy="lazy", **limits)
+    fewer = replace(task, splits={**task.splits, "validation": task.splits["validation"][:120]})
+    with pytest.raises(OutputError, match="another search, with task = "):
+        search(teacher, bank, fewer, strategy="lazy", **limits)
     with pytest.raises(DataError, match="validation items to confirm with"):
         search(teacher, bank, task, p_min=0.99, p_min_confidence=0.95)
 

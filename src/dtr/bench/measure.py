@@ -111,12 +111,14 @@ def bench_strategies(
         check_search(task, replace(settings, strategy=strategy))
     settings = replace(settings, guards=prepare_guards(recipe), run_to_end=False)
     teacher = teacher or prepare_teacher(recipe, emit)
+    mixers = load_bank(bank, teacher=teacher)
     record: dict[str, Any] = {
         "hardware": hardware(teacher.device),
         "versions": library_versions(),
         "commit": own_commit(),
         "teacher": teacher.source,
         "num_layers": teacher.num_layers,
+        "mixers": list(mixers.kinds),
         "task": task.name,
         "metric": task.metric,
         "num_validation": len(task.splits["validation"]),
@@ -127,7 +129,7 @@ def bench_strategies(
     }
     for row in compare_strategies(
         teacher,
-        load_bank(bank, teacher=teacher),
+        mixers,
         task,
         settings,
         strategies=strategies,

@@ -136,8 +136,14 @@ class _Comparison:
                 order = [layer for step in whole.trace.steps for layer in step.added]
         score = self._test(found.trace.m_opt.layers)
         at_share = {share: self._test.row(order[:size]) for share, size in self._sizes.items() if size <= len(order)}
-        row = _row(name, found, order, score, self._test(()))
+        row = _row(name, found, score, self._test(())) | self._named(found.trace.m_opt.layers, order)
         return {**row, "at_share": at_share, "test_minus_exact": None}, score
+
+    def _named(self, chosen: Sequence[int], order: Sequence[int]) -> dict[str, Any]:
+        """Layers instead of numbers of mixers, and the kind of each where the bank has several."""
+        bank = self._subjects[1]
+        layers = {"layers": [bank.layer_of[n] for n in chosen], "order": [bank.layer_of[n] for n in order]}
+        return layers if len(bank.specs) == 1 else {**layers, "kinds": [bank.spec(n)["kind"] for n in order]}
 
     def _search(self, settings: SearchSettings, journal: Path) -> Selection:
         """`find_layers` within the time that is left."""
@@ -191,15 +197,13 @@ class TestScores:
         }
 
 
-def _row(strategy: str, result: Selection, order: list[int], test: Score, teacher_test: Score) -> dict[str, Any]:
+def _row(strategy: str, result: Selection, test: Score, teacher_test: Score) -> dict[str, Any]:
     trace = result.trace
     paired = paired_difference(test, teacher_test)
     low, high = mean_confidence_interval(test)
     return {
         "strategy": strategy,
         "num_replaced": len(trace.m_opt.layers),
-        "layers": list(trace.m_opt.layers),
-        "order": order,
         "order_is_ranked": all(step.is_ranked for step in trace.steps),
         "val": trace.m_opt.score.value,
         "teacher_val": trace.teacher.value,
