@@ -127,7 +127,7 @@ def test_auto_is_as_good_as_exact_for_25_passes(preset: str):
     layers = {s: [len(trace.m_opt.layers) for trace in traces[s]] for s in traces}
     assert statistics.fmean(layers["auto"]) >= statistics.fmean(layers["exact"]) - 1
     if preset not in ("hard", "pairs"):
-        # On those that end half way a fifth of the runs are short, see dev/LOG.md.
+        # On the hard ones, which end half way, 15 % of the runs are short, see dev/LOG.md.
         assert all(ours >= theirs - 1 for ours, theirs in zip(layers["auto"], layers["exact"]))
     # Of the same number of layers, as one strategy that goes further gives up more for it.
     truth: dict[str, list[float]] = {"exact": [], "auto": []}
