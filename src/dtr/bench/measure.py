@@ -14,13 +14,14 @@ from dtr.bench.generation import bench_generate
 from dtr.bench.speedups import speedups
 from dtr.bench.strategies import compare_strategies
 from dtr.bench.subjects import load_subjects
-from dtr.distillation.bank import load_bank
+from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distributed import join_world, leave_world
 from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
 from dtr.ops.dispatch import use_backend
 from dtr.pipeline.preparation import Listener, prepare_guards, prepare_task, prepare_teacher, search_settings
 from dtr.recipe import Recipe
 from dtr.replacement.binding import check_search
+from dtr.tasks.base import Task
 from dtr.teacher import Teacher, load_teacher, pick_device
 
 
@@ -112,17 +113,7 @@ def bench_strategies(
     settings = replace(settings, guards=prepare_guards(recipe), run_to_end=False)
     teacher = teacher or prepare_teacher(recipe, emit)
     mixers = load_bank(bank, teacher=teacher)
-    record: dict[str, Any] = {
-        "hardware": hardware(teacher.device),
-        "versions": library_versions(),
-        "commit": own_commit(),
-        "teacher": teacher.source,
-        "num_layers": teacher.num_layers,
-        "mixers": list(mixers.kinds),
-        "task": task.name,
-        "metric": task.metric,
-        "num_validation": len(task.splits["validation"]),
-        "num_test": len(task.splits["test"]),
+    record = _measured_on(teacher, mixers, task) | {
         "p_min": recipe.search.p_min,
         "strategies": {},
         "left_out": left_out,
@@ -141,6 +132,21 @@ def bench_strategies(
         if on_row is not None and world.is_first:
             on_row(record)
     return record if world.is_first else {}
+
+
+def _measured_on(teacher: Teacher, bank: MixerBank, task: Task) -> dict[str, Any]:
+    return {
+        "hardware": hardware(teacher.device),
+        "versions": library_versions(),
+        "commit": own_commit(),
+        "teacher": teacher.source,
+        "num_layers": teacher.num_layers,
+        "mixers": list(bank.kinds),
+        "task": task.name,
+        "metric": task.metric,
+        "num_validation": len(task.splits["validation"]),
+        "num_test": len(task.splits["test"]),
+    }
 
 
 def bench_distillation(
