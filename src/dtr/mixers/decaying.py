@@ -9,7 +9,7 @@ import torch
 
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
-from dtr.mixers.base import LinearMixer
+from dtr.mixers.linear import LinearMixer
 
 
 class DecayingMixer(LinearMixer):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dtr.arch import HeadGeometry
-from dtr.mixers.base import LinearMixer
+from dtr.mixers.linear import LinearMixer
 from dtr.ops.feature_attention import chunked, features
 
 
