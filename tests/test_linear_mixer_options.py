@@ -228,7 +228,9 @@ def test_they_learn_and_survive_saving(kind, tmp_path):
     assert torch.equal(loaded.generate(**prompt), loaded.generate(use_cache=False, **prompt))
 
 
-@pytest.mark.parametrize("options", [{"conv_tokens": -1}, {"conv_tokens": 2.5}, {"head_copies": 0}])
-def test_a_bad_number_is_told(options, teacher):
+@pytest.mark.parametrize(
+    "options", [{"conv_tokens": -1}, {"conv_tokens": 2.5}, {"head_copies": 0}, {"quadratic": 2}, {"exact_first": 1}]
+)
+def test_a_bad_value_is_told(options, teacher):
     with pytest.raises(RecipeError, match=next(iter(options))):
         make_mixer("gated_deltanet", teacher.geometry, 0, options)

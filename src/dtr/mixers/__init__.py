@@ -46,7 +46,7 @@ def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[
                 "mixer.options", got=f"'{name}'", expected=f"an option of {kind}", hint=did_you_mean(name, known)
             )
         if not isinstance(value, (int, float)):
-            raise RecipeError(f"mixer.options.{name}", got=repr(value), expected="a number")
+            raise RecipeError(f"mixer.options.{name}", got=repr(value), expected="a number, true or false")
     return MIXERS[kind](geometry, layer_idx, **(options or {}))
 
 

@@ -102,3 +102,8 @@ class Mixer(nn.Module):
 def check_number(name: str, value: Any, lowest: int) -> None:
     if not isinstance(value, int) or value < lowest:
         raise RecipeError(f"mixer.options.{name}", got=repr(value), expected=f"a whole number from {lowest} up")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise RecipeError(f"mixer.options.{name}", got=repr(value), expected="true or false")

@@ -14,7 +14,7 @@ from torch import nn
 
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
-from dtr.mixers.base import HeadNorm, Mixer, check_number
+from dtr.mixers.base import HeadNorm, Mixer, check_flag, check_number
 from dtr.mixers.first_token import FirstToken
 from dtr.mixers.quadratic import QuadraticFeatures
 from dtr.ops.rotary import rotate, rotate_to_unit_length
@@ -72,13 +72,15 @@ class LinearMixer(Mixer):
         check_number("head_copies", head_copies, 1)
         check_number("window", window, 0)
         check_number("sinks", sinks, 0)
+        check_flag("quadratic", quadratic)
+        check_flag("exact_first", exact_first)
         if quadratic and not self.has_unit_keys:
             raise RecipeError(
                 "mixer.options.quadratic",
                 got="it for a kind that reads lengths of queries and keys",
                 expected="a kind with queries and keys of unit length, such as gated_deltanet",
             )
-        self.conv_tokens, self.head_copies, self.quadratic = conv_tokens, head_copies, bool(quadratic)
+        self.conv_tokens, self.head_copies, self.quadratic = conv_tokens, head_copies, quadratic
         self.window, self.sinks, self.is_pure_linear = window, sinks, not window
         self.num_heads = g.num_heads * head_copies
         inner_dim = self.num_heads * g.head_dim
