@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dtr.errors import DeviceError
-from dtr.ops import backend, dispatch, gated_delta, gated_linear
-from dtr.ops.backend import GATED_DELTA, GATED_LINEAR, choose_backend
+from dtr.ops import backend, dispatch, gated_delta, gated_linear, quadratic_features, short_convolution
+from dtr.ops.backend import CONVOLUTION, FUSED, GATED_DELTA, GATED_LINEAR, QUADRATIC, choose_backend
+from dtr.ops.rotary import rotate_to_unit_length
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,56 @@ def test_each_head_size_gets_its_own_kernel(machine, monkeypatch):
     names = [dispatch._name(GATED_DELTA, "cuda", head_dim, torch.bfloat16) for head_dim in (64, 80, 64)]
     assert names == ["triton", "torch", "triton"]
     assert dispatch._name(GATED_DELTA, "cuda", 64, torch.float16) == "torch"
+
+
+def test_what_only_our_kernels_fuse_is_fused_where_they_take_it(machine, monkeypatch):
+    machine()
+    backend._kernels.update({("triton", op): draw for op in FUSED})
+    for requested in ("auto", "triton", "fla"):
+        monkeypatch.setattr(dispatch, "_requested", requested)
+        monkeypatch.setattr(dispatch, "_chosen", {})
+        cases = [(torch.bfloat16, dim) for dim in (32, 64, 128)] + [(torch.float32, dim) for dim in (32, 64, 128)]
+        names = [dispatch._name(QUADRATIC, "cuda", dim, dtype) for dtype, dim in cases]
+        assert names == ["torch", "triton", "torch", "triton", "triton", "torch"]
+        assert dispatch._name(CONVOLUTION, "cuda", None, torch.bfloat16) == "triton"
+        assert dispatch._name(CONVOLUTION, "cuda", None, torch.float16) == "torch"
+        assert dispatch._name(CONVOLUTION, "cpu", None, torch.bfloat16) == "torch"
+    monkeypatch.setattr(dispatch, "_requested", "torch")
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    assert {dispatch._name(op, "cuda", 64, torch.bfloat16) for op in FUSED} == {"torch"}
+    with pytest.raises(DeviceError, match=r"fla has no kernel for short convolution.*triton or torch"):
+        choose_backend("fla", "cuda", op=CONVOLUTION)
+
+
+def test_a_layers_fused_parts_get_what_they_take(machine, monkeypatch):
+    """The dispatch with plain forms in the kernels' place: each is called for more than one token without a past."""
+    calls = []
+
+    def features(x, weight, cos, sin, *, step_size):
+        calls.append("features")
+        mix = quadratic_features.mix_of_heads(x, weight, step_size=step_size)
+        return rotate_to_unit_length(quadratic_features.quadratic_features(x, mix), cos, sin)
+
+    def convolution(x, taps):
+        calls.append("convolution")
+        return short_convolution.short_convolution(x, taps, None, None)[0]
+
+    x, weight, taps = torch.randn(2, 9, 3, 8), torch.randn(3, 8, 8), torch.randn(24, 4)
+    cos, sin = torch.randn(2, 1, 9, 8).unbind(0)
+    wanted = dispatch.rotated_quadratic_features(x, weight, cos, sin, step_size=8.0)
+    wanted_rows, wanted_past = dispatch.short_convolution(x.flatten(2), taps, None)
+    assert not calls
+    monkeypatch.setattr(dispatch, "_name", lambda *_: "triton")
+    backend._kernels.update({("triton", QUADRATIC): features, ("triton", CONVOLUTION): convolution})
+    assert torch.equal(dispatch.rotated_quadratic_features(x, weight, cos, sin, step_size=8.0), wanted)
+    rows, past = dispatch.short_convolution(x.flatten(2), taps, None)
+    assert torch.equal(rows, wanted_rows)
+    assert torch.equal(past, wanted_past)
+    assert calls == ["features", "convolution"]
+    dispatch.rotated_quadratic_features(x[:, :1], weight, cos[:, :1], sin[:, :1], step_size=8.0)
+    dispatch.short_convolution(x.flatten(2), taps, past)
+    dispatch.short_convolution(x.flatten(2)[:, :2], taps, None)
+    assert len(calls) == 2
 
 
 def test_the_choice_is_no_break_in_a_compiled_graph():

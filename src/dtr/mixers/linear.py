@@ -17,8 +17,8 @@ from dtr.errors import RecipeError
 from dtr.mixers.base import HeadNorm, Mixer, check_flag, check_number
 from dtr.mixers.first_token import FirstToken
 from dtr.mixers.quadratic import QuadraticFeatures
+from dtr.ops.dispatch import short_convolution
 from dtr.ops.rotary import rotate, rotate_to_unit_length
-from dtr.ops.short_convolution import short_convolution
 from dtr.ops.window_attention import attend_window, kept_bytes
 
 WINDOW_BIAS = 2.0
@@ -189,10 +189,7 @@ class LinearMixer(Mixer):
             past = None if memory is None else memory.read_window()
             near_q, near_k = (rotate(x, *position_embeddings) for x in self._normed(q, k))
             near, kept = attend_window(near_q, near_k, v, token_mask, past, window=self.window, sinks=self.sinks)
-        if self.quadratic:
-            q, k = self.q_quadratic(q), self.k_quadratic(k)
-        turn = rotate_to_unit_length if self.has_unit_keys else rotate
-        q, k = (turn(x, *position_embeddings) for x in self._normed(q, k))
+        q, k = self._turned(q, k, position_embeddings)
         out, state = self.recur(hidden_states, q, k, v, mask, None if memory is None else memory.read())
         if memory is not None:
             memory.write(state, num_tokens, conv_inputs, kept)
@@ -205,6 +202,18 @@ class LinearMixer(Mixer):
         if self.first_token is not None and starts_here:
             out = self.first_token(hidden_states, out, None if mask is None else mask[..., 0])
         return out, None
+
+    def _turned(
+        self, q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys as `recur` gets them."""
+        if self.quadratic:
+            if not self.geometry.qk_norm:
+                return self.q_quadratic.rotated(q_BTHK, *angles), self.k_quadratic.rotated(k_BTHK, *angles)
+            q_BTHK, k_BTHK = self.q_quadratic(q_BTHK), self.k_quadratic(k_BTHK)
+        turn = rotate_to_unit_length if self.has_unit_keys else rotate
+        q, k = (turn(x, *angles) for x in self._normed(q_BTHK, k_BTHK))
+        return q, k
 
     def _normed(self, q_BTHK: torch.Tensor, k_BTHK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (self.q_norm(q_BTHK), self.k_norm(k_BTHK)) if self.geometry.qk_norm else (q_BTHK, k_BTHK)
@@ -221,10 +230,11 @@ class LinearMixer(Mixer):
         """Queries, keys and values after a convolution, if there is one, and the inputs that later tokens need."""
         if not self.conv_tokens:
             return q_BTC, k_BTC, v_BTC, None
-        inputs = torch.cat([q_BTC, k_BTC, v_BTC], dim=-1)
+        parts = [q_BTC, k_BTC, v_BTC]
         if token_mask_BT1 is not None:
-            inputs = inputs * token_mask_BT1.to(inputs.dtype)
-        mixed, conv_inputs = short_convolution(inputs, self.conv_taps, None, past_inputs)
-        # Taps are float32, and kernels want their inputs in the type of the rest.
-        q, k, v = mixed.to(inputs.dtype).chunk(3, dim=-1)
-        return q, k, v, conv_inputs
+            parts = [x * token_mask_BT1.to(x.dtype) for x in parts]
+        pasts = [None] * 3 if past_inputs is None else past_inputs.chunk(3, dim=-1)
+        # Each by itself: joined and cut apart again they would be copied.
+        mixed = [short_convolution(*each) for each in zip(parts, self.conv_taps.chunk(3), pasts)]
+        q, k, v = (out for out, _ in mixed)
+        return q, k, v, torch.cat([inputs for _, inputs in mixed], dim=-1)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dtr.ops.quadratic_features import quadratic_features
+from dtr.ops.dispatch import rotated_quadratic_features
+from dtr.ops.quadratic_features import mix_of_heads, quadratic_features
 
 STEP_SIZE = 8.0
 """Factor of the learned mix: entries of A then learn in steps that suit the rate of all other weights."""
@@ -32,10 +33,11 @@ class QuadraticFeatures(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim))
 
     def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
-        weight = STEP_SIZE * self.weight.to(x_BTHK.dtype)
-        # A product for each sequence: for all at once the gradient of A would be H long sums, too few for a GPU.
-        mix = (x_BTHK.transpose(1, 2) @ weight.mT).transpose(1, 2)
-        return quadratic_features(x_BTHK, mix)
+        return quadratic_features(x_BTHK, mix_of_heads(x_BTHK, self.weight, step_size=STEP_SIZE))
+
+    def rotated(self, x_BTHK: torch.Tensor, cos_BTK: torch.Tensor, sin_BTK: torch.Tensor) -> torch.Tensor:
+        """The features rotated by their positions' angles and of unit length."""
+        return rotated_quadratic_features(x_BTHK, self.weight, cos_BTK, sin_BTK, step_size=STEP_SIZE)
 
     @torch.no_grad()
     def joined(self, projection: nn.Linear) -> nn.Linear:

@@ -1,6 +1,7 @@
 """Which implementation of a recurrence runs, why, and the two entry points that call it.
 
-`torch` is the plain PyTorch form and runs everywhere. `triton` is our kernel, for the gated delta rule only. `fla` is
+`torch` is the plain PyTorch form and runs everywhere. `triton` is our kernel, for the gated delta rule and for what
+layers do beside a recurrence in several passes over memory (`FUSED`), which no other backend has. `fla` is
 the flash-linear-attention library (package fla-core), whose kernels take the same layouts. Both need CUDA. `amx` is our
 kernel for the gated delta rule on a CPU whose matrix units multiply bfloat16.
 """
@@ -25,10 +26,16 @@ from dtr.ops.gated_linear import step as gated_linear_step
 GATED_DELTA = "gated_delta_rule"
 GATED_LINEAR = "gated_linear_attention"
 GATED_DELTA_STEP = "gated_delta_step"
+QUADRATIC = "rotated_quadratic_features"
+CONVOLUTION = "short_convolution"
+FUSED = (QUADRATIC, CONVOLUTION)
 REQUESTS = ("auto", "torch", "fla", "triton", "amx")
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
 TRITON_DTYPES = (torch.bfloat16, torch.float32)
 """What our kernels for GPUs are written for."""
+QUADRATIC_HEAD_DIMS = {torch.bfloat16: (64,), torch.float32: (16, 32, 64)}
+"""Of that, what quadratic features take: larger heads do not fit into registers, and in bfloat16 products over fewer
+than 64 features came out wrong on an H100."""
 AMX_HEAD_DIMS = (64, 128)
 """What our kernel for CPUs is built for, keys and values alike."""
 
@@ -73,14 +80,14 @@ def choose_backend(
         requested: auto, torch, fla, triton or amx. auto takes the first usable of triton, fla, torch, on a CPU of amx
             and torch.
         device_type: as `torch.device.type`.
-        op: gated_delta_rule or gated_linear_attention.
+        op: gated_delta_rule, gated_linear_attention, or one of `FUSED`.
         head_dim: of keys and values; None if it is not known yet, and so no obstacle.
         dtype: of the values; likewise.
 
     Raises:
         DeviceError: `requested` is unknown or cannot run here.
     """
-    assert op in (GATED_DELTA, GATED_LINEAR), op
+    assert op in (GATED_DELTA, GATED_LINEAR, *FUSED), op
     if requested not in REQUESTS:
         hint = did_you_mean(requested, REQUESTS)
         raise DeviceError("backend", got=f"'{requested}'", expected="a known backend", hint=hint)
@@ -115,7 +122,7 @@ def gated_delta_rule(
         q, k, v, g, beta = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
         # The kernel has no gradients, and plain operations are what a compiler can fuse.
         plain = backend != "triton" or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        step = gated_delta_step if plain else _kernel(backend, GATED_DELTA_STEP)
+        step = gated_delta_step if plain else kernel(backend, GATED_DELTA_STEP)
         o, state = step(q, k, v, g, beta, state, scale=scale)
         return o.unsqueeze(1), state
     # Our kernel for CPUs has square states only.
@@ -124,8 +131,8 @@ def gated_delta_rule(
     # Kernels want one dtype; queries and keys may have been normalised in a wider one than the values'.
     q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
     if backend in ("triton", "amx"):
-        return _kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state)
-    return _kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH.float(), beta_BTH, **_fla_options(scale, state))
+        return kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state)
+    return kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH.float(), beta_BTH, **_fla_options(scale, state))
 
 
 def gated_linear_attention(
@@ -146,7 +153,7 @@ def gated_linear_attention(
     if backend == "torch":
         return gated_linear_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state_BHKV=state)
     q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
-    return _kernel(backend, GATED_LINEAR)(q, k, v_BTHV, g_BTHK.float(), **_fla_options(scale, state))
+    return kernel(backend, GATED_LINEAR)(q, k, v_BTHV, g_BTHK.float(), **_fla_options(scale, state))
 
 
 def _fla_options(scale: float | None, state: torch.Tensor | None) -> dict[str, Any]:
@@ -172,8 +179,8 @@ def _amx_obstacle(op: str, device_type: str, head_dim: int | None, dtype: torch.
     remedy = "Take auto or torch."
     if device_type != "cpu":
         return _Obstacle(why=f"amx is a CPU's and the device is {device_type}", remedy=remedy)
-    if op == GATED_LINEAR:
-        return _Obstacle(why="amx has no kernel for gated linear attention", remedy=remedy)
+    if op != GATED_DELTA:
+        return _Obstacle(why=f"amx has no kernel for {_spoken(op)}", remedy=remedy)
     if head_dim is not None and head_dim not in AMX_HEAD_DIMS:
         sizes = " and ".join(map(str, AMX_HEAD_DIMS))
         return _Obstacle(why=f"our CPU kernel takes heads of {sizes}, not of {head_dim}", remedy=remedy)
@@ -191,8 +198,11 @@ def _amx_obstacle(op: str, device_type: str, head_dim: int | None, dtype: torch.
 def _triton_obstacle(op: str, head_dim: int | None, dtype: torch.dtype | None) -> _Obstacle | None:
     if op == GATED_LINEAR:
         return _Obstacle(why="triton has no kernel for gated linear attention", remedy="Take auto, fla or torch.")
-    if head_dim is not None and head_dim not in TRITON_HEAD_DIMS:
-        sizes = ", ".join(map(str, TRITON_HEAD_DIMS))
+    head_dims: tuple[int, ...] = TRITON_HEAD_DIMS
+    if op == QUADRATIC and dtype in QUADRATIC_HEAD_DIMS:
+        head_dims = QUADRATIC_HEAD_DIMS[dtype]
+    if op != CONVOLUTION and head_dim is not None and head_dim not in head_dims:
+        sizes = ", ".join(map(str, head_dims))
         return _Obstacle(why=f"our kernel takes heads of {sizes}, not of {head_dim}", remedy="Take auto, fla or torch.")
     if dtype is not None and dtype not in TRITON_DTYPES:
         why = f"our kernel takes bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
@@ -201,6 +211,8 @@ def _triton_obstacle(op: str, head_dim: int | None, dtype: torch.dtype | None) -
 
 
 def _fla_obstacle(op: str, machine: _Machine) -> _Obstacle | None:
+    if op in FUSED:
+        return _Obstacle(why=f"fla has no kernel for {_spoken(op)}", remedy="Take auto, triton or torch.")
     if not machine.has_fla:
         return _Obstacle(why="fla is not installed", remedy="Install fla-core, or take auto or torch.")
     version = machine.triton_version
@@ -214,9 +226,13 @@ def _fla_obstacle(op: str, machine: _Machine) -> _Obstacle | None:
     return _load_obstacle("fla", op)
 
 
+def _spoken(op: str) -> str:
+    return op.replace("_", " ")
+
+
 def _load_obstacle(backend: str, op: str) -> _Obstacle | None:
     try:
-        _kernel(backend, op)
+        kernel(backend, op)
     # Kernel libraries probe the GPU and the compiler as they load, and fail in ways of their own.
     except Exception as error:
         why = f"{backend} does not load ({type(error).__name__}: {error})"
@@ -242,15 +258,17 @@ def _triton_version() -> tuple[int, int, int] | None:
     return major, minor, patch
 
 
-_kernels: dict[tuple[str, str], Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
+_kernels: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-def _kernel(backend: str, op: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def kernel(backend: str, op: str) -> Callable[..., Any]:
     """The library's function, imported at first use and kept, as torch.compile cannot trace an import."""
     if (backend, op) not in _kernels:
         module, name = {
             ("triton", GATED_DELTA): (_beside("gated_delta_triton"), "chunked"),
             ("triton", GATED_DELTA_STEP): (_beside("gated_delta_step_triton"), "step"),
+            ("triton", QUADRATIC): (_beside("quadratic_triton"), "rotated_features"),
+            ("triton", CONVOLUTION): (_beside("convolution_triton"), "convolution"),
             ("amx", GATED_DELTA): (_beside("gated_delta_amx"), "chunked"),
             ("fla", GATED_DELTA): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
             ("fla", GATED_LINEAR): ("fla.ops.gla", "chunk_gla"),

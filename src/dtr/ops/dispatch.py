@@ -1,15 +1,19 @@
-"""The recurrences as mixers call them: the backend is chosen once per process and device, then used everywhere."""
+"""The recurrences as mixers call them, and what else has a kernel: the backend is chosen once per process and device,
+then used everywhere."""
 
 from __future__ import annotations
 
 import torch
 
-from dtr.ops.backend import GATED_DELTA, GATED_LINEAR, Backend, choose_backend
+from dtr.ops.backend import CONVOLUTION, FUSED, GATED_DELTA, GATED_LINEAR, QUADRATIC, Backend, choose_backend, kernel
 from dtr.ops.backend import gated_delta_rule as _gated_delta_rule
 from dtr.ops.backend import gated_linear_attention as _gated_linear_attention
+from dtr.ops.quadratic_features import mix_of_heads, quadratic_features
+from dtr.ops.rotary import rotate_to_unit_length
+from dtr.ops.short_convolution import short_convolution as _short_convolution
 
 _requested = "auto"
-_chosen: dict[tuple[str, str, int, torch.dtype], str] = {}
+_chosen: dict[tuple[str, str, int | None, torch.dtype], str] = {}
 
 
 def use_backend(
@@ -62,11 +66,35 @@ def gated_linear_attention(
     return _gated_linear_attention(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state=state_BHKV, backend=name)
 
 
+def rotated_quadratic_features(
+    x_BTHK: torch.Tensor, weight_HKK: torch.Tensor, cos_BTK: torch.Tensor, sin_BTK: torch.Tensor, *, step_size: float
+) -> torch.Tensor:
+    """Quadratic features with the mix of `weight` times `step_size`, rotated by their angles and of unit length."""
+    # A single token is decoding, where plain operations are what a compiler can fuse with all else.
+    if x_BTHK.shape[1] > 1 and _name(QUADRATIC, x_BTHK.device.type, x_BTHK.shape[-1], x_BTHK.dtype) == "triton":
+        return kernel("triton", QUADRATIC)(x_BTHK, weight_HKK, cos_BTK, sin_BTK, step_size=step_size)
+    mix = mix_of_heads(x_BTHK, weight_HKK, step_size=step_size)
+    return rotate_to_unit_length(quadratic_features(x_BTHK, mix), cos_BTK, sin_BTK)
+
+
+def short_convolution(
+    x_BTC: torch.Tensor, taps_CW: torch.Tensor, past: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dtr.ops.short_convolution` without bias, its output in the type of x."""
+    num_past = taps_CW.shape[1] - 1
+    fits = past is None and x_BTC.shape[1] >= num_past
+    if fits and _name(CONVOLUTION, x_BTC.device.type, None, x_BTC.dtype) == "triton":
+        return kernel("triton", CONVOLUTION)(x_BTC, taps_CW), x_BTC[:, x_BTC.shape[1] - num_past :]
+    out, inputs = _short_convolution(x_BTC, taps_CW, None, past)
+    return out.to(x_BTC.dtype), inputs
+
+
 @torch.compiler.assume_constant_result
-def _name(op: str, device_type: str, head_dim: int, dtype: torch.dtype) -> str:
+def _name(op: str, device_type: str, head_dim: int | None, dtype: torch.dtype) -> str:
     key = (op, device_type, head_dim, dtype)
     if key not in _chosen:
-        # A kernel that was asked for may not exist for every recurrence; auto then takes what does.
-        requested = "auto" if _requested in ("triton", "amx") and op == GATED_LINEAR else _requested
+        # A kernel that was asked for may not exist for everything; auto then takes what does.
+        missing = {GATED_LINEAR: ("triton", "amx"), **dict.fromkeys(FUSED, ("triton", "fla", "amx"))}
+        requested = "auto" if _requested in missing.get(op, ()) else _requested
         _chosen[key] = choose_backend(requested, device_type, op=op, head_dim=head_dim, dtype=dtype).name
     return _chosen[key]

@@ -1,6 +1,6 @@
 """Quadratic features of a head: each feature times one plus a mix of all of them. `dtr.mixers.quadratic` says why.
 
-Shapes: ... leading dims, K head dim.
+Shapes: ... leading dims, B batch, T tokens, H heads, K head dim.
 """
 
 from __future__ import annotations
@@ -19,3 +19,10 @@ def quadratic_features(x: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     wide = x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
     return (wide * inverse * (1 + mix.float() * inverse)).to(x.dtype)
+
+
+def mix_of_heads(x_BTHK: torch.Tensor, weight_HKK: torch.Tensor, *, step_size: float) -> torch.Tensor:
+    """Each head's own weight times the step size, applied to it."""
+    weight = step_size * weight_HKK.to(x_BTHK.dtype)
+    # A product for each sequence: for all at once the gradient of the weight would be H long sums, too few for a GPU.
+    return (x_BTHK.transpose(1, 2) @ weight.mT).transpose(1, 2)
