@@ -6,7 +6,7 @@ layer: features read a slice of a convolution's output, and the convolution take
 the median of forward plus backward; `gb_per_s` counts what the kernels must read and write once.
 
     python benchmarks/quadratic_features.py
-    python benchmarks/quadratic_features.py --cuts backward_warps=8 --cuts backward_stages=3,backward_programs=264
+    python benchmarks/quadratic_features.py --cuts features:backward_warps=8 --cuts convolution:tokens=64
     python benchmarks/quadratic_features.py --device cpu --sizes 1x40x2 --dtype float32 --forms plain,compiled,fused
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import statistics
 import time
@@ -97,11 +98,12 @@ def relative_errors(operator: str, function: Callable[..., Tensor], args: argpar
 
 
 def median_ms(function: Callable[[], Any], args: argparse.Namespace) -> float:
-    """Median run time. On the CPU a plain clock over three runs: only there to see that the program works."""
+    """Median run time, replayed as a CUDA graph, as in training: launching takes longer than these kernels. On the CPU
+    a plain clock over three runs: only there to see that the program works."""
     if args.device == "cuda":
-        from triton.testing import do_bench
+        from triton.testing import do_bench_cudagraph
 
-        return float(do_bench(function, warmup=50, rep=args.rep_ms, return_mode="median"))
+        return float(do_bench_cudagraph(function, rep=args.rep_ms, return_mode="median"))
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -142,13 +144,13 @@ def run(operator: str, form: str, args: argparse.Namespace) -> None:
     if not all(error <= ERROR_BOUND[getattr(torch, args.dtype)] for error in errors.values()):
         print(json.dumps(line | {"failed": "wrong results, not timed", "errors": errors}), flush=True)
         return
-    cuts = args.cuts if form == "fused" and operator == "features" else [{}]
+    cuts = [{}, *args.cuts[operator]] if form == "fused" else [{}]
     for size in args.sizes:
         inputs = make_inputs(operator, size, args)
         where = dict(zip(("batch", "tokens", "heads"), size))
         for cut in cuts:
-            if form == "fused" and operator == "features":
-                set_cut(cut)
+            if form == "fused":
+                set_cut(operator, cut)
             named = {"cut": cut} if cut else {}
             try:
                 result: dict[str, Any] = measure(function, inputs, args)
@@ -158,10 +160,9 @@ def run(operator: str, form: str, args: argparse.Namespace) -> None:
             print(json.dumps(line | where | named | result), flush=True)
 
 
-def set_cut(cut: dict[str, int]) -> None:
-    from dtr.ops import quadratic_triton
-
-    quadratic_triton.cut = dataclasses.replace(quadratic_triton.Cut(), **cut)
+def set_cut(operator: str, cut: dict[str, int]) -> None:
+    module = importlib.import_module(f"dtr.ops.{'quadratic' if operator == 'features' else operator}_triton")
+    module.cut = dataclasses.replace(module.Cut(), **cut)
 
 
 def parse() -> argparse.Namespace:
@@ -169,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", default="8x512x18,16x512x27,16x512x36", help="batch x tokens x heads")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"of {', '.join(FORMS)}")
     parser.add_argument("--operators", default=",".join(OPERATORS), help=f"of {', '.join(OPERATORS)}")
-    parser.add_argument("--cuts", action="append", help="name=number,...: also time the features' kernels cut so")
+    parser.add_argument("--cuts", action="append", help="OPERATOR:name=number,...: also time its kernels cut so")
     parser.add_argument("--dim", type=int, default=64, help="of heads")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -180,8 +181,11 @@ def parse() -> argparse.Namespace:
     for given, known in ((args.forms, FORMS), (args.operators, OPERATORS)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown {sorted(unknown)}; known: {', '.join(known)}")
-    named = [dict(pair.split("=") for pair in cut.split(",")) for cut in args.cuts or []]
-    args.cuts = [{}] + [{name: int(number) for name, number in cut.items()} for cut in named]
+    cuts: dict[str, list[dict[str, int]]] = {operator: [] for operator in OPERATORS}
+    for operator, names in (cut.split(":") for cut in args.cuts or []):
+        pairs = (pair.split("=") for pair in names.split(","))
+        cuts[operator].append({name: int(number) for name, number in pairs})
+    args.cuts = cuts
     return args
 
 
