@@ -31,7 +31,7 @@ class Trial:
         make: gives a mixer from the teacher's geometry, a layer's number and its attention.
         input_ids: the global batch (B, T).
         num_layers: how many layers are trained.
-        fast: compile students and the teacher's layers, and on a GPU replay the step as a CUDA graph.
+        fast: compile the students, and on a GPU replay the step as a CUDA graph.
         world: the ranks that share the batch.
     """
 
@@ -53,8 +53,6 @@ class Trial:
             weight_decay=0.0,
             max_grad_norm=1.0,
             fast=fast,
-            # As a training that is long enough for its speed to matter.
-            fast_teacher=fast,
             world=world,
         )
         began = time.perf_counter()

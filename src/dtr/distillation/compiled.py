@@ -1,4 +1,4 @@
-"""Training steps compiled, where that pays and can be done: students, and the teacher's layers."""
+"""Training steps compiled, where that pays and can be done: students, and on a CPU the teacher's layers."""
 
 from __future__ import annotations
 
@@ -22,20 +22,9 @@ once the caches are filled.
 """
 
 
-GPU_TEACHER_TOKENS = 10_000_000
-"""Tokens from which a GPU compiles the teacher's layers."""
-
-
 def pays(device: torch.device, *, num_parameters: int, num_tokens: int) -> bool:
-    """Whether to compile the students: always on a GPU, on a CPU where training takes minutes."""
+    """Whether to compile: always on a GPU, on a CPU where training takes minutes."""
     return device.type == "cuda" or num_parameters * num_tokens >= CPU_PARAMETER_TOKENS
-
-
-def pays_for_teacher(device: torch.device, *, num_parameters: int, num_tokens: int) -> bool:
-    """Whether to compile the teacher's layers as well."""
-    if device.type == "cuda":
-        return num_tokens >= GPU_TEACHER_TOKENS
-    return pays(device, num_parameters=num_parameters, num_tokens=num_tokens)
 
 
 class Compiled:

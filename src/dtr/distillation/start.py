@@ -8,7 +8,7 @@ import torch
 
 from dtr.arch import decoder_layers
 from dtr.distillation.bank import MixerBank, Spec, read_numbers, read_specs
-from dtr.distillation.compiled import pays, pays_for_teacher
+from dtr.distillation.compiled import pays
 from dtr.distillation.students import Students
 from dtr.distributed import World
 from dtr.errors import RecipeError
@@ -68,6 +68,5 @@ def start_mixers(teacher: Teacher, specs: list[Spec], numbers: list[int], seed: 
 def start_students(teacher: Teacher, bank: MixerBank, world: World, **options: Any) -> Students:
     """Students and optimizer of a bank, with the settings that its identity names; `options` as `Students`."""
     settings = {name: bank.identity[name] for name in ("learning_rate", "weight_decay", "max_grad_norm")}
-    size = {"num_parameters": bank.num_parameters, "num_tokens": bank.num_tokens}
-    fast, fast_teacher = pays(teacher.device, **size), pays_for_teacher(teacher.device, **size)
-    return Students(teacher, bank.mixers, **settings, fast=fast, fast_teacher=fast_teacher, world=world, **options)
+    fast = pays(teacher.device, num_parameters=bank.num_parameters, num_tokens=bank.num_tokens)
+    return Students(teacher, bank.mixers, **settings, fast=fast, world=world, **options)

@@ -52,7 +52,7 @@ class Students:
     """The mixers under training, with their optimizer.
 
     On a GPU the step is bound by launching some 10,000 small kernels, so it is compiled, and after a few steps recorded
-    once as a CUDA graph and replayed; `fast` turns both on. `fast_teacher` compiles the teacher's layers too.
+    once as a CUDA graph and replayed; `fast` turns both on. On a CPU it compiles students and the teacher's layers.
     """
 
     def __init__(
@@ -64,7 +64,6 @@ class Students:
         weight_decay: float,
         max_grad_norm: float,
         fast: bool,
-        fast_teacher: bool = False,
         world: World | None = None,
         parallel: ParallelKind = "data",
         run_pass: Pass | None = None,
@@ -76,7 +75,7 @@ class Students:
         self._max_grad_norm = max_grad_norm
         self._run_pass = run_pass or self._teacher_pass
         # A sharded teacher gathers its weights from Python, layer by layer.
-        compiles_layers = fast_teacher and run_pass is None and not teacher.is_sharded
+        compiles_layers = fast and run_pass is None and teacher.device.type == "cpu" and not teacher.is_sharded
         self._layers = CompiledLayers(teacher.model) if compiles_layers else None
         self._world = world or World()
         self.splits_batch = parallel == "data"
