@@ -95,6 +95,18 @@ def test_the_readme_shows_the_committed_results():
     assert readme == script.with_table(readme), "run: make docs"
 
 
+def test_the_page_of_measurements_is_made_from_the_committed_ones():
+    script = load_script(ROOT / "docs" / "make_measurements.py")
+    page = script.page()
+    assert script.TARGET.read_text(encoding="utf-8") == page, "run: make docs"
+    tables = re.findall(r"(?m)^\|.*\n\| --- .*\n(?:\|.*\n)+", page)
+    assert len(tables) == 6
+    for lines in map(str.splitlines, tables):
+        assert len({line.count(" | ") for line in lines}) == 1, lines[0]
+    recipe = json.loads(script.QUALITY.read_text(encoding="utf-8"))
+    assert f"| the recipe | 10.7M | {recipe['mean_nmse']:.4f} |" in page
+
+
 def test_a_result_becomes_a_row(tmp_path, monkeypatch):
     script = load_script(ROOT / "docs" / "make_results.py")
     monkeypatch.setattr(script, "RESULTS", tmp_path)
