@@ -31,7 +31,7 @@ Operator = Callable[..., tuple[Tensor, Tensor]]
 def load(backend: str) -> Operator:
     """The backend as f(q, k, v, g, beta, *, state_BHKV) -> (o, final state). ImportError where it is missing."""
     if backend == "triton":
-        from dtr.ops.gated_delta_triton import chunked as triton_chunked
+        from dtr.ops.gpu.gated_delta_triton import chunked as triton_chunked
 
         return triton_chunked
     if backend == "fla":

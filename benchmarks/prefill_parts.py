@@ -142,7 +142,7 @@ def layer_parts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iter
         "output projection and sum": lambda: decoding.add_linear(hidden, heads, layer.self_attn.o_proj.weight, None),
     }
     if hidden.is_cuda:
-        from dtr.ops import delta_prompt_triton as kernels
+        from dtr.ops.gpu import delta_prompt_triton as kernels
 
         head_rows, gate_rows = kernels.split_rows(projection)
         gates = kernels.read_gates(hidden, gate_rows, projection)
@@ -185,7 +185,7 @@ def cuts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[di
     """Milliseconds of the fused kernels, cut in different ways."""
     if hybrid.device.type != "cuda":
         return
-    from dtr.ops import delta_prompt_triton as kernels
+    from dtr.ops.gpu import delta_prompt_triton as kernels
 
     hidden, projection, *angles = arguments(hybrid, delta_block(hybrid, batch), batch, num_tokens)
     head_rows, gate_rows = kernels.split_rows(projection)
@@ -207,7 +207,7 @@ def cuts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[di
 
 def pair_cuts(hybrid: Any, num_rows: int) -> Iterator[dict[str, Any]]:
     """Milliseconds of the gated MLP's first half, cut in different ways."""
-    from dtr.ops import mlp_triton as kernels
+    from dtr.ops.gpu import mlp_triton as kernels
 
     mlp = hybrid.model.layers[0].mlp
     weight = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])

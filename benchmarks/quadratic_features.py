@@ -57,10 +57,10 @@ def load(operator: str, form: str) -> Callable[..., Tensor]:
     if form == "compiled":
         return torch.compile(plain, dynamic=False)
     if operator == "features":
-        from dtr.ops.quadratic_triton import rotated_features
+        from dtr.ops.gpu.quadratic_triton import rotated_features
 
         return lambda *inputs: rotated_features(*inputs, step_size=STEP_SIZE)
-    from dtr.ops.convolution_triton import convolution
+    from dtr.ops.gpu.convolution_triton import convolution
 
     return convolution
 

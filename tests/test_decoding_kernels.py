@@ -42,7 +42,7 @@ class Case:
 
 
 def check_delta_step(case: Case, norms: HeadNorms | None, tolerance: float, *, quadratic: bool = False) -> None:
-    from dtr.ops import decoding_triton
+    from dtr.ops.gpu import decoding_triton
 
     width = (6 if quadratic else 4) * case.heads * case.dim + 2 * case.heads
     # As a slice of something wider: rows may be strided.
@@ -57,7 +57,7 @@ def check_delta_step(case: Case, norms: HeadNorms | None, tolerance: float, *, q
 
 
 def check_plain_step(case: Case, tolerance: float) -> None:
-    from dtr.ops.gated_delta_step_triton import step
+    from dtr.ops.gpu.gated_delta_step_triton import step
 
     q, k, v = (case.randn(case.batch, case.heads, case.dim) for _ in range(3))
     k = torch.nn.functional.normalize(k, dim=-1)
@@ -72,7 +72,7 @@ def check_plain_step(case: Case, tolerance: float) -> None:
 
 
 def check_rotate_and_store(case: Case, norms: HeadNorms | None, tolerance: float) -> None:
-    from dtr.ops import decoding_triton
+    from dtr.ops.gpu import decoding_triton
 
     rows = case.randn(case.batch, (case.heads + 2 * case.groups) * case.dim)
     shape = (case.batch, case.groups, case.slots, case.dim)
@@ -86,7 +86,7 @@ def check_rotate_and_store(case: Case, norms: HeadNorms | None, tolerance: float
 
 
 def check_attend(case: Case, last: int, tolerance: float) -> None:
-    from dtr.ops import attend_triton
+    from dtr.ops.gpu import attend_triton
 
     q = case.randn(case.batch, case.heads, case.dim)
     keys, values = (case.randn(case.batch, case.groups, case.slots, case.dim) for _ in range(2))
@@ -99,7 +99,7 @@ def check_attend(case: Case, last: int, tolerance: float) -> None:
 
 
 def check_rotate_heads(case: Case, *, tolerance: float) -> None:
-    from dtr.ops import decoding_triton
+    from dtr.ops.gpu import decoding_triton
 
     x = case.randn(case.batch, 37, case.heads, case.dim)
     for num_tables in (1, case.batch):
@@ -112,7 +112,7 @@ def check_rotate_heads(case: Case, *, tolerance: float) -> None:
 
 
 def check_gated_product(case: Case, tolerance: float) -> None:
-    from dtr.ops import decoding_triton
+    from dtr.ops.gpu import decoding_triton
 
     gate, x = case.randn(5, 2 * 1100).chunk(2, dim=1)
     for activation in ("silu", "identity_gate"):
@@ -121,7 +121,7 @@ def check_gated_product(case: Case, tolerance: float) -> None:
 
 
 def check_gated_pair(case: Case, tolerance: float) -> None:
-    from dtr.ops import mlp_triton
+    from dtr.ops.gpu import mlp_triton
 
     x, weight = 3.0 * case.randn(70, 128), 0.1 * case.randn(128, 128)
     norm = Norm(weight=case.randn(128), eps=1e-5)
@@ -136,7 +136,7 @@ def plain_pair(x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tenso
 
 
 def check_prefill(case: Case, *, num_tokens: int, segments: int, tolerance: float) -> None:
-    from dtr.ops.gated_delta_prefill import prefill
+    from dtr.ops.gpu.gated_delta_prefill import prefill
 
     shape = (case.batch, num_tokens, case.heads)
     # Correlated keys and little decay, so that the state carries over many segments.
@@ -154,7 +154,7 @@ def check_prefill(case: Case, *, num_tokens: int, segments: int, tolerance: floa
 
 def check_delta_prompt(case: Case, *, num_tokens: int, tolerance: float, **cut: int) -> None:
     """Against the plain form in float32: correlated keys and little decay; padding on the left, norms, every bias."""
-    from dtr.ops.delta_prompt_triton import Tuning, prompt
+    from dtr.ops.gpu.delta_prompt_triton import Tuning, prompt
 
     hidden_dim = 64
     hidden = 2.0 * case.randn(case.batch, num_tokens, hidden_dim)
@@ -245,7 +245,7 @@ def test_order_of_streamed_rows() -> None:
 @pytest.mark.parametrize("num_rows", [1, 1100, 40_000])
 def test_streaming_pair_on_the_gpu(num_rows: int, dim: int) -> None:
     """One share of a row tile, several tiles with rows left over, and many tiles per program."""
-    from dtr.ops import mlp_triton
+    from dtr.ops.gpu import mlp_triton
 
     case = Case(dim=dim, dtype=torch.bfloat16, device="cuda")
     x, weight = 3.0 * case.randn(num_rows, dim), case.randn(512, dim) / dim**0.5
@@ -303,7 +303,7 @@ def test_a_prompt_through_a_layer_on_the_gpu(num_tokens: int, cut: dict[str, int
 
 @needs_triton
 def test_which_prompts_go_through_a_layer_at_once() -> None:
-    from dtr.ops.delta_prompt_triton import supports
+    from dtr.ops.gpu.delta_prompt_triton import supports
 
     hidden = torch.empty(3, 7, 128, dtype=torch.bfloat16)
     assert supports(hidden, 64)

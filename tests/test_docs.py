@@ -161,4 +161,4 @@ def test_wheel_and_sdist_install_and_run(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     [wheel], [_] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     # Built at first use, so that a run without them is slow and says why.
-    assert {"dtr/ops/gated_delta_amx.cpp", "dtr/ops/amx_matrices.h"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {"dtr/ops/cpu/gated_delta_amx.cpp", "dtr/ops/cpu/amx_matrices.h"} <= set(zipfile.ZipFile(wheel).namelist())

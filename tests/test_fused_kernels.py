@@ -84,14 +84,14 @@ def check_features(inputs: list[Tensor], bound: float) -> None:
 
 
 def check_convolution(inputs: list[Tensor], bound: float) -> None:
-    from dtr.ops.convolution_triton import convolution
+    from dtr.ops.gpu.convolution_triton import convolution
 
     errors = relative_errors(convolution, plain_convolution, inputs)
     assert max(errors) <= bound, errors
 
 
 def fused_features(*inputs: Tensor) -> Tensor:
-    from dtr.ops.quadratic_triton import rotated_features
+    from dtr.ops.gpu.quadratic_triton import rotated_features
 
     return rotated_features(*inputs, step_size=STEP_SIZE)
 
@@ -169,7 +169,7 @@ def test_many_tokens_on_the_gpu() -> None:
 @pytest.mark.parametrize("num_taps", [1, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(3, 2, 72), (2, 130, 320), (16, 512, 1728)], ids=str)
 def test_convolution_on_the_gpu(shape: tuple[int, int, int], num_taps: int, dtype: torch.dtype) -> None:
-    from dtr.ops.convolution_triton import convolution
+    from dtr.ops.gpu.convolution_triton import convolution
 
     inputs = make_convolution(shape, num_taps, dtype, "cuda")
     check_convolution(inputs, BOUND[dtype])
@@ -180,7 +180,7 @@ def test_convolution_on_the_gpu(shape: tuple[int, int, int], num_taps: int, dtyp
 @needs_triton
 @needs_gpu
 def test_fused_parts_compile_and_replay_on_the_gpu() -> None:
-    from dtr.ops.convolution_triton import convolution
+    from dtr.ops.gpu.convolution_triton import convolution
 
     cases: list[tuple[Any, list[Tensor]]] = [
         (fused_features, make_features((2, 130, 3, 64), torch.bfloat16, "cuda")),
@@ -218,7 +218,7 @@ def run_interpreted() -> None:
     from test_ops_triton import accept_numpy_2_4
 
     from dtr.errors import DeviceError
-    from dtr.ops import convolution_triton, quadratic_triton
+    from dtr.ops.gpu import convolution_triton, quadratic_triton
 
     accept_numpy_2_4()
     for shape, tables, strided in (

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from dtr.errors import DeviceError
-from dtr.ops import backend, dispatch, gated_delta, gated_delta_amx, native
+from dtr.ops import backend, dispatch, gated_delta
 from dtr.ops.backend import GATED_DELTA, GATED_LINEAR, choose_backend
+from dtr.ops.cpu import gated_delta_amx, native
 
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
 

@@ -31,7 +31,7 @@ def machine(monkeypatch):
         if fla_loads:
             backend._kernels.update({("fla", op): gated_delta.chunked for op in (GATED_DELTA, GATED_LINEAR)})
         # None makes an import fail, whatever is installed where the test runs.
-        for module in ("dtr.ops.gated_delta_triton", "fla"):
+        for module in ("dtr.ops.gpu.gated_delta_triton", "fla"):
             monkeypatch.setitem(sys.modules, module, None)
 
     return set_up

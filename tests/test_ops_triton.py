@@ -54,7 +54,7 @@ def make_inputs(length: int, dims: tuple[int, int], keys: str, dtype: torch.dtyp
 
 def relative_errors(inputs: list[Tensor], *, carried: bool = True) -> dict[str, float]:
     """||ours - float64|| / ||float64|| for each result; without `carried` no state comes in and none is graded."""
-    from dtr.ops.gated_delta_triton import chunked
+    from dtr.ops.gpu.gated_delta_triton import chunked
 
     q, v = inputs[0], inputs[2]
     scale = 0.7 * q.shape[-1] ** -0.5
@@ -119,7 +119,7 @@ def test_many_sequences_on_the_gpu() -> None:
 @needs_triton
 @needs_gpu
 def test_cuda_graph_replays_forward_and_backward() -> None:
-    from dtr.ops.gated_delta_triton import chunked
+    from dtr.ops.gpu.gated_delta_triton import chunked
 
     inputs = [x.requires_grad_() for x in make_inputs(130, (64, 64), "random", torch.bfloat16, "cuda")]
 
@@ -148,7 +148,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def assert_compiles_whole(device: str) -> None:
-    from dtr.ops.gated_delta_triton import chunked
+    from dtr.ops.gpu.gated_delta_triton import chunked
 
     inputs = [x.requires_grad_() for x in make_inputs(65, (16, 16), "random", torch.float32, device)]
 
@@ -173,7 +173,7 @@ def test_in_the_interpreter() -> None:
 def run_interpreted() -> None:
     """float32 only: the interpreter of Triton 3.6 multiplies the bits of bfloat16 numbers as if they were integers."""
     from dtr.errors import DeviceError
-    from dtr.ops.gated_delta_triton import chunked, supports
+    from dtr.ops.gpu.gated_delta_triton import chunked, supports
 
     accept_numpy_2_4()
     for length, dims, keys in ((1, (16, 32), "random"), (65, (32, 16), "correlated"), (130, (16, 16), "random")):

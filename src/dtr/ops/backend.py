@@ -190,7 +190,7 @@ def _amx_obstacle(op: str, device_type: str, head_dim: int | None, dtype: torch.
     obstacle = _load_obstacle("amx", op)
     if obstacle is None:
         # Only now: it is built where there is a use for it.
-        why = importlib.import_module(_beside("gated_delta_amx")).refusal()
+        why = importlib.import_module(_beside("cpu.gated_delta_amx")).refusal()
         return None if why is None else _Obstacle(why=why, remedy=remedy)
     return obstacle
 
@@ -265,11 +265,11 @@ def kernel(backend: str, op: str) -> Callable[..., Any]:
     """The library's function, imported at first use and kept, as torch.compile cannot trace an import."""
     if (backend, op) not in _kernels:
         module, name = {
-            ("triton", GATED_DELTA): (_beside("gated_delta_triton"), "chunked"),
-            ("triton", GATED_DELTA_STEP): (_beside("gated_delta_step_triton"), "step"),
-            ("triton", QUADRATIC): (_beside("quadratic_triton"), "rotated_features"),
-            ("triton", CONVOLUTION): (_beside("convolution_triton"), "convolution"),
-            ("amx", GATED_DELTA): (_beside("gated_delta_amx"), "chunked"),
+            ("triton", GATED_DELTA): (_beside("gpu.gated_delta_triton"), "chunked"),
+            ("triton", GATED_DELTA_STEP): (_beside("gpu.gated_delta_step_triton"), "step"),
+            ("triton", QUADRATIC): (_beside("gpu.quadratic_triton"), "rotated_features"),
+            ("triton", CONVOLUTION): (_beside("gpu.convolution_triton"), "convolution"),
+            ("amx", GATED_DELTA): (_beside("cpu.gated_delta_amx"), "chunked"),
             ("fla", GATED_DELTA): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
             ("fla", GATED_LINEAR): ("fla.ops.gla", "chunk_gla"),
         }[backend, op]
@@ -278,5 +278,5 @@ def kernel(backend: str, op: str) -> Callable[..., Any]:
 
 
 def _beside(module: str) -> str:
-    """A module beside this one under whatever name that runs, as a saved checkpoint holds renamed copies."""
+    """The kernels' own modules. A saved checkpoint holds a renamed copy of this file and no kernels: none is found."""
     return __name__.removesuffix("backend") + module

@@ -249,4 +249,4 @@ def _kernels(x: torch.Tensor, module: str = "decoding_triton") -> Any:
     """The module with the kernels where they can run on `x`, else None."""
     if x.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module(f"dtr.ops.{module}")
+    return importlib.import_module(f"dtr.ops.gpu.{module}")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dtr.ops.backend import AMX_HEAD_DIMS
-from dtr.ops.native import load_library
+from dtr.ops.cpu.native import load_library
 
 CHUNK_TOKENS = 64
 _TENSORS = (

@@ -20,7 +20,7 @@ import triton
 
 from dtr.errors import DeviceError
 from dtr.ops.backend import QUADRATIC_HEAD_DIMS
-from dtr.ops.quadratic_kernels import features_backward, features_forward
+from dtr.ops.gpu.quadratic_kernels import features_backward, features_forward
 
 BLOCK_TOKENS = 64
 

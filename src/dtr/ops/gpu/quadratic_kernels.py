@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dtr.ops.gated_delta_kernels import _dot, _transposed
+from dtr.ops.gpu.gated_delta_kernels import _dot, _transposed
 from dtr.ops.quadratic_features import EPS
 from dtr.ops.rotary import MIN_NORM
 

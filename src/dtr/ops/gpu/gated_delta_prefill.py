@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from dtr.ops.gated_delta_kernels import carry_segments, chunk_inverse, chunk_output, state_scan
-from dtr.ops.gated_delta_triton import CHUNK_TOKENS, check_inputs, inverse_warps, num_stages, scan_block
+from dtr.ops.gpu.gated_delta_kernels import carry_segments, chunk_inverse, chunk_output, state_scan
+from dtr.ops.gpu.gated_delta_triton import CHUNK_TOKENS, check_inputs, inverse_warps, num_stages, scan_block
 
 _MIN_SEGMENT_CHUNKS = 8
 _MAX_SEGMENTS = 16

@@ -16,8 +16,8 @@ import torch
 import triton
 from torch.nn import functional as F
 
-from dtr.ops.delta_prompt_kernels import chunk_maps, prompt_scan, token_gates
-from dtr.ops.gated_delta_kernels import carry_segments
+from dtr.ops.gpu.delta_prompt_kernels import chunk_maps, prompt_scan, token_gates
+from dtr.ops.gpu.gated_delta_kernels import carry_segments
 
 if TYPE_CHECKING:
     from dtr.ops.projections import DeltaProjection

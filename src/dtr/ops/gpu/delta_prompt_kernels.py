@@ -19,9 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dtr.ops.chunk_inverse_kernels import inverse_of_chunk
-from dtr.ops.decoding_triton import QUADRATIC_EPS, _sigmoid, _softplus
-from dtr.ops.gated_delta_kernels import _dot, _tile
+from dtr.ops.gpu.chunk_inverse_kernels import inverse_of_chunk
+from dtr.ops.gpu.decoding_triton import QUADRATIC_EPS, _sigmoid, _softplus
+from dtr.ops.gpu.gated_delta_kernels import _dot, _tile
 
 
 @triton.jit(do_not_specialize=["T"])

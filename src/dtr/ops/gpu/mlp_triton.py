@@ -94,7 +94,7 @@ def streaming(x_RD: torch.Tensor, weight: torch.Tensor) -> Any:
     """
     if torch.cuda.get_device_capability(x_RD.device) != _STREAMING_GPU or _release() != _STREAMING_RELEASE:
         return None
-    kernels = importlib.import_module("dtr.ops.mlp_gluon")
+    kernels = importlib.import_module("dtr.ops.gpu.mlp_gluon")
     return kernels if kernels.supports(x_RD, weight) else None
 
 

@@ -23,8 +23,8 @@ import triton
 
 from dtr.errors import DeviceError
 from dtr.ops.backend import TRITON_DTYPES, TRITON_HEAD_DIMS
-from dtr.ops.gated_delta_gradients import chunk_gradients, state_scan_backward
-from dtr.ops.gated_delta_kernels import chunk_inverse, chunk_output, state_scan
+from dtr.ops.gpu.gated_delta_gradients import chunk_gradients, state_scan_backward
+from dtr.ops.gpu.gated_delta_kernels import chunk_inverse, chunk_output, state_scan
 
 CHUNK_TOKENS = 64
 # Saved checkpoints carry a copy of this file, and both copies may live in one process: each needs its own operators.

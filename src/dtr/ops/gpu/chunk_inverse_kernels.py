@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dtr.ops.gated_delta_kernels import _dot
+from dtr.ops.gpu.gated_delta_kernels import _dot
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dtr.ops.gated_delta_kernels import (
+from dtr.ops.gpu.gated_delta_kernels import (
     _decay,
     _dot,
     _head,
