@@ -30,7 +30,8 @@ from dtr.ops.rotary import rotate_to_unit_length
 from dtr.ops.short_convolution import short_convolution
 
 FORMS = ("plain", "compiled", "fused")
-OPERATORS = ("features", "convolution")
+MODULES = {"features": "dtr.ops.gpu.quadratic_triton", "convolution": "dtr.ops.gpu.convolution_triton"}
+OPERATORS = tuple(MODULES)
 ERROR_BOUND = {torch.bfloat16: 2e-2, torch.float32: 2e-4}
 NUM_TAPS = 4
 
@@ -161,7 +162,7 @@ def run(operator: str, form: str, args: argparse.Namespace) -> None:
 
 
 def set_cut(operator: str, cut: dict[str, int]) -> None:
-    module = importlib.import_module(f"dtr.ops.{'quadratic' if operator == 'features' else operator}_triton")
+    module = importlib.import_module(MODULES[operator])
     module.cut = dataclasses.replace(module.Cut(), **cut)
 
 

@@ -7,6 +7,7 @@ because Triton decides at import time whether it interprets.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from docs_pages import ROOT, load_script
 from torch import Tensor
 
 from dtr.ops.quadratic_features import mix_of_heads
@@ -203,6 +205,18 @@ def test_fused_parts_compile_and_replay_on_the_gpu() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+
+
+def test_the_benchmark_times_the_plain_forms_and_finds_the_kernels(monkeypatch, capsys) -> None:
+    script = load_script(ROOT / "benchmarks" / "quadratic_features.py")
+    arguments = ["--device", "cpu", "--sizes", "1x40x2", "--dim", "16", "--dtype", "float32", "--forms", "plain"]
+    monkeypatch.setattr(sys, "argv", ["quadratic_features.py", *arguments])
+    script.main()
+    _, *lines = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [line["operator"] for line in lines] == list(script.OPERATORS)
+    assert all(line["worst_error"] < 1e-5 and line["forward_backward_ms"] > 0 for line in lines)
+    # Kernels are opened by name, without Triton never.
+    assert all(importlib.util.find_spec(module) for module in script.MODULES.values())
 
 
 @needs_triton
