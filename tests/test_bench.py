@@ -88,12 +88,15 @@ def test_the_verb_prints_a_table_and_one_json_line(place):
     assert len(record["sizes"]) == 1
 
 
-def test_an_unknown_option_of_the_mixer_is_one_line(place):
-    command = [sys.executable, "-m", "dtr", "bench", "distill", str(place / "model"), "--mixer-option", "head_copy=2"]
-    done = subprocess.run([*command, "--device", "cpu", "--sizes", "2x24"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "head_copies" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("verb", ["distill", "generate"])
+def test_an_unknown_option_of_the_mixer_is_told_before_there_is_a_model(verb, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dtr", "bench", verb, "no/such/model", "--mixer-option", "head_copy=2"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert "head_copies" in told
+    assert "Traceback" not in told
 
 
 def test_an_option_without_a_value_names_its_flag(place, monkeypatch, capsys):

@@ -77,6 +77,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(place, message, tmp_path):
     for verb in ("run", "distill"):
         assert "Did you mean 'gated_deltanet'?" in told(verb, "--mixer", "gated_deltnet")
         assert "text.source: got 'missing.txt'" in told(verb, "--set", "text.source=missing.txt")
+        assert "Did you mean 'head_copies'?" in told(verb, "--set", "mixer.options.head_copy=2")
     assert "Did you mean 'recall'?" in told("run", "--task", "recalls")
     assert "search.p_min: got 95 of the teacher's score" in told("run", "--p-min", "95")
     assert "got no such folder; expected a bank" in told("search", "--bank", tmp_path / "nowhere")

@@ -47,6 +47,8 @@ def load_subjects(
     Raises:
         RecipeError: numbers of layers that do not go together.
     """
+    # Mistakes are told before a model is loaded.
+    options = options_of_new(mixer, options)
     model, _ = load_model(source, device=device, dtype=dtype)
     config = model.config
     if config.model_type.startswith(HYBRID_PREFIX):
@@ -61,7 +63,6 @@ def load_subjects(
     teacher = as_teacher(model, None, source=source)
     linear = [i for i in range(teacher.num_layers) if i not in kept]
     attention = [layer.self_attn for layer in decoder_layers(model)]
-    options = options_of_new(mixer, options)
     mixers = {i: mixer_from_teacher(mixer, teacher.geometry, i, attention[i], options) for i in linear}
     for made in mixers.values():
         made.to(model.dtype).eval().requires_grad_(False)

@@ -39,15 +39,19 @@ def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[
     Raises:
         RecipeError: unknown kind, or an option that this kind does not have.
     """
+    _check_options(kind, options or {})
+    return MIXERS[kind](geometry, layer_idx, **(options or {}))
+
+
+def _check_options(kind: str, options: dict[str, Any]) -> None:
     known = options_of(MIXERS[kind])
-    for name, value in (options or {}).items():
+    for name, value in options.items():
         if name not in known:
             raise RecipeError(
                 "mixer.options", got=f"'{name}'", expected=f"an option of {kind}", hint=did_you_mean(name, known)
             )
         if not isinstance(value, (int, float)):
             raise RecipeError(f"mixer.options.{name}", got=repr(value), expected="a number, true or false")
-    return MIXERS[kind](geometry, layer_idx, **(options or {}))
 
 
 def options_of(mixer: type[Mixer]) -> list[str]:
@@ -58,7 +62,12 @@ def options_of(mixer: type[Mixer]) -> list[str]:
 
 
 def options_of_new(kind: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Options of a mixer that is made today: what was asked for, and beside it what a new one of this kind gets."""
+    """Options of a mixer that is made today: what was asked for, and beside it what a new one of this kind gets.
+
+    Raises:
+        RecipeError: as `make_mixer`, but before there is a teacher.
+    """
+    _check_options(kind, options or {})
     return {**MIXERS[kind].options_when_new, **(options or {})}
 
 
