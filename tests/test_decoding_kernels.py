@@ -7,21 +7,14 @@ because Triton decides at import time whether it interprets.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from triton_runs import accept_numpy_2_4, needs_gpu, needs_triton, run_in_the_interpreter
 
 from dtr.ops import decoding, gated_delta
 from dtr.ops.projections import DeltaProjection, GatedProjection, HeadNorms, Norm
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 class Case:
@@ -314,15 +307,11 @@ def test_which_prompts_go_through_a_layer_at_once() -> None:
 @needs_triton
 @pytest.mark.timeout(240)
 def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_in_the_interpreter(__file__)
 
 
 def run_interpreted() -> None:
     """float32 only, as in `test_ops_triton.py`."""
-    from test_ops_triton import accept_numpy_2_4
-
     accept_numpy_2_4()
     case = Case(dim=16, dtype=torch.float32, device="cpu")
     check_all(case, 1e-5)

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from docs_pages import ROOT, load_script
 from torch import Tensor
+from triton_runs import accept_numpy_2_4, needs_gpu, needs_triton, run_in_the_interpreter
 
 from dtr.ops.quadratic_features import mix_of_heads
 from dtr.ops.rotary import rotate_to_unit_length
 from dtr.ops.short_convolution import short_convolution
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEP_SIZE = 8.0
 # float32 on a GPU: products of three tf32 parts.
 BOUND = {torch.bfloat16: 1e-2, torch.float32: 5e-5 if torch.cuda.is_available() else 1e-5}
@@ -222,15 +218,11 @@ def test_the_benchmark_times_the_plain_forms_and_finds_the_kernels(monkeypatch, 
 @needs_triton
 @pytest.mark.timeout(240)
 def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_in_the_interpreter(__file__)
 
 
 def run_interpreted() -> None:
     """float32 only, as in `test_ops_triton.py`."""
-    from test_ops_triton import accept_numpy_2_4
-
     from dtr.errors import DeviceError
     from dtr.ops.gpu import convolution_triton, quadratic_triton
 

@@ -6,20 +6,13 @@ because Triton decides at import time whether it interprets.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
+from triton_runs import accept_numpy_2_4, needs_gpu, needs_triton, run_in_the_interpreter
 
 GPU_LENGTHS = (1, 7, 64, 65, 130, 512)
 NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def naive(inputs: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
@@ -165,9 +158,7 @@ def assert_compiles_whole(device: str) -> None:
 @needs_triton
 @pytest.mark.timeout(240)
 def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_in_the_interpreter(__file__)
 
 
 def run_interpreted() -> None:
@@ -189,19 +180,6 @@ def run_interpreted() -> None:
     assert not supports(q[..., :12], v)
     with pytest.raises(DeviceError, match="K=12, V=16"):
         chunked(q[..., :12], q[..., :12], *inputs[2:5])
-
-
-def accept_numpy_2_4() -> None:
-    """NumPy 2.4 refuses int() of a one-element array, by which Triton 3.6's interpreter reads loop bounds."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_index(tensor: type, scope: object) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))  # type: ignore[attr-defined]
-
-    interpreter._patch_lang_tensor = patch_and_index
 
 
 if __name__ == "__main__":
