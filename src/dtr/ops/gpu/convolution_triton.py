@@ -13,7 +13,6 @@ Shapes: B batch, T tokens, C channels, W tokens that the convolution sees, BW th
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ import triton.language as tl
 
 from dtr.errors import DeviceError
 from dtr.ops.backend import TRITON_DTYPES
+from dtr.ops.gpu.device import runs_on
 
 BLOCK_CHANNELS = 64
 
@@ -39,15 +39,11 @@ class Cut:
 
 
 cut = Cut()
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Saved checkpoints carry a copy of this file, and both copies may live in one process: each needs its own operators.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def supports(x_BTC: torch.Tensor) -> bool:
     """Whether the kernels take `x`: CUDA (or Triton's interpreter), bfloat16 or float32."""
-    on_device = x_BTC.device.type == "cuda" or (_INTERPRETED and x_BTC.device.type == "cpu")
-    return on_device and x_BTC.dtype in TRITON_DTYPES
+    return runs_on(x_BTC) and x_BTC.dtype in TRITON_DTYPES
 
 
 def convolution(x_BTC: torch.Tensor, taps_CW: torch.Tensor) -> torch.Tensor:
@@ -126,9 +122,7 @@ def _sizes(taps: torch.Tensor) -> dict[str, int]:
     return {"C": C, "W": W, "BW": triton.next_power_of_2(W), "BC": BC}
 
 
-@torch.library.custom_op(
-    f"{_NAMESPACE}::convolution_forward", mutates_args=(), schema="(Tensor x, Tensor taps) -> Tensor"
-)
+@torch.library.custom_op("dtr_triton::convolution_forward", mutates_args=(), schema="(Tensor x, Tensor taps) -> Tensor")
 def _forward(x, taps):  # type: ignore[no-untyped-def]
     x, out = _with_rows(x), _empty_forward(x, taps)
     B, T, C = x.shape
@@ -147,7 +141,7 @@ def _empty_forward(x, taps):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op(
-    f"{_NAMESPACE}::convolution_backward",
+    "dtr_triton::convolution_backward",
     mutates_args=(),
     schema="(Tensor x, Tensor taps, Tensor d_out) -> (Tensor, Tensor)",
 )

@@ -15,7 +15,6 @@ Shapes: B batch, T tokens, H heads, K key dim, V value dim, N chunks of C = 64 t
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -23,21 +22,18 @@ import triton
 
 from dtr.errors import DeviceError
 from dtr.ops.backend import TRITON_DTYPES, TRITON_HEAD_DIMS
+from dtr.ops.gpu.device import runs_on
 from dtr.ops.gpu.gated_delta_gradients import chunk_gradients, state_scan_backward
 from dtr.ops.gpu.gated_delta_kernels import chunk_inverse, chunk_output, state_scan
 
 CHUNK_TOKENS = 64
-# Saved checkpoints carry a copy of this file, and both copies may live in one process: each needs its own operators.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def supports(q_BTHK: torch.Tensor, v_BTHV: torch.Tensor) -> bool:
     """Whether the kernels can run: CUDA (or Triton's interpreter), bf16 or fp32, K and V one of 16, 32, 64, 128."""
-    on_device = q_BTHK.device.type == "cuda" or (_INTERPRETED and q_BTHK.device.type == "cpu")
     same = q_BTHK.dtype == v_BTHV.dtype and q_BTHK.device == v_BTHV.device
     return (
-        on_device
+        runs_on(q_BTHK)
         and same
         and q_BTHK.dtype in TRITON_DTYPES
         and {q_BTHK.shape[-1], v_BTHV.shape[-1]} <= set(TRITON_HEAD_DIMS)
@@ -95,7 +91,7 @@ def num_stages(q: torch.Tensor) -> int:
 
 
 @torch.library.custom_op(
-    f"{_NAMESPACE}::gated_delta_forward",
+    "dtr_triton::gated_delta_forward",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? state, float scale)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -135,7 +131,7 @@ def _empty_forward(q, k, v, g, beta, state, scale):  # type: ignore[no-untyped-d
 
 
 @torch.library.custom_op(
-    f"{_NAMESPACE}::gated_delta_backward",
+    "dtr_triton::gated_delta_backward",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor updates, Tensor states, Tensor inverses,"
     " Tensor cum, Tensor d_o, Tensor? d_final, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

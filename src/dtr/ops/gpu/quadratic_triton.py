@@ -11,7 +11,6 @@ Shapes: B batch, T tokens, H heads, K head dim.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import triton
 
 from dtr.errors import DeviceError
 from dtr.ops.backend import QUADRATIC_HEAD_DIMS
+from dtr.ops.gpu.device import runs_on
 from dtr.ops.gpu.quadratic_kernels import features_backward, features_forward
 
 BLOCK_TOKENS = 64
@@ -39,16 +39,12 @@ class Cut:
 
 
 cut = Cut()
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Saved checkpoints carry a copy of this file, and both copies may live in one process: each needs its own operators.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def supports(x_BTHK: torch.Tensor) -> bool:
     """Whether the kernels take `x`: CUDA (or Triton's interpreter), and a head dim and type of
     `QUADRATIC_HEAD_DIMS`."""
-    on_device = x_BTHK.device.type == "cuda" or (_INTERPRETED and x_BTHK.device.type == "cpu")
-    return on_device and x_BTHK.shape[-1] in QUADRATIC_HEAD_DIMS.get(x_BTHK.dtype, ())
+    return runs_on(x_BTHK) and x_BTHK.shape[-1] in QUADRATIC_HEAD_DIMS.get(x_BTHK.dtype, ())
 
 
 def rotated_features(
@@ -92,7 +88,7 @@ def _num_programs(x: torch.Tensor, most: int) -> int:
 
 
 @torch.library.custom_op(
-    f"{_NAMESPACE}::rotated_features_forward",
+    "dtr_triton::rotated_features_forward",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor cos, Tensor sin, float step_size) -> Tensor",
 )
@@ -115,7 +111,7 @@ def _empty_forward(x, weight, cos, sin, step_size):  # type: ignore[no-untyped-d
 
 
 @torch.library.custom_op(
-    f"{_NAMESPACE}::rotated_features_backward",
+    "dtr_triton::rotated_features_backward",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor cos, Tensor sin, Tensor d_out, float step_size) -> (Tensor, Tensor)",
 )
