@@ -17,7 +17,7 @@ from dtr.bench.subjects import load_subjects
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distributed import join_world, leave_world
 from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
-from dtr.mixers import options_of_new
+from dtr.mixers import check_options
 from dtr.ops.dispatch import use_backend
 from dtr.pipeline.preparation import Listener, prepare_guards, prepare_task, prepare_teacher, search_settings
 from dtr.recipe import Recipe
@@ -167,8 +167,7 @@ def bench_distillation(
     Under torchrun every rank takes part; nothing is returned on any but the first.
     """
     caches, began = compile_caches(), time.monotonic()
-    # Mistakes are told before a model is loaded.
-    options_of_new(mixer, options)
+    check_options(mixer, options)
     world, place = join_world(pick_device(device))
 
     def say(phase: str) -> None:

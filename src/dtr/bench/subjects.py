@@ -47,7 +47,7 @@ def load_subjects(
     Raises:
         RecipeError: numbers of layers that do not go together.
     """
-    # Mistakes are told before a model is loaded.
+    # Here, as mistakes are told before a model is loaded.
     options = options_of_new(mixer, options)
     model, _ = load_model(source, device=device, dtype=dtype)
     config = model.config

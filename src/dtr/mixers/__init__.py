@@ -39,11 +39,16 @@ def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[
     Raises:
         RecipeError: unknown kind, or an option that this kind does not have.
     """
-    _check_options(kind, options or {})
+    check_options(kind, options or {})
     return MIXERS[kind](geometry, layer_idx, **(options or {}))
 
 
-def _check_options(kind: str, options: dict[str, Any]) -> None:
+def check_options(kind: str, options: dict[str, Any]) -> None:
+    """Whether this kind of mixer has such options; needs no teacher, so that mistakes can be told before one is loaded.
+
+    Raises:
+        RecipeError: unknown kind, or an option that it does not have.
+    """
     known = options_of(MIXERS[kind])
     for name, value in options.items():
         if name not in known:
@@ -67,7 +72,7 @@ def options_of_new(kind: str, options: dict[str, Any] | None = None) -> dict[str
     Raises:
         RecipeError: as `make_mixer`, but before there is a teacher.
     """
-    _check_options(kind, options or {})
+    check_options(kind, options or {})
     return {**MIXERS[kind].options_when_new, **(options or {})}
 
 
