@@ -47,26 +47,28 @@ def page() -> str:
 
 def distillation(record: dict[str, Any]) -> list[str]:
     """Sections on the error of layers and what it means for tasks; `record` as in distil_quality.json."""
-    recipe = {**record, "settings": "the recipe"}
-    rows = [recipe, *sorted(record["ablation"], key=lambda row: row["mean_nmse"])]
+    choices = sorted(record["ablation"], key=lambda row: row["mean_nmse"])
+    # One old row has no recall that was measured.
+    tested = [row for row in choices if "recall_retention" in row and None not in row["recall_retention"].values()]
     teacher = [f"{name} {scores['teacher']:.3f}" for name, scores in record["all_linear_scores"].items()]
-    pure = [row for row in rows[1:] if row["is_pure_linear"]]
     return [
         "## Distillation\n",
         ABOUT_DISTILLATION,
         "### On test\n",
         *table(
             "settings | tokens | NMSE | ARC-easy | PIQA | HellaSwag | kept | recall, 50 % and 75 % linear | commit",
-            (_test_row(row) for row in rows if None not in row.get("recall_retention", {"": None}).values()),
+            (_test_row(row) for row in [{**record, "settings": ""}, *tested]),
         ),
         f"The teacher has {', '.join(teacher)}.\n{ABOUT_RECALL}",
         "### Pure linear mixers\n",
         "Kept is on validation here. Rows in brackets are scratch changes, no options of the tool.\n",
-        *table("settings | tokens | NMSE | KL | kept | commit", map(_choice, pure)),
+        *table(
+            "settings | tokens | NMSE | KL | kept | commit", (_choice(row) for row in choices if row["is_pure_linear"])
+        ),
         "### With a window\n",
         *table(
             "settings | tokens | NMSE | KL | kept | commit",
-            (_choice(row) for row in rows if not row["is_pure_linear"]),
+            (_choice(row) for row in choices if not row["is_pure_linear"]),
         ),
     ]
 
@@ -127,9 +129,8 @@ def _error(row: dict[str, Any]) -> str:
 def _test_row(row: dict[str, Any]) -> list[str]:
     tasks = [f"{scores['hybrid']:.3f}" for scores in row["all_linear_scores"].values()]
     recall = " and ".join(f"{share:.1%}" for share in row["recall_retention"].values())
-    name = row["settings"] if row["settings"] == "the recipe" else _settings(row)
     kept = f"{row['all_linear_retention']['mean']:.1%}"
-    return [name, _tokens(row), f"{row['mean_nmse']:.4f}", *tasks, kept, recall, row["commit"]]
+    return [_settings(row), _tokens(row), f"{row['mean_nmse']:.4f}", *tasks, kept, recall, row["commit"]]
 
 
 def _choice(row: dict[str, Any]) -> list[str]:
