@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from score_tables import acc, random_table, search, table
 
@@ -139,6 +139,7 @@ def test_unwritable_places_are_refused(tmp_path: Path):
     value=st.floats(allow_nan=False), likelihood=st.floats(allow_nan=False),
     items=st.lists(st.sampled_from((0.0, 1.0))) | st.lists(st.floats(allow_nan=False)),
 )  # fmt: skip
+@example(value=-0.0, likelihood=0.0, items=[-0.0, 1.0])
 @settings(max_examples=100, deadline=None)
 def test_scores_come_back_bit_for_bit(tmp_path_factory, value: float, likelihood: float, items: list[float]):
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"

@@ -181,7 +181,8 @@ def _to_line(entry: Mapping[str, Any]) -> bytes:
 def _encode(score: Score) -> dict[str, Any]:
     """As `Score.to_dict`, with 0/1 items as a string of digits: a quarter of the bytes of a list of floats."""
     items = score.per_item
-    is_binary = all(value in (0.0, 1.0) for value in items)
+    # By their text, as -0.0 equals 0.0.
+    is_binary = all(repr(value) in ("0.0", "1.0") for value in items)
     return {**score.to_dict(), "per_item": "".join(f"{value:.0f}" for value in items) if is_binary else list(items)}
 
 
