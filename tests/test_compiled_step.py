@@ -8,12 +8,19 @@ import pytest
 import torch
 from tiny import pico_teacher, token_blocks
 
+from dtr import arch
 from dtr.distillation import compiled
 from dtr.distillation.compiled import Compiled, CompiledLayers, pays
+from dtr.distillation.students import Students
 from dtr.distillation.trainer import distill
 from dtr.ops import gated_delta
 
 SETTINGS = {"num_tokens": 8 * 32 * 6, "batch_size": 8, "learning_rate": 5e-3, "seed": 3}
+
+
+def start_students_of(teacher):
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0, "fast": False}
+    return Students(teacher, {}, **settings)
 
 
 def test_a_cpu_compiles_what_takes_minutes():
@@ -23,6 +30,24 @@ def test_a_cpu_compiles_what_takes_minutes():
     assert pays(cpu, num_parameters=50_000_000, num_tokens=200_000)
     # The demo is over sooner without.
     assert not pays(cpu, num_parameters=50_000_000, num_tokens=90_000)
+
+
+def test_masks_are_made_before_a_step_is_recorded(monkeypatch):
+    """While a stream is captured transformers makes a mask where it otherwise passes none."""
+    teacher, made = pico_teacher(), []
+    make = arch.create_causal_mask
+    monkeypatch.setattr(arch, "create_causal_mask", lambda **given: made.append(1) or make(**given))
+    students = start_students_of(teacher)
+    ids = token_blocks().train
+    blocks = [torch.stack([ids[i + j] for j in range(4)]).long() for i in (0, 4)]
+    plain = teacher.model.model(input_ids=blocks[1], output_hidden_states=True).hidden_states
+    first = students.teacher_forward(blocks[0])
+    last = students.teacher_forward(blocks[1])
+    assert made == [1], "once for a shape"
+    assert torch.equal(teacher.model.model.norm(last), plain[-1])
+    assert not torch.equal(first, last)
+    students.teacher_forward(blocks[1][:2])
+    assert made == [1, 1]
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):

@@ -12,7 +12,7 @@ import copy
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -209,10 +209,13 @@ class LayerRunner:
         self._model: Any = model
         self.layers: list[nn.Module] = list(decoder_layers(model))
 
-    def prepare(self, input_ids: torch.Tensor) -> Prepared:
-        """Embed `input_ids` (B, T) and make rotary tables and masks for that length."""
+    def prepare(self, input_ids: torch.Tensor, like: Prepared | None = None) -> Prepared:
+        """Embed `input_ids` (B, T) and make rotary tables and masks for that length, or take those of a batch of the
+        same shape."""
         body = self._model.model
         hidden = body.embed_tokens(input_ids)
+        if like is not None:
+            return replace(like, hidden_BTD=hidden)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         common = {
             "config": self._model.config,

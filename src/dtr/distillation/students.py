@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtr.allocation import keep_freed_memory
+from dtr.arch import LayerRunner, Prepared
 from dtr.distillation.compiled import Compiled, CompiledLayers
 from dtr.distillation.exchange import GradientExchange
 from dtr.distillation.lanes import Lanes
@@ -76,6 +78,8 @@ class Students:
         self._run_pass = run_pass or self._teacher_pass
         # A sharded teacher gathers its weights from Python, layer by layer.
         compiles_layers = fast and run_pass is None and teacher.device.type == "cpu" and not teacher.is_sharded
+        self._runner = None if teacher.is_sharded else LayerRunner(teacher.model)
+        self._prepared: dict[torch.Size, Prepared] = {}
         self._layers = CompiledLayers(teacher.model) if compiles_layers else None
         self._world = world or World()
         self.splits_batch = parallel == "data"
@@ -214,17 +218,28 @@ class Students:
     def teacher_forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The teacher's pass over (B, T) as a training step runs it, with nothing trained; its last hidden states."""
         with self._fast_layers():
-            return self._teacher.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return self._run_teacher(input_ids)
 
     @torch.no_grad()
     def _teacher_pass(self, input_ids: torch.Tensor, numbers: list[int], visit: Any) -> None:
         if len(input_ids) and numbers:
             with capture_targets(self._teacher.model, {i: self.mixers[i] for i in numbers}, visit):
-                self._teacher.model.model(input_ids=input_ids, use_cache=False)
+                self._run_teacher(input_ids)
         elif self._teacher.is_sharded:
             # With more processes than sequences some have nothing to do but to bring their part of the weights.
-            idle = torch.zeros(1, 1, dtype=torch.long, device=self._teacher.device)
-            self._teacher.model.model(input_ids=idle, use_cache=False)
+            self._run_teacher(torch.zeros(1, 1, dtype=torch.long, device=self._teacher.device))
+
+    def _run_teacher(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self._runner is None:
+            return self._teacher.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        # Tables and masks are made once, before a step is recorded: while that is done the library makes an explicit
+        # mask where it makes none otherwise, with which attention is slower, and compiled anew.
+        batch = self._runner.prepare(input_ids, like=self._prepared.get(input_ids.shape))
+        hidden = batch.hidden_BTD
+        self._prepared.setdefault(input_ids.shape, replace(batch, hidden_BTD=hidden[:0]))
+        for index, layer in enumerate(self._runner.layers):
+            hidden = self._runner.run_layer(index, layer, hidden, batch)
+        return hidden
 
     @torch.no_grad()
     def _normalise_and_clip(self, powers: torch.Tensor) -> None:
