@@ -1,4 +1,4 @@
-"""Training steps compiled, where that pays and can be done: students, and on a CPU the teacher's layers."""
+"""Training steps compiled, where that pays and can be done: students and the teacher's layers."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Students:
     """The mixers under training, with their optimizer.
 
     On a GPU the step is bound by launching some 10,000 small kernels, so it is compiled, and after a few steps recorded
-    once as a CUDA graph and replayed; `fast` turns both on. On a CPU it compiles students and the teacher's layers.
+    once as a CUDA graph and replayed; `fast` turns both on. What is compiled are students and the teacher's layers.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Students:
         self._teacher, self.mixers = teacher, mixers
         self._max_grad_norm = max_grad_norm
         self._run_pass = run_pass or self._teacher_pass
-        # A sharded teacher gathers its weights from Python, layer by layer.
-        compiles_layers = fast and run_pass is None and teacher.device.type == "cpu" and not teacher.is_sharded
         self._runner = None if teacher.is_sharded else LayerRunner(teacher.model)
         self._prepared: dict[torch.Size, Prepared] = {}
+        # A sharded teacher gathers its weights from Python, layer by layer.
+        compiles_layers = fast and run_pass is None and not teacher.is_sharded
         self._layers = CompiledLayers(teacher.model) if compiles_layers else None
         self._world = world or World()
         self.splits_batch = parallel == "data"
@@ -236,7 +236,7 @@ class Students:
         # mask where it makes none otherwise, with which attention is slower, and compiled anew.
         batch = self._runner.prepare(input_ids, like=self._prepared.get(input_ids.shape))
         hidden = batch.hidden_BTD
-        self._prepared.setdefault(input_ids.shape, replace(batch, hidden_BTD=hidden[:0]))
+        self._prepared.setdefault(input_ids.shape, replace(batch, hidden_BTD=hidden.new_empty(0)))
         for index, layer in enumerate(self._runner.layers):
             hidden = self._runner.run_layer(index, layer, hidden, batch)
         return hidden
