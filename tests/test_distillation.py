@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, pico_teacher, token_blocks
 
-from dtr.arch import capture_attention, decoder_layers
+from dtr.arch import FAMILIES, capture_attention, decoder_layers
 from dtr.distillation import loop, trainer
 from dtr.distillation.bank import load_bank
 from dtr.distillation.students import Students, squared_sums
@@ -251,6 +251,27 @@ def test_a_recorded_step_leaves_out_a_stopped_layer(blocks):
     assert len(losses) == 2
     assert torch.isfinite(losses).all()
     assert [torch.equal(before[i], mixers[i].o_proj.weight) for i in range(3)] == [False, True, False]
+    assert students.refusal is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_and_recorded_step_learns_the_same(blocks, family):
+    """The teacher's layers are compiled too; a library that makes another mask while recording would break the step."""
+    model = pico_teacher(family).model.to("cuda", torch.bfloat16)
+    teacher = as_teacher(model, byte_tokenizer(), source="pico")
+    attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
+
+    def losses_of(fast):
+        torch.manual_seed(0)
+        mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a) for i, a in enumerate(attention)}
+        students = Students(teacher, mixers, learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0, fast=fast)
+        losses = [students.train_step(blocks.batch(i, batch_size=8, seed=0), 1e-3).clone() for i in range(8)]
+        assert not fast or (students.is_compiled and students.refusal is None)
+        return torch.stack(losses)
+
+    torch.testing.assert_close(losses_of(True), losses_of(False), rtol=2e-2, atol=1e-3)
 
 
 def test_the_loss_is_normalised_and_differentiable(teacher):
