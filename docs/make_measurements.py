@@ -12,20 +12,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtr.mixers import options_of_new
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "measurements.md"
 QUALITY = ROOT / "benchmarks" / "results" / "distil_quality.json"
 SEARCH = ROOT / "benchmarks" / "results" / "search.json"
+COSTS = ROOT / "benchmarks" / "results" / "mixer_costs.json"
 HEAD = """# Measurements
 
-Made by `python docs/make_measurements.py` from `benchmarks/results/distil_quality.json` and `search.json`, which hold
-the command, the hardware and the commit of every row, and more numbers. Everything is of SmolLM2-135M-Instruct. What
-was tried in vain and has no row is in `dev/LOG.md`.
+Made by `python docs/make_measurements.py` from `distil_quality.json`, `mixer_costs.json` and `search.json` in
+`benchmarks/results`, which hold the command, the hardware and the commit of every row, and more numbers. Everything is
+of SmolLM2-135M-Instruct, speeds of random weights of its shape. What was tried in vain and has no row is in
+`dev/LOG.md`.
 """
 ABOUT_DISTILLATION = """Rows are `recipes/arc_easy_gpu.yaml` with these settings changed, seed 0. NMSE is the squared
 error over the target's power, mean over 30 layers, on held-out text; in brackets on the same blocks of 512 tokens where
 a row was trained on others. KL is KL(teacher, hybrid) on held-out text with all layers linear, in nats a token. Kept is
 the mean share of the teacher's score on ARC-easy, PIQA and HellaSwag with all layers linear.
+"""
+ABOUT_COSTS = """NMSE is that of 3M tokens, a training step of 8 x 512 tokens is told in steps of the recipe.
+Decoding and prefill are those of a hybrid with 27 such layers of 30 over its teacher's, each at the largest batch for which the
+teacher's cache fits on an H100; the cache is its share of the teacher's. An empty cell was not measured.
 """
 ABOUT_RECALL = """Recall is the share of the teacher's score at about 1,000 tokens of context, where search chose the
 layers.
@@ -41,34 +49,52 @@ their 95 % intervals.
 
 
 def page() -> str:
-    quality, search = (json.loads(path.read_text(encoding="utf-8")) for path in (QUALITY, SEARCH))
-    return "\n".join([HEAD, *distillation(quality), *searches(search)])
+    quality, costs, search = (json.loads(path.read_text(encoding="utf-8")) for path in (QUALITY, COSTS, SEARCH))
+    return "\n".join([HEAD, *distillation(quality), *cost(quality, costs), *searches(search)])
 
 
 def distillation(record: dict[str, Any]) -> list[str]:
     """Sections on the error of layers and what it means for tasks; `record` as in distil_quality.json."""
-    choices = sorted(record["ablation"], key=lambda row: row["mean_nmse"])
-    # One old row has no recall that was measured.
-    tested = [row for row in choices if "recall_retention" in row and None not in row["recall_retention"].values()]
+    rows = sorted(record["ablation"], key=lambda row: row["mean_nmse"])
+    linear, windows = ([row for row in rows if row["is_pure_linear"] is pure] for pure in (True, False))
     teacher = [f"{name} {scores['teacher']:.3f}" for name, scores in record["all_linear_scores"].items()]
     return [
         "## Distillation\n",
         ABOUT_DISTILLATION,
         "### On test\n",
-        *table(
-            "settings | tokens | NMSE | ARC-easy | PIQA | HellaSwag | kept | recall, 50 % and 75 % linear | commit",
-            (_test_row(row) for row in [{**record, "settings": ""}, *tested]),
-        ),
+        *_test_table([{**record, "settings": ""}, *linear]),
         f"The teacher has {', '.join(teacher)}.\n{ABOUT_RECALL}",
         "### Pure linear mixers\n",
         "Kept is on validation here. Rows in brackets are scratch changes, no options of the tool.\n",
-        *table(
-            "settings | tokens | NMSE | KL | kept | commit", (_choice(row) for row in choices if row["is_pure_linear"])
-        ),
+        *_choice_table(linear),
         "### With a window\n",
+        "Every layer also attends to the last 64 tokens. On test:\n",
+        *_test_table(windows),
+        "On validation:\n",
+        *_choice_table(windows),
+    ]
+
+
+def _test_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    # One old row has no recall that was measured.
+    tested = [row for row in rows if "recall_retention" in row and None not in row["recall_retention"].values()]
+    head = "settings | tokens | NMSE | ARC-easy | PIQA | HellaSwag | kept | recall, 50 % and 75 % linear | commit"
+    return table(head, map(_test_row, tested))
+
+
+def _choice_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return table("settings | tokens | NMSE | KL | kept | commit", map(_choice, rows))
+
+
+def cost(quality: dict[str, Any], entries: list[dict[str, Any]]) -> list[str]:
+    """Section on what layers cost; `entries` as in mixer_costs.json, the cheapest in training first."""
+    entries = sorted(entries, key=lambda entry: entry["training"]["step_time_over_recipes"])
+    return [
+        "### What closeness costs\n",
+        ABOUT_COSTS,
         *table(
-            "settings | tokens | NMSE | KL | kept | commit",
-            (_choice(row) for row in choices if not row["is_pure_linear"]),
+            "mixer | NMSE | training step | decoding at 2K and 32K | prefill at 32K | cache at 2K and 32K",
+            (_cost(entry, quality["ablation"]) for entry in entries),
         ),
     ]
 
@@ -144,6 +170,38 @@ def _choice(row: dict[str, Any]) -> list[str]:
         "" if kept is None else f"{kept:.3f}",
         row["commit"] or "",
     ]
+
+
+def _cost(entry: dict[str, Any], choices: list[dict[str, Any]]) -> list[str]:
+    mixer, step, served = entry["mixer"], entry["training"]["step_time_over_recipes"], entry.get("serving")
+    errors = [f"{row['mean_nmse']:.4f}" for row in choices if _tells_mixers_apart(row) and _mixer(row) == mixer]
+    speeds = ["", "", ""]
+    if served is not None:
+        decoding = " and ".join(f"{served['decode_speedup'][n]['fill']:.2f}" for n in ("2048", "32768"))
+        cache = " and ".join(f"{served['cache_ratio'][n]:.0%}" for n in ("2048", "32768"))
+        speeds = [decoding, f"{served['prefill_speedup']['32768']['fill']:.2f}", cache]
+    return [_named(mixer), " ".join(errors), f"{step:.2f}", *speeds]
+
+
+def _tells_mixers_apart(row: dict[str, Any]) -> bool:
+    """Whether a row of 3M tokens differs from the recipe in its mixer alone, with what new mixers have."""
+    parts = row["settings"].split()
+    is_mixers = all(part.startswith(("distill.num_tokens=", "mixer.")) for part in parts)
+    return row["num_tokens"] == 3_000_000 and is_mixers and "exact_first=" not in row["settings"]
+
+
+def _mixer(row: dict[str, Any]) -> dict[str, Any] | None:
+    kind, options = row["mixer"]["kind"], row["mixer"].get("options", {})
+    if not isinstance(kind, str):
+        return None
+    return {"kind": kind, "options": options_of_new(kind, {k: v for k, v in options.items() if v is not False})}
+
+
+def _named(mixer: dict[str, Any]) -> str:
+    """Without what every new mixer has."""
+    usual = options_of_new(mixer["kind"])
+    options = " ".join(f"{k}={json.dumps(v)}" for k, v in mixer["options"].items() if usual.get(k) != v)
+    return f"`{mixer['kind']} {options}`".replace(" `", "`")
 
 
 def _drop(row: dict[str, Any]) -> str:

@@ -183,3 +183,36 @@ def test_records_are_gathered_part_by_part(tmp_path):
     done = subprocess.run([sys.executable, str(program), "--out", str(out)], input="", capture_output=True, text=True)
     assert done.returncode != 0
     assert "nothing was written" in done.stderr
+
+
+def test_costs_of_mixers_are_gathered(tmp_path):
+    root = Path(__file__).parent.parent
+    out, names = tmp_path / "mixer_costs.json", ("recipe", "kda", "served")
+    common = {"hardware": {}, "commit": "abc"}
+    size = {"batch": 8, "seq_len_tokens": 512}
+    options = {"head_copies": 2, "quadratic": True}
+    recipe, kda, served = records = [
+        {"command": "a", "mixer": "gated_deltanet", "mixer_options": options, "sizes": [size], **common},
+        {"command": "b", "mixer": "kimi_delta_attention", "mixer_options": options, "sizes": [dict(size)], **common},
+        {"command": "c", "mixers": [{"kind": "kimi_delta_attention", "exact_first": True, **options}], **common},
+    ]
+    recipe["sizes"][0]["distill_tokens_per_second"], kda["sizes"][0]["distill_tokens_per_second"] = 300.0, 200.0
+    served |= {"decode_speedup": {"512": {"1": 1.1}}, "prefill_speedup": {}, "cache_ratio": {"512": 0.4}}
+    for name, record in zip(names, records, strict=True):
+        (tmp_path / name).write_text("a table\n" + json.dumps(record))
+
+    def gather(*names: str) -> subprocess.CompletedProcess[str]:
+        program, recipe = root / "benchmarks" / "mixer_costs.py", root / "recipes" / "arc_easy_gpu.yaml"
+        command = [sys.executable, str(program), str(recipe), *(str(tmp_path / name) for name in names)]
+        return subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+
+    assert "no record of the recipe's own mixer" in gather("kda").stderr
+    assert not out.exists()
+    gather("recipe", "kda")
+    gather("served")
+    first, second = json.loads(out.read_text())
+    assert first["training"]["step_time_over_recipes"] == 1.0
+    assert second["training"]["step_time_over_recipes"] == 1.5
+    assert second["training"]["command"] == "b"
+    assert second["serving"]["cache_ratio"] == {"512": 0.4}
+    assert "serving" not in first

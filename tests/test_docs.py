@@ -100,11 +100,16 @@ def test_the_page_of_measurements_is_made_from_the_committed_ones():
     page = script.page()
     assert script.TARGET.read_text(encoding="utf-8") == page, "run: make docs"
     tables = re.findall(r"(?m)^\|.*\n\| --- .*\n(?:\|.*\n)+", page)
-    assert len(tables) == 6
+    assert len(tables) == 8
     for lines in map(str.splitlines, tables):
         assert len({line.count(" | ") for line in lines}) == 1, lines[0]
     recipe = json.loads(script.QUALITY.read_text(encoding="utf-8"))
     assert f"| the recipe | 10.7M | {recipe['mean_nmse']:.4f} |" in page
+    (of_window,) = (lines for lines in tables if "| `window=64` | 10.7M" in lines and "kept | recall" in lines)
+    assert "the recipe" not in of_window, "mixers with a window are reported apart"
+    (at_3m,) = (row for row in recipe["ablation"] if row["settings"] == "distill.num_tokens=3000000")
+    mixer = "gated_deltanet head_copies=2 quadratic=true"
+    assert f"| `{mixer}` | {at_3m['mean_nmse']:.4f} | 1.00 |" in page, "what layers cost is beside what they err"
 
 
 def test_a_result_becomes_a_row(tmp_path, monkeypatch):
