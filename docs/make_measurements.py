@@ -31,8 +31,8 @@ error over the target's power, mean over 30 layers, on held-out text; in bracket
 a row was trained on others. KL is KL(teacher, hybrid) on held-out text with all layers linear, in nats a token. Kept is
 the mean share of the teacher's score on ARC-easy, PIQA and HellaSwag with all layers linear.
 """
-ABOUT_COSTS = """NMSE is that of 3M tokens, a training step of 8 x 512 tokens is told in steps of the recipe.
-Decoding and prefill are those of a hybrid with 27 such layers of 30 over its teacher's, each at the largest batch for which the
+ABOUT_COSTS = """NMSE is that of 3M tokens, a training step of 8 x 512 tokens is told in steps of the recipe. Decoding
+and prefill are those of a hybrid with 27 such layers of 30 over its teacher's, each at the largest batch for which the
 teacher's cache fits on an H100; the cache is its share of the teacher's. An empty cell was not measured.
 """
 ABOUT_RECALL = """Recall is the share of the teacher's score at about 1,000 tokens of context, where search chose the
