@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 
 MIN_CHUNK = 16
+MIN_LOG_DECAY = -4.0
+"""The strongest decay of a key channel in one token, a half-life of 0.17 tokens. Mixers keep to it, so that all
+backends compute the same: our kernels measure decays from the middle of a chunk of 32 tokens, where 16 of this one make
+exp(64), 6e27, which leaves float32 room for what it multiplies."""
 
 
 def chunk_length(num_tokens: int, chunk_size: int) -> int:
