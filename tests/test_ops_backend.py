@@ -9,8 +9,18 @@ import pytest
 import torch
 
 from dtr.errors import DeviceError
-from dtr.ops import backend, dispatch, gated_delta, gated_linear, quadratic_features, short_convolution
-from dtr.ops.backend import CONVOLUTION, FUSED, GATED_DELTA, GATED_LINEAR, QUADRATIC, choose_backend
+from dtr.ops import (
+    backend,
+    channel_delta,
+    dispatch,
+    gated_delta,
+    gated_linear,
+    quadratic_features,
+    recurrences,
+    short_convolution,
+)
+from dtr.ops.backend import CHANNEL_DELTA, CONVOLUTION, FUSED, GATED_DELTA, GATED_LINEAR, QUADRATIC, choose_backend
+from dtr.ops.chunking import MIN_LOG_DECAY
 from dtr.ops.rotary import rotate_to_unit_length
 
 
@@ -27,11 +37,12 @@ def machine(monkeypatch):
         there = backend._Machine(triton_version=triton, is_hopper=hopper, has_fla=fla, has_tilelang=tilelang)
         monkeypatch.setattr(backend, "_probe", lambda: there)
         if kernel_loads:
-            backend._kernels["triton", GATED_DELTA] = gated_delta.chunked
+            ours = (GATED_DELTA, GATED_LINEAR, CHANNEL_DELTA)
+            backend._kernels.update({("triton", op): gated_delta.chunked for op in ours})
         if fla_loads:
             backend._kernels.update({("fla", op): gated_delta.chunked for op in (GATED_DELTA, GATED_LINEAR)})
         # None makes an import fail, whatever is installed where the test runs.
-        for module in ("dtr.ops.gpu.gated_delta_triton", "fla"):
+        for module in ("dtr.ops.gpu.gated_delta_triton", "dtr.ops.gpu.channel_decay_triton", "fla"):
             monkeypatch.setitem(sys.modules, module, None)
 
     return set_up
@@ -63,6 +74,21 @@ def test_each_head_size_gets_its_own_kernel(machine, monkeypatch):
     names = [dispatch._name(GATED_DELTA, "cuda", head_dim, torch.bfloat16) for head_dim in (64, 80, 64)]
     assert names == ["triton", "torch", "triton"]
     assert dispatch._name(GATED_DELTA, "cuda", 64, torch.float16) == "torch"
+
+
+def test_what_was_asked_for_runs_what_it_has(machine, monkeypatch):
+    """fla stays with its gated linear attention; where a backend has nothing, auto takes what does."""
+    machine()
+    wanted = {"auto": ["triton", "triton"], "triton": ["triton", "triton"], "fla": ["fla", "triton"]}
+    wanted |= {"amx": ["triton", "triton"], "torch": ["torch", "torch"]}
+    for requested, names in wanted.items():
+        monkeypatch.setattr(dispatch, "_requested", requested)
+        monkeypatch.setattr(dispatch, "_chosen", {})
+        assert [dispatch._name(op, "cuda", 64, torch.bfloat16) for op in (GATED_LINEAR, CHANNEL_DELTA)] == names
+    monkeypatch.setattr(dispatch, "_requested", "auto")
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    assert [dispatch._name(op, "cuda", 80, torch.bfloat16) for op in (GATED_LINEAR, CHANNEL_DELTA)] == ["fla", "torch"]
+    assert dispatch._name(CHANNEL_DELTA, "cpu", 64, torch.bfloat16) == "torch"
 
 
 def test_what_only_our_kernels_fuse_is_fused_where_they_take_it(machine, monkeypatch):
@@ -136,8 +162,11 @@ def test_the_choice_is_no_break_in_a_compiled_graph():
         ({"kernel_loads": False, "fla": False}, GATED_DELTA, "torch", "fla is not installed"),
         ({"kernel_loads": False, "fla_loads": False}, GATED_DELTA, "torch", "fla does not load (ModuleNotFoundError"),
         ({"triton": None}, GATED_DELTA, "torch", "triton is not installed"),
-        ({"triton": (3, 6, 0)}, GATED_LINEAR, "fla", "no kernel for gated linear attention"),
-        ({"fla": False}, GATED_LINEAR, "torch", "fla is not installed"),
+        ({}, GATED_LINEAR, "triton", "fastest"),
+        ({"kernel_loads": False, "triton": (3, 6, 0)}, GATED_LINEAR, "fla", "does not load"),
+        ({"kernel_loads": False, "fla": False}, GATED_LINEAR, "torch", "fla is not installed"),
+        ({}, CHANNEL_DELTA, "triton", "fla is not used"),
+        ({"kernel_loads": False}, CHANNEL_DELTA, "torch", "does not load"),
     ],
 )
 def test_auto_takes_the_first_usable(machine, there, op, name, reason):
@@ -161,7 +190,8 @@ def test_auto_on_a_cpu_looks_at_no_library_for_gpus(monkeypatch):
         ("triton", "cpu", {}, GATED_DELTA, ["the device is cpu"]),
         ("fla", "cuda", {"fla": False}, GATED_DELTA, ["fla is not installed", "Install fla-core"]),
         ("fla", "cuda", {"triton": (3, 6, 0)}, GATED_DELTA, ["Hopper", "Install tilelang"]),
-        ("triton", "cuda", {}, GATED_LINEAR, ["no kernel for gated linear attention", "fla or torch"]),
+        ("triton", "cuda", {"kernel_loads": False}, GATED_LINEAR, ["does not load"]),
+        ("fla", "cuda", {}, CHANNEL_DELTA, ["fla is not used for channel delta rule", "triton or torch"]),
         ("triton", "cuda", {"kernel_loads": False}, GATED_DELTA, ["does not load"]),
         ("tritn", "cuda", {}, GATED_DELTA, ["Did you mean 'triton'?"]),
     ],
@@ -198,8 +228,8 @@ def linear_inputs(num_tokens):
 
 
 OPS = [
-    (backend.gated_delta_rule, gated_delta, delta_inputs, "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
-    (backend.gated_linear_attention, gated_linear, linear_inputs, "fla.ops.gla", "chunk_gla"),
+    (recurrences.gated_delta_rule, gated_delta, delta_inputs, "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    (recurrences.gated_linear_attention, gated_linear, linear_inputs, "fla.ops.gla", "chunk_gla"),
 ]
 
 
@@ -237,3 +267,52 @@ def test_torch_is_the_chunked_form_and_a_single_token_a_step(rule, op, make, mod
     last_o, last = rule(*(x[:, 20:] for x in inputs), state=middle, scale=0.7, backend="fla")
     torch.testing.assert_close(torch.cat([o, last_o], dim=1), expected)
     torch.testing.assert_close(last, expected_last)
+
+
+@pytest.mark.parametrize("op", [GATED_LINEAR, CHANNEL_DELTA])
+def test_our_kernel_of_decays_per_channel_gets_one_type_and_the_scale(op):
+    """With the plain forms in its place. A single token with a state takes a step, without a kernel."""
+    calls = []
+
+    def ours(q, k, v, g, beta, *, scale, state_BHKV):
+        calls.append((q.dtype, k.dtype, v.dtype, g.dtype, scale))
+        if beta is None:
+            return gated_linear.chunked(q, k, v, g, scale=scale, state_BHKV=state_BHKV)
+        return channel_delta.chunked(q, k, v, g, beta, state_BHKV=state_BHKV)
+
+    backend._kernels["triton", op] = ours
+    inputs, state = linear_inputs(21), draw(3, 8, 4)
+    inputs[2] = inputs[2].bfloat16()
+    if op == GATED_LINEAR:
+        rule, options = dispatch._gated_linear_attention, {"scale": 0.7}
+    else:
+        rule, options = dispatch._channel_delta_rule, {}
+        inputs.append(draw(21, 3).sigmoid())
+    expected, expected_last = rule(*inputs, state=state, **options)
+    o, middle = rule(*(x[:, :20] for x in inputs), state=state, backend="triton", **options)
+    last_o, last = rule(*(x[:, 20:] for x in inputs), state=middle, backend="triton", **options)
+    assert calls == [(torch.bfloat16,) * 3 + (torch.float32, options.get("scale", 1.0))]
+    torch.testing.assert_close(torch.cat([o, last_o], dim=1), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(last, expected_last, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["gated_linear_attention", "kimi_delta_attention"])
+def test_mixers_bound_their_decay_where_kernels_do(kind, monkeypatch):
+    """Every gate shut: each mixer's log decay is the bound, whatever its formula gives."""
+    from dtr.arch import HeadGeometry
+    from dtr.mixers import gated_linear_attention, kimi_delta_attention, make_mixer
+
+    seen = []
+
+    def spy(q, k, v, g, *rest, state_BHKV, **options):
+        seen.append(g)
+        return v, state_BHKV
+
+    monkeypatch.setattr(gated_linear_attention, "gated_linear_attention", spy)
+    monkeypatch.setattr(kimi_delta_attention, "channel_delta_rule", spy)
+    mixer = make_mixer(kind, HeadGeometry(hidden_dim=16, num_heads=2, num_kv_heads=1, head_dim=8), 0)
+    torch.nn.init.constant_(mixer.decay_up_proj.bias, 1e3 if kind == "kimi_delta_attention" else -1e3)
+    torch.nn.init.zeros_(mixer.decay_up_proj.weight)
+    heads = torch.randn(3, 1, 5, 2, 8)
+    mixer.recur(torch.randn(1, 5, 16), *heads, None, None)
+    assert (seen[0] == MIN_LOG_DECAY).all()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
 from dtr.mixers.decaying import DecayingMixer
+from dtr.ops.chunking import MIN_LOG_DECAY
 from dtr.ops.dispatch import gated_linear_attention
 
 TEMPERATURE = 16.0
@@ -67,7 +68,7 @@ class GatedLinearAttention(DecayingMixer):
         state_BHKV: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         decay = self.decay_up_proj(self.decay_down_proj(hidden_BTD)).float()
-        log_decay_BTHK = (F.logsigmoid(decay) / TEMPERATURE).view(k_BTHK.shape)
+        log_decay_BTHK = (F.logsigmoid(decay) / TEMPERATURE).clamp(min=MIN_LOG_DECAY).view(k_BTHK.shape)
         write_BTH = torch.sigmoid(self.write_proj(hidden_BTD))
         if token_mask_BT1 is not None:
             log_decay_BTHK = log_decay_BTHK * token_mask_BT1.unsqueeze(-1)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from dtr.arch import HeadGeometry
 from dtr.mixers.base import check_number
 from dtr.mixers.decaying import DecayingMixer
-from dtr.ops.channel_delta import chunked
+from dtr.ops.chunking import MIN_LOG_DECAY
+from dtr.ops.dispatch import channel_delta_rule
 
 
 class KimiDeltaAttention(DecayingMixer):
@@ -62,8 +63,8 @@ class KimiDeltaAttention(DecayingMixer):
         state_BHKV: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         decay = self.decay_up_proj(self.decay_down_proj(hidden_BTD)).float()
-        log_decay_BTHK = -F.softplus(decay).view(k_BTHK.shape)
+        log_decay_BTHK = (-F.softplus(decay)).clamp(min=MIN_LOG_DECAY).view(k_BTHK.shape)
         write_BTH = torch.sigmoid(self.write_proj(hidden_BTD).float())
         if token_mask_BT1 is not None:
             log_decay_BTHK, write_BTH = log_decay_BTHK * token_mask_BT1.unsqueeze(-1), write_BTH * token_mask_BT1
-        return chunked(q_BTHK, k_BTHK, v_BTHK, log_decay_BTHK, write_BTH, state_BHKV=state_BHKV)
+        return channel_delta_rule(q_BTHK, k_BTHK, v_BTHK, log_decay_BTHK, write_BTH, state_BHKV=state_BHKV)

@@ -1,9 +1,10 @@
-"""Which implementation of a recurrence runs, why, and the two entry points that call it.
+"""Which implementation of a recurrence runs, and why; `recurrences.py` calls it.
 
-`torch` is the plain PyTorch form and runs everywhere. `triton` is our kernel, for the gated delta rule and for what
-layers do beside a recurrence in several passes over memory (`FUSED`), which no other backend has. `fla` is
-the flash-linear-attention library (package fla-core), whose kernels take the same layouts. Both need CUDA. `amx` is our
-kernel for the gated delta rule on a CPU whose matrix units multiply bfloat16.
+`torch` is the plain PyTorch form and runs everywhere. `triton` are our kernels, for the gated delta rule, the same with
+a decay per key channel, gated linear attention, and for what layers do beside a recurrence in several passes over
+memory (`FUSED`), which no other backend has. `fla` is the flash-linear-attention library (package fla-core), whose
+kernels for the first and the third take the same layouts. Both need CUDA. `amx` is our kernel for the gated delta rule
+on a CPU whose matrix units multiply bfloat16.
 """
 
 from __future__ import annotations
@@ -18,13 +19,10 @@ from typing import Any
 import torch
 
 from dtr.errors import DeviceError, did_you_mean
-from dtr.ops.gated_delta import chunked as gated_delta_chunked
-from dtr.ops.gated_delta import step as gated_delta_step
-from dtr.ops.gated_linear import chunked as gated_linear_chunked
-from dtr.ops.gated_linear import step as gated_linear_step
 
 GATED_DELTA = "gated_delta_rule"
 GATED_LINEAR = "gated_linear_attention"
+CHANNEL_DELTA = "channel_delta_rule"
 GATED_DELTA_STEP = "gated_delta_step"
 QUADRATIC = "rotated_quadratic_features"
 CONVOLUTION = "short_convolution"
@@ -80,14 +78,14 @@ def choose_backend(
         requested: auto, torch, fla, triton or amx. auto takes the first usable of triton, fla, torch, on a CPU of amx
             and torch.
         device_type: as `torch.device.type`.
-        op: gated_delta_rule, gated_linear_attention, or one of `FUSED`.
+        op: gated_delta_rule, gated_linear_attention, channel_delta_rule, or one of `FUSED`.
         head_dim: of keys and values; None if it is not known yet, and so no obstacle.
         dtype: of the values; likewise.
 
     Raises:
         DeviceError: `requested` is unknown or cannot run here.
     """
-    assert op in (GATED_DELTA, GATED_LINEAR, *FUSED), op
+    assert op in (GATED_DELTA, GATED_LINEAR, CHANNEL_DELTA, *FUSED), op
     if requested not in REQUESTS:
         hint = did_you_mean(requested, REQUESTS)
         raise DeviceError("backend", got=f"'{requested}'", expected="a known backend", hint=hint)
@@ -104,60 +102,6 @@ def choose_backend(
         expected = "a backend that can run here"
         raise DeviceError("backend", got=f"'{requested}', but {obstacle.why}", expected=expected, hint=obstacle.remedy)
     return Backend(name=requested, reason="requested")
-
-
-def gated_delta_rule(
-    q_BTHK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g_BTH: torch.Tensor,
-    beta_BTH: torch.Tensor,
-    *,
-    scale: float | None = None,
-    state: torch.Tensor | None = None,
-    backend: str = "torch",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gated_delta.chunked` by `backend`, a name from `choose_backend`; a single token with a state takes `step`."""
-    if q_BTHK.shape[1] == 1 and state is not None:
-        q, k, v, g, beta = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
-        # The kernel has no gradients, and plain operations are what a compiler can fuse.
-        plain = backend != "triton" or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        step = gated_delta_step if plain else kernel(backend, GATED_DELTA_STEP)
-        o, state = step(q, k, v, g, beta, state, scale=scale)
-        return o.unsqueeze(1), state
-    # Our kernel for CPUs has square states only.
-    if backend == "torch" or (backend == "amx" and q_BTHK.shape[-1] != v_BTHV.shape[-1]):
-        return gated_delta_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state)
-    # Kernels want one dtype; queries and keys may have been normalised in a wider one than the values'.
-    q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
-    if backend in ("triton", "amx"):
-        return kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state)
-    return kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH.float(), beta_BTH, **_fla_options(scale, state))
-
-
-def gated_linear_attention(
-    q_BTHK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g_BTHK: torch.Tensor,
-    *,
-    scale: float | None = None,
-    state: torch.Tensor | None = None,
-    backend: str = "torch",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gated_linear.chunked` by `backend`, a name from `choose_backend`; a single token with a state takes `step`."""
-    if q_BTHK.shape[1] == 1 and state is not None:
-        q, k, v, g = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTHK))
-        o, state = gated_linear_step(q, k, v, g, state, scale=scale)
-        return o.unsqueeze(1), state
-    if backend == "torch":
-        return gated_linear_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state_BHKV=state)
-    q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
-    return kernel(backend, GATED_LINEAR)(q, k, v_BTHV, g_BTHK.float(), **_fla_options(scale, state))
-
-
-def _fla_options(scale: float | None, state: torch.Tensor | None) -> dict[str, Any]:
-    return {"scale": scale, "initial_state": None if state is None else state.float(), "output_final_state": True}
 
 
 def _obstacles(
@@ -196,8 +140,6 @@ def _amx_obstacle(op: str, device_type: str, head_dim: int | None, dtype: torch.
 
 
 def _triton_obstacle(op: str, head_dim: int | None, dtype: torch.dtype | None) -> _Obstacle | None:
-    if op == GATED_LINEAR:
-        return _Obstacle(why="triton has no kernel for gated linear attention", remedy="Take auto, fla or torch.")
     head_dims: tuple[int, ...] = TRITON_HEAD_DIMS
     if op == QUADRATIC and dtype in QUADRATIC_HEAD_DIMS:
         head_dims = QUADRATIC_HEAD_DIMS[dtype]
@@ -211,8 +153,9 @@ def _triton_obstacle(op: str, head_dim: int | None, dtype: torch.dtype | None) -
 
 
 def _fla_obstacle(op: str, machine: _Machine) -> _Obstacle | None:
-    if op in FUSED:
-        return _Obstacle(why=f"fla has no kernel for {_spoken(op)}", remedy="Take auto, triton or torch.")
+    if op in (CHANNEL_DELTA, *FUSED):
+        has = "is not used" if op == CHANNEL_DELTA else "has no kernel"
+        return _Obstacle(why=f"fla {has} for {_spoken(op)}", remedy="Take auto, triton or torch.")
     if not machine.has_fla:
         return _Obstacle(why="fla is not installed", remedy="Install fla-core, or take auto or torch.")
     version = machine.triton_version
@@ -267,6 +210,8 @@ def kernel(backend: str, op: str) -> Callable[..., Any]:
         module, name = {
             ("triton", GATED_DELTA): (_beside("gpu.gated_delta_triton"), "chunked"),
             ("triton", GATED_DELTA_STEP): (_beside("gpu.gated_delta_step_triton"), "step"),
+            ("triton", GATED_LINEAR): (_beside("gpu.channel_decay_triton"), "chunked"),
+            ("triton", CHANNEL_DELTA): (_beside("gpu.channel_decay_triton"), "chunked"),
             ("triton", QUADRATIC): (_beside("gpu.quadratic_triton"), "rotated_features"),
             ("triton", CONVOLUTION): (_beside("gpu.convolution_triton"), "convolution"),
             ("amx", GATED_DELTA): (_beside("cpu.gated_delta_amx"), "chunked"),

@@ -5,10 +5,21 @@ from __future__ import annotations
 
 import torch
 
-from dtr.ops.backend import CONVOLUTION, FUSED, GATED_DELTA, GATED_LINEAR, QUADRATIC, Backend, choose_backend, kernel
-from dtr.ops.backend import gated_delta_rule as _gated_delta_rule
-from dtr.ops.backend import gated_linear_attention as _gated_linear_attention
+from dtr.ops.backend import (
+    CHANNEL_DELTA,
+    CONVOLUTION,
+    FUSED,
+    GATED_DELTA,
+    GATED_LINEAR,
+    QUADRATIC,
+    Backend,
+    choose_backend,
+    kernel,
+)
 from dtr.ops.quadratic_features import mix_of_heads, quadratic_features
+from dtr.ops.recurrences import channel_delta_rule as _channel_delta_rule
+from dtr.ops.recurrences import gated_delta_rule as _gated_delta_rule
+from dtr.ops.recurrences import gated_linear_attention as _gated_linear_attention
 from dtr.ops.rotary import rotate_to_unit_length
 from dtr.ops.short_convolution import short_convolution as _short_convolution
 
@@ -66,6 +77,21 @@ def gated_linear_attention(
     return _gated_linear_attention(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state=state_BHKV, backend=name)
 
 
+def channel_delta_rule(
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    g_BTHK: torch.Tensor,
+    beta_BTH: torch.Tensor,
+    *,
+    state_BHKV: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The delta rule with a decay per key channel (see `dtr.ops.channel_delta`) by the chosen backend: o [B, T, H, V]
+    and the last state."""
+    name = _name(CHANNEL_DELTA, q_BTHK.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
+    return _channel_delta_rule(q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH, state=state_BHKV, backend=name)
+
+
 def rotated_quadratic_features(
     x_BTHK: torch.Tensor, weight_HKK: torch.Tensor, cos_BTK: torch.Tensor, sin_BTK: torch.Tensor, *, step_size: float
 ) -> torch.Tensor:
@@ -94,7 +120,11 @@ def _name(op: str, device_type: str, head_dim: int | None, dtype: torch.dtype) -
     key = (op, device_type, head_dim, dtype)
     if key not in _chosen:
         # A kernel that was asked for may not exist for everything; auto then takes what does.
-        missing = {GATED_LINEAR: ("triton", "amx"), **dict.fromkeys(FUSED, ("triton", "fla", "amx"))}
+        missing = {
+            GATED_LINEAR: ("amx",),
+            CHANNEL_DELTA: ("fla", "amx"),
+            **dict.fromkeys(FUSED, ("triton", "fla", "amx")),
+        }
         requested = "auto" if _requested in missing.get(op, ()) else _requested
         _chosen[key] = choose_backend(requested, device_type, op=op, head_dim=head_dim, dtype=dtype).name
     return _chosen[key]

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from dtr.errors import DeviceError
 from dtr.ops.backend import TRITON_DTYPES, TRITON_HEAD_DIMS
@@ -52,9 +51,8 @@ class Cut:
     gradient_warps: int = 4
     gradient_columns: int | None = None
     """Key columns per program of the gradients; None takes 64, in float32 32, as registers would run out."""
-    gradient_values: int = 32
-    """Value columns at a time."""
-    gradient_stages: int = 2
+    gradient_values: int | None = None
+    """Value columns that the gradients take at a time; None takes 32, in float32 16."""
 
 
 cut = Cut()
@@ -146,7 +144,10 @@ def _empty_forward(q, k, v, g, beta, state, scale):  # type: ignore[no-untyped-d
         q.new_empty((*chunk, K)),
         q.new_empty((BH, N, K), dtype=torch.float32),
         q.new_empty((BH, N, K, V)),
-        *(q.new_empty((0,) if beta is None else shape) for shape in ((*chunk, K), (B, T, H, V), (*chunk, CHUNK_TOKENS))),
+        *(
+            q.new_empty((0,) if beta is None else shape)
+            for shape in ((*chunk, K), (B, T, H, V), (*chunk, CHUNK_TOKENS))
+        ),
     )
 
 
@@ -165,8 +166,9 @@ def _backward(v, g, beta, reads, writes, halves, states, probes, updates, invers
         probes, updates, inverses = None, v, None
     (B, T, H, K), V = g.shape, v.shape[-1]
     BH, N = B * H, halves.shape[1]
-    # Registers and shared memory: float32 takes twice as much.
-    BK, BV = min(K, cut.gradient_columns or (64 if v.dtype == torch.bfloat16 else 32)), _scan_block(BH, V)
+    # Float32 takes twice the registers.
+    widest = 64 if v.dtype == torch.bfloat16 else 32
+    BK, BG, BV = min(K, cut.gradient_columns or widest), min(V, cut.gradient_values or widest // 2), _scan_block(BH, V)
     dq, dk, dv = v.new_empty(g.shape), v.new_empty(g.shape), torch.empty_like(v)
     dg = torch.empty_like(g, dtype=torch.float32)
     dresidual = torch.empty_like(v) if DELTA else None
@@ -181,8 +183,8 @@ def _backward(v, g, beta, reads, writes, halves, states, probes, updates, invers
         )  # fmt: skip
         chunk_gradients[(BH, N, K // BK)](
             v, g, beta, reads, probes, writes, updates, states, d_o, dresidual, dstates, dq, dk, dg, dbeta, scale, T,
-            BK=BK, BV=min(V, cut.gradient_values), LOWEST=MIN_LOG_DECAY, num_warps=cut.gradient_warps,
-            num_stages=cut.gradient_stages, **dims,
+            BK=BK, BV=BG, LOWEST=MIN_LOG_DECAY, num_warps=cut.gradient_warps,
+            num_stages=num_stages(v), **dims,
         )  # fmt: skip
     dbeta = dbeta[0] if len(dbeta) == 1 else dbeta.sum(0)
     return dq, dk, dv, dg.to(g.dtype), dbeta if beta is None else dbeta.to(beta.dtype), dinitial
