@@ -123,10 +123,11 @@ def chunk_gradients(
     dtype = write.dtype
     g = _load_tokens(g_ptr, row, valid, H, K, first, C, BK).to(tl.float32)
     centred, _ = _centred_sums(g, LOWEST)
+    since = tl.exp(centred)
     lower, upper = i[:, None] > i[None, :], i[:, None] < i[None, :]
     dread = scale * dread + _dot(tl.where(upper, 0.0, scale * dp).to(dtype), write)
     dwrite = _dot(tl.where(lower, 0.0, scale * dp_t).to(dtype), read)
-    tl.store(_token_tile(dq_ptr, row, H, K, first, C, BK), (dread * tl.exp(centred)).to(dtype), mask=valid[:, None])
+    tl.store(_token_tile(dq_ptr, row, H, K, first, C, BK), (dread * since).to(dtype), mask=valid[:, None])
     dsums = read.to(tl.float32) * dread
     dk = tl.zeros([C, BK], dtype=tl.float32)
     if DELTA:
@@ -141,10 +142,11 @@ def chunk_gradients(
         dprobe = -beta[:, None] * erased - _dot((beta[:, None] * da).to(dtype), write)
         dwrite -= _dot(tl.where(upper, beta[None, :] * da_t, 0.0).to(dtype), probe)
         dsums += probe.to(tl.float32) * dprobe
-        dk = dprobe * tl.exp(centred)
+        dk = dprobe * since
 
     dwrite += carried
-    dk += dwrite * tl.exp(-centred)
+    # Its inverse, as another exp would be another tile to move between layouts.
+    dk += dwrite / since
     tl.store(_token_tile(dk_ptr, row, H, K, first, C, BK), dk.to(dtype), mask=valid[:, None])
     write_32 = write.to(tl.float32)
     # What the chunk's end passes on decays by all of g: the state before it as well as what was written.

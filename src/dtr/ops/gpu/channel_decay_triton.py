@@ -51,6 +51,8 @@ class Cut:
     gradient_warps: int = 4
     gradient_columns: int | None = None
     """Key columns per program of the gradients; None takes 64, in float32 32, as registers would run out."""
+    gradient_registers: int | None = None
+    """Most registers of a thread; fewer let more programs share a processor."""
     gradient_values: int | None = None
     """Value columns that the gradients take at a time; None takes 32, in float32 16."""
 
@@ -184,7 +186,7 @@ def _backward(v, g, beta, reads, writes, halves, states, probes, updates, invers
         chunk_gradients[(BH, N, K // BK)](
             v, g, beta, reads, probes, writes, updates, states, d_o, dresidual, dstates, dq, dk, dg, dbeta, scale, T,
             BK=BK, BV=BG, LOWEST=MIN_LOG_DECAY, num_warps=cut.gradient_warps,
-            num_stages=num_stages(v), **dims,
+            num_stages=num_stages(v), maxnreg=cut.gradient_registers, **dims,
         )  # fmt: skip
     dbeta = dbeta[0] if len(dbeta) == 1 else dbeta.sum(0)
     return dq, dk, dv, dg.to(g.dtype), dbeta if beta is None else dbeta.to(beta.dtype), dinitial
