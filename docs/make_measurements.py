@@ -65,7 +65,7 @@ def distillation(record: dict[str, Any]) -> list[str]:
         *_test_table([{**record, "settings": ""}, *linear]),
         f"The teacher has {', '.join(teacher)}.\n{ABOUT_RECALL}",
         "### Pure linear mixers\n",
-        "Kept is on validation here. Rows in brackets are scratch changes, no options of the tool.\n",
+        "Kept is on validation here. Rows in brackets are told in words; their `note` says whether they are options.\n",
         *_choice_table(linear),
         "### With a window\n",
         "Every layer also attends to the last 64 tokens. On test:\n",
