@@ -7,10 +7,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from docs_pages import ROOT, load_script
 from tiny import pico_teacher
 
 from dtr.bench import distillation
@@ -140,7 +140,7 @@ def test_two_processes_are_timed_against_one_in_one_run(place):
 
 
 def test_records_are_gathered_part_by_part(tmp_path):
-    program = Path(__file__).parent.parent / "benchmarks" / "distil_speed.py"
+    program = ROOT / "benchmarks" / "distil_speed.py"
     out = tmp_path / "results" / "distil_speed.json"
 
     def gather(device: str, num_processes: int, sizes: list[dict]) -> dict:
@@ -186,7 +186,7 @@ def test_records_are_gathered_part_by_part(tmp_path):
 
 
 def test_costs_of_mixers_are_gathered(tmp_path):
-    root = Path(__file__).parent.parent
+    program = load_script(ROOT / "benchmarks" / "mixer_costs.py")
     out, names = tmp_path / "mixer_costs.json", ("recipe", "kda", "served")
     common = {"hardware": {}, "commit": "abc"}
     size = {"batch": 8, "seq_len_tokens": 512}
@@ -200,13 +200,16 @@ def test_costs_of_mixers_are_gathered(tmp_path):
     served |= {"decode_speedup": {"512": {"1": 1.1}}, "prefill_speedup": {}, "cache_ratio": {"512": 0.4}}
     for name, record in zip(names, records, strict=True):
         (tmp_path / name).write_text("a table\n" + json.dumps(record))
+    (tmp_path / "nothing").write_text("a table\n")
 
-    def gather(*names: str) -> subprocess.CompletedProcess[str]:
-        program, recipe = root / "benchmarks" / "mixer_costs.py", root / "recipes" / "arc_easy_gpu.yaml"
-        command = [sys.executable, str(program), str(recipe), *(str(tmp_path / name) for name in names)]
-        return subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    def gather(*names: str) -> None:
+        recipe = str(ROOT / "recipes" / "arc_easy_gpu.yaml")
+        program.main([recipe, *(str(tmp_path / name) for name in names), "--out", str(out)])
 
-    assert "no record of the recipe's own mixer" in gather("kda").stderr
+    with pytest.raises(SystemExit, match="no record of the recipe's own mixer with a step of 8 x 512 at commit abc"):
+        gather("kda")
+    with pytest.raises(SystemExit, match="nothing was written"):
+        gather("recipe", "nothing")
     assert not out.exists()
     gather("recipe", "kda")
     gather("served")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from docs_pages import ROOT, load_script
 
 from dtr.distillation import loop
 
@@ -16,16 +15,12 @@ KEYS = {"mean_nmse", "num_tokens", "all_linear_retention", "recall_retention", "
 @pytest.fixture(autouse=True)
 def _programs(monkeypatch):
     """As when a file of that folder is run."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(loop, "NUM_MEASURES", loop.NUM_MEASURES)
 
 
 def load_program(name):
-    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / f"{name}.py")
 
 
 def test_the_sweep_prints_a_line_per_trial(place, capsys, monkeypatch):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from docs_pages import ROOT, load_script
 
 from dtr.cli import main
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "search_bench.py"
+BENCHMARK = ROOT / "benchmarks" / "search_bench.py"
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +93,7 @@ def test_bench_search_refuses_unknown_strategies_at_once(dtr, place, bank):
 
 
 def test_the_benchmark_script_keeps_what_it_does_not_measure(tmp_path, monkeypatch, capsys, place, recipe, bank):
-    spec = importlib.util.spec_from_file_location("search_bench", BENCHMARK)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(BENCHMARK)
     out = tmp_path / "search.json"
     common = ["search_bench.py", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*common, "--simulate", "4", "--simulated-items", "300"])
@@ -123,9 +120,7 @@ def test_the_benchmark_script_keeps_what_it_does_not_measure(tmp_path, monkeypat
 
 
 def test_results_of_several_runs_become_one(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("search_bench", BENCHMARK)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(BENCHMARK)
     row = {"num_replaced": 2, "order": [1, 0]}
     for file, names, commit in (("old", ["a", "b"], "1"), ("x", ["b"], "2"), ("y", ["c"], "2")):
         tasks = {name: {"num_layers": 2, "made": file, "strategies": {"exact": row}} for name in names}
