@@ -49,7 +49,12 @@ def costs(record: dict[str, Any], recipes: dict[tuple[str, str], float]) -> dict
     rate, key = size["distill_tokens_per_second"], step_of(record)
     if key not in recipes:
         raise SystemExit(f"no record of the recipe's own mixer with a step of {key[1]} at commit {key[0]}")
-    figures = {"step": key[1], "tokens_per_second": rate, "step_time_over_recipes": recipes[key] / rate}
+    figures = {
+        "step": key[1],
+        "tokens_per_second": rate,
+        "recipes_tokens_per_second": recipes[key],
+        "step_time_over_recipes": recipes[key] / rate,
+    }
     return {"training": figures | {key: record[key] for key in SOURCES}}
 
 

@@ -31,9 +31,13 @@ error over the target's power, mean over 30 layers, on held-out text; in bracket
 a row was trained on others. KL is KL(teacher, hybrid) on held-out text with all layers linear, in nats a token. Kept is
 the mean share of the teacher's score on ARC-easy, PIQA and HellaSwag with all layers linear.
 """
-ABOUT_COSTS = """NMSE is that of 3M tokens, a training step of 8 x 512 tokens is told in steps of the recipe. Decoding
-and prefill are those of a hybrid with 27 such layers of 30 over its teacher's, each at the largest batch for which the
-teacher's cache fits on an H100; the cache is its share of the teacher's. An empty cell was not measured.
+ABOUT_ROWS = """Kept is on validation here. Rows in brackets are told in words; their `note` in the record says whether
+they are options.
+"""
+ABOUT_COSTS = """NMSE is that of 3M tokens. A training step of 8 x 512 tokens is told in steps of the recipe at the same
+commit: {steps}. Decoding and prefill are those of a hybrid with 27 such layers of 30
+over its teacher's, each at the largest batch for which the teacher's cache fits on an H100; the cache is its share of
+the teacher's. An empty cell was not measured.
 """
 ABOUT_RECALL = """Recall is the share of the teacher's score at about 1,000 tokens of context, where search chose the
 layers.
@@ -65,7 +69,7 @@ def distillation(record: dict[str, Any]) -> list[str]:
         *_test_table([{**record, "settings": ""}, *linear]),
         f"The teacher has {', '.join(teacher)}.\n{ABOUT_RECALL}",
         "### Pure linear mixers\n",
-        "Kept is on validation here. Rows in brackets are told in words; their `note` says whether they are options.\n",
+        ABOUT_ROWS,
         *_choice_table(linear),
         "### With a window\n",
         "Every layer also attends to the last 64 tokens. On test:\n",
@@ -88,12 +92,16 @@ def _choice_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def cost(quality: dict[str, Any], entries: list[dict[str, Any]]) -> list[str]:
     """Section on what layers cost; `entries` as in mixer_costs.json, the cheapest in training first."""
-    entries = sorted(entries, key=lambda entry: entry["training"]["step_time_over_recipes"])
+    timed = [entry["training"] for entry in entries if "training" in entry]
+    assert {step["step"] for step in timed} == {"8 x 512"}
+    entries = sorted(entries, key=lambda entry: entry.get("training", {}).get("step_time_over_recipes", 0.0))
+    rates = {step["commit"]: step["recipes_tokens_per_second"] for step in timed}
+    steps = " and ".join(f"{8 * 512 / rate * 1e3:.1f} ms at {commit}" for commit, rate in rates.items())
     return [
         "### What closeness costs\n",
-        ABOUT_COSTS,
+        ABOUT_COSTS.format(steps=steps),
         *table(
-            "mixer | NMSE | training step | decoding at 2K and 32K | prefill at 32K | cache at 2K and 32K",
+            "mixer | NMSE | training step | commit | decoding at 2K and 32K | prefill at 32K | cache at 2K and 32K",
             (_cost(entry, quality["ablation"]) for entry in entries),
         ),
     ]
@@ -173,14 +181,16 @@ def _choice(row: dict[str, Any]) -> list[str]:
 
 
 def _cost(entry: dict[str, Any], choices: list[dict[str, Any]]) -> list[str]:
-    mixer, step, served = entry["mixer"], entry["training"]["step_time_over_recipes"], entry.get("serving")
+    mixer, trained, served = entry["mixer"], entry.get("training"), entry.get("serving")
     errors = [f"{row['mean_nmse']:.4f}" for row in choices if _tells_mixers_apart(row) and _mixer(row) == mixer]
+    assert len(errors) <= 1, mixer
+    step = ["", ""] if trained is None else [f"{trained['step_time_over_recipes']:.2f}", trained["commit"]]
     speeds = ["", "", ""]
     if served is not None:
         decoding = " and ".join(f"{served['decode_speedup'][n]['fill']:.2f}" for n in ("2048", "32768"))
         cache = " and ".join(f"{served['cache_ratio'][n]:.0%}" for n in ("2048", "32768"))
         speeds = [decoding, f"{served['prefill_speedup']['32768']['fill']:.2f}", cache]
-    return [_named(mixer), " ".join(errors), f"{step:.2f}", *speeds]
+    return [_named(mixer), *(errors or [""]), *step, *speeds]
 
 
 def _tells_mixers_apart(row: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from dtr.bench.distillation import bench_distill, check_backend, parse_sizes
 from dtr.cli import main
 from dtr.distillation import students
 from dtr.errors import DeviceError, RecipeError
+from dtr.mixers import MIXERS
 
 
 def test_figures_hang_together():
@@ -43,17 +44,25 @@ def test_the_plain_loop_is_timed_beside_ours():
     assert result["baseline_tokens_per_second"] > 0
 
 
-def test_a_wrong_backend_is_not_timed(monkeypatch):
-    right = distillation.gated_delta_rule
-    assert check_backend(torch.device("cpu"), torch.float32) < 1e-5
+@pytest.mark.parametrize(
+    ("mixer", "rule"),
+    [
+        ("gated_deltanet", "gated_delta_rule"),
+        ("gated_linear_attention", "gated_linear_attention"),
+        ("kimi_delta_attention", "channel_delta_rule"),
+    ],
+)
+def test_a_wrong_backend_is_not_timed(monkeypatch, mixer, rule):
+    right = getattr(distillation, rule)
+    assert 0 < check_backend(torch.device("cpu"), torch.float32, MIXERS[mixer].operation) < 1e-5
 
     def wrong(*inputs, **options):
         out, state = right(*inputs, **options)
         return out * 1.05, state
 
-    monkeypatch.setattr(distillation, "gated_delta_rule", wrong)
+    monkeypatch.setattr(distillation, rule, wrong)
     with pytest.raises(DeviceError, match="Nothing was timed"):
-        list(bench_distill(pico_teacher(), sizes=[(2, 24)]))
+        list(bench_distill(pico_teacher(), sizes=[(2, 24)], mixer=mixer))
 
 
 def test_a_step_with_wrong_gradients_is_not_timed(monkeypatch):
@@ -216,6 +225,7 @@ def test_costs_of_mixers_are_gathered(tmp_path):
     first, second = json.loads(out.read_text())
     assert first["training"]["step_time_over_recipes"] == 1.0
     assert second["training"]["step_time_over_recipes"] == 1.5
+    assert second["training"]["recipes_tokens_per_second"] == 300.0
     assert second["training"]["command"] == "b"
     assert second["serving"]["cache_ratio"] == {"512": 0.4}
     assert "serving" not in first

@@ -9,6 +9,7 @@ import torch
 from tiny import pico_teacher, token_blocks
 
 from dtr import arch
+from dtr.arch import decoder_layers
 from dtr.distillation import compiled
 from dtr.distillation.compiled import Compiled, CompiledLayers, pays
 from dtr.distillation.students import Students
@@ -30,6 +31,16 @@ def test_a_cpu_compiles_what_takes_minutes():
     assert pays(cpu, num_parameters=50_000_000, num_tokens=200_000)
     # The demo is over sooner without.
     assert not pays(cpu, num_parameters=50_000_000, num_tokens=90_000)
+
+
+def test_a_step_whose_teacher_is_not_compiled_is_not_called_compiled(monkeypatch):
+    teacher = pico_teacher()
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    students = Students(teacher, {}, **settings, fast=True)
+    assert students.is_compiled
+    students._layers._forwards[type(decoder_layers(teacher.model)[0].mlp)].refusal = "no compiler"
+    assert not students.is_compiled
+    assert not Students(teacher, {}, **settings, fast=False).is_compiled
 
 
 def test_masks_are_made_before_a_step_is_recorded(monkeypatch):

@@ -137,3 +137,16 @@ def test_half_lives_that_make_no_sense_are_told(bad, teacher):
     for kind in ("retention", "gated_deltanet"):
         with pytest.raises(RecipeError, match="half_life"):
             make_mixer(kind, teacher.geometry, 0, bad)
+
+
+@pytest.mark.parametrize(("kind", "shortest"), [("kimi_delta_attention", 0.17), ("gated_linear_attention", 0.69)])
+def test_half_lives_at_which_nothing_is_learned_are_told(kind, shortest, teacher):
+    with pytest.raises(RecipeError, match=f"two numbers above {shortest}, the smaller first"):
+        make_mixer(kind, teacher.geometry, 0, {"min_half_life_tokens": shortest})
+    mixer = from_teacher(teacher, kind, min_half_life_tokens=shortest + 0.01)
+    hidden = torch.randn(1, 6, 32)
+    out, _ = mixer(hidden, teacher.model.model.rotary_emb(hidden, torch.arange(6)[None]))
+    out.square().sum().backward()
+    gradient = mixer.decay_up_proj.bias.grad
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().max() > 0

@@ -89,6 +89,9 @@ def test_what_was_asked_for_runs_what_it_has(machine, monkeypatch):
     monkeypatch.setattr(dispatch, "_chosen", {})
     assert [dispatch._name(op, "cuda", 80, torch.bfloat16) for op in (GATED_LINEAR, CHANNEL_DELTA)] == ["fla", "torch"]
     assert dispatch._name(CHANNEL_DELTA, "cpu", 64, torch.bfloat16) == "torch"
+    assert backend.backend_of(CHANNEL_DELTA, "fla", "cuda").name == "triton"
+    plain = backend.backend_of(None, "triton", "cuda")
+    assert (plain.name, plain.reason) == ("torch", "this mixer has plain operations alone")
 
 
 def test_what_only_our_kernels_fuse_is_fused_where_they_take_it(machine, monkeypatch):

@@ -208,14 +208,12 @@ class LayerRunner:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self.layers: list[nn.Module] = list(decoder_layers(model))
+        self._kept: dict[torch.Size, Prepared] = {}
 
-    def prepare(self, input_ids: torch.Tensor, like: Prepared | None = None) -> Prepared:
-        """Embed `input_ids` (B, T) and make rotary tables and masks for that length, or take those of a batch of the
-        same shape."""
+    def prepare(self, input_ids: torch.Tensor) -> Prepared:
+        """Embed `input_ids` (B, T) and make rotary tables and masks for that length."""
         body = self._model.model
         hidden = body.embed_tokens(input_ids)
-        if like is not None:
-            return replace(like, hidden_BTD=hidden)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         common = {
             "config": self._model.config,
@@ -232,6 +230,17 @@ class LayerRunner:
             rotary=body.rotary_emb(hidden, positions),
             masks={kind: makers[kind](**common) for kind in kinds},
         )
+
+    def prepare_for_recording(self, input_ids: torch.Tensor) -> Prepared:
+        """As `prepare`, with tables and masks made once for a shape, before a pass over it is recorded.
+
+        While a CUDA stream is captured the library makes an explicit mask where it makes none otherwise, with which
+        attention is slower, and compiled anew.
+        """
+        if input_ids.shape not in self._kept:
+            batch = self.prepare(input_ids)
+            self._kept[input_ids.shape] = replace(batch, hidden_BTD=batch.hidden_BTD.new_empty(0))
+        return replace(self._kept[input_ids.shape], hidden_BTD=self.embed(input_ids))
 
     @property
     def can_branch(self) -> bool:

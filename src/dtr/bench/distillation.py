@@ -13,9 +13,10 @@ from dtr.bench.baseline import baseline_tokens_per_second
 from dtr.bench.trial import MixerMaker, Trial, median_seconds
 from dtr.distributed import World
 from dtr.errors import DeviceError, RecipeError
-from dtr.mixers import mixer_from_teacher, options_of_new
-from dtr.ops import gated_delta
-from dtr.ops.dispatch import gated_delta_rule
+from dtr.mixers import MIXERS, mixer_from_teacher, options_of_new
+from dtr.ops import channel_delta, gated_delta, gated_linear
+from dtr.ops.backend import CHANNEL_DELTA, GATED_DELTA, GATED_LINEAR
+from dtr.ops.dispatch import channel_delta_rule, gated_delta_rule, gated_linear_attention
 from dtr.teacher import Teacher
 
 MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -63,7 +64,7 @@ def bench_distill(
     say("comparing the kernels with a reference in float64")
     make = partial(mixer_from_teacher, mixer, options=options_of_new(mixer, options))
     began = time.perf_counter()
-    check_backend(teacher.device, teacher.dtype)
+    check_backend(teacher.device, teacher.dtype, MIXERS[mixer].operation)
     check_seconds = time.perf_counter() - began
     if world.size > 1:
         # The plainest step first: if it hangs, neither compiling nor recording is to blame.
@@ -104,12 +105,19 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     return sizes  # type: ignore[return-value]
 
 
-def check_backend(device: torch.device, dtype: torch.dtype) -> float:
+def check_backend(device: torch.device, dtype: torch.dtype, operation: str | None = GATED_DELTA) -> float:
     """Compare the chosen backend with the token-by-token form in float64; returns the worst relative error.
+
+    Args:
+        device: where kernels run.
+        dtype: of queries, keys and values.
+        operation: a mixer's; 0 is returned for None, plain operations, which the tests compare.
 
     Raises:
         DeviceError: it is off by more than `MAX_ERROR`.
     """
+    if operation is None:
+        return 0.0
     generator = torch.Generator().manual_seed(0)
     shape = (2, 130, 3, 64)
     # Strongly correlated keys, on which an unstable inverse shows.
@@ -117,17 +125,24 @@ def check_backend(device: torch.device, dtype: torch.dtype) -> float:
     q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
     k = torch.nn.functional.normalize(common + 0.3 * k, dim=-1)
     q = torch.nn.functional.normalize(q, dim=-1)
-    g = -0.1 * torch.rand(shape[:3], generator=generator)
+    g = -0.1 * torch.rand(shape[:3] if operation == GATED_DELTA else shape, generator=generator)
     beta = torch.rand(shape[:3], generator=generator)
+    forms: dict[str, tuple[Callable, Callable]] = {
+        GATED_DELTA: (partial(gated_delta_rule, scale=1.0), partial(gated_delta.naive, scale=1.0)),
+        GATED_LINEAR: (partial(gated_linear_attention, scale=1.0), partial(gated_linear.naive, scale=1.0)),
+        CHANNEL_DELTA: (channel_delta_rule, channel_delta.naive),
+    }
+    chosen, reference = forms[operation]
 
     def run(op: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         inputs = [x.detach().requires_grad_() for x in inputs]
-        out, _ = op(*inputs, scale=1.0)
+        out, _ = op(*inputs)
         return [out.detach(), *torch.autograd.grad(out.double().square().sum(), inputs)]
 
-    cast = [x.to(device, dtype) for x in (q, k, v)] + [x.to(device) for x in (g, beta)]
-    ours = run(gated_delta_rule, cast)
-    exact = run(gated_delta.naive, [x.double().cpu() for x in cast])
+    gates = (g,) if operation == GATED_LINEAR else (g, beta)
+    cast = [x.to(device, dtype) for x in (q, k, v)] + [x.to(device) for x in gates]
+    ours = run(chosen, cast)
+    exact = run(reference, [x.double().cpu() for x in cast])
     worst = max(((a.double().cpu() - b).norm() / b.norm()).item() for a, b in zip(ours, exact))
     if not worst <= MAX_ERROR.get(dtype, MAX_ERROR[torch.float32]):
         raise DeviceError(
@@ -175,15 +190,18 @@ def _alone(
     bare = median_seconds(teacher.device, forward, num_steps)
     # Two operations per weight and token forward, four more backward; attention itself is left out.
     body = sum(p.numel() for p in teacher.model.model.layers.parameters())
+    stages = trial.stage_seconds(step, num_steps)
     result = {
         "teacher_forward_tokens_per_second": batch * tokens / bare,
         "distill_tokens_per_second": batch * tokens / step,
         "ratio_to_teacher_forward": bare / step,
+        # Of the pass as the step runs it, compiled and recorded where the step is.
+        "ratio_to_own_forward": stages["teacher_forward"] / step,
         "flop_utilisation": (2 * body + 6 * trial.num_parameters) * batch * tokens / step / ceiling,
         "cold_start_seconds": trial.cold_start_seconds,
         "compiled": trial.students.is_compiled,
         "recorded": trial.students.refusal is None,
-        "stage_seconds": trial.stage_seconds(step, num_steps),
+        "stage_seconds": stages,
         "peak_bytes_beyond_model_students_and_optimizer": trial.peak_bytes,
         "of_which_gradient_bytes": trial.gradient_bytes,
     }

@@ -17,7 +17,8 @@ from dtr.bench.subjects import load_subjects
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distributed import join_world, leave_world
 from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
-from dtr.mixers import check_options
+from dtr.mixers import MIXERS, check_options
+from dtr.ops.backend import backend_of
 from dtr.ops.dispatch import use_backend
 from dtr.pipeline.preparation import Listener, prepare_guards, prepare_task, prepare_teacher, search_settings
 from dtr.recipe import Recipe
@@ -181,7 +182,9 @@ def bench_distillation(
     choice_seconds = time.monotonic() - began_choosing
     say(f"loading {source}")
     teacher = load_teacher(source, device=str(place))
-    choice = use_backend(backend, place.type, head_dim=teacher.geometry.head_dim, dtype=teacher.kernel_dtype)
+    head_dim, dtype = teacher.geometry.head_dim, teacher.kernel_dtype
+    use_backend(backend, place.type, head_dim=head_dim, dtype=dtype)
+    choice = backend_of(MIXERS[mixer].operation, backend, place.type, head_dim=head_dim, dtype=dtype)
     results = list(
         bench_distill(
             teacher,

@@ -60,6 +60,11 @@ class CompiledLayers:
         # By kind, as each has its own graphs and their number is limited.
         self._forwards = {kind: Compiled(kind.forward) for kind in {type(part) for part in self._parts}}
 
+    @property
+    def refusal(self) -> str | None:
+        """Why a part is not compiled; None as long as none failed."""
+        return next((forward.refusal for forward in self._forwards.values() if forward.refusal), None)
+
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """While open, the parts' `forward` is compiled; afterwards they are as they were."""

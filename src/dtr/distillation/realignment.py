@@ -52,7 +52,7 @@ class HybridPass:
         """Run (B, T) token ids and call `visit(number, hidden_BTD, rotary, target_BTD)` for the mixers in `numbers`."""
         if not (len(input_ids) and numbers):
             return
-        batch = self._runner.prepare(input_ids)
+        batch = self._runner.prepare_for_recording(input_ids)
         theirs = ours = batch.hidden_BTD
         targets: dict[int, torch.Tensor] = {}
         last = max(index for index, number in self._number.items() if number in numbers)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtr.allocation import keep_freed_memory
-from dtr.arch import LayerRunner, Prepared
+from dtr.arch import LayerRunner
 from dtr.distillation.compiled import Compiled, CompiledLayers
 from dtr.distillation.exchange import GradientExchange
 from dtr.distillation.lanes import Lanes
@@ -77,7 +76,6 @@ class Students:
         self._max_grad_norm = max_grad_norm
         self._run_pass = run_pass or self._teacher_pass
         self._runner = None if teacher.is_sharded else LayerRunner(teacher.model)
-        self._prepared: dict[torch.Size, Prepared] = {}
         # A sharded teacher gathers its weights from Python, layer by layer.
         compiles_layers = fast and run_pass is None and not teacher.is_sharded
         self._layers = CompiledLayers(teacher.model) if compiles_layers else None
@@ -147,7 +145,8 @@ class Students:
     @property
     def is_compiled(self) -> bool:
         """Whether forward and backward run compiled, as far as is known by now."""
-        return isinstance(self._sums, Compiled) and self._sums.refusal is None
+        whole = self._layers is None or self._layers.refusal is None
+        return isinstance(self._sums, Compiled) and self._sums.refusal is None and whole
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
         sums = self.accumulate(input_ids)
@@ -216,7 +215,8 @@ class Students:
 
     @torch.no_grad()
     def teacher_forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The teacher's pass over (B, T) as a training step runs it, with nothing trained; its last hidden states."""
+        """The teacher's pass over (B, T) as a training step runs it, with nothing trained: what the last layer gives,
+        normalised where the teacher is sharded."""
         with self._fast_layers():
             return self._run_teacher(input_ids)
 
@@ -232,11 +232,8 @@ class Students:
     def _run_teacher(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self._runner is None:
             return self._teacher.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        # Tables and masks are made once, before a step is recorded: while that is done the library makes an explicit
-        # mask where it makes none otherwise, with which attention is slower, and compiled anew.
-        batch = self._runner.prepare(input_ids, like=self._prepared.get(input_ids.shape))
+        batch = self._runner.prepare_for_recording(input_ids)
         hidden = batch.hidden_BTD
-        self._prepared.setdefault(input_ids.shape, replace(batch, hidden_BTD=hidden.new_empty(0)))
         for index, layer in enumerate(self._runner.layers):
             hidden = self._runner.run_layer(index, layer, hidden, batch)
         return hidden

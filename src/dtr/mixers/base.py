@@ -41,6 +41,8 @@ class Mixer(nn.Module):
     """False where softmax attention on a window takes part: on shorter prompts that is full attention."""
     exact_first = False
     """Whether the output at a sequence's first token is the teacher's and passes by the output projection."""
+    operation: ClassVar[str | None] = None
+    """Its recurrence by the name that `dtr.ops.backend` has for it; None where there are plain operations alone."""
     options_when_new: ClassVar[dict[str, Any]] = {}
     """Options that a new bank gives this kind unless told otherwise, and names; those that a bank or hybrid does not
     name are as `__init__` has them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,9 @@ class DecayingMixer(LinearMixer):
         shape: options of `LinearMixer`.
     """
 
+    shortest_half_life_tokens: ClassVar[float] = 0.0
+    """Half-lives at the start must be longer."""
+
     def __init__(
         self,
         geometry: HeadGeometry,
@@ -34,11 +37,12 @@ class DecayingMixer(LinearMixer):
     ) -> None:
         super().__init__(geometry, layer_idx, **shape)
         self.half_lives = (min_half_life_tokens, max_half_life_tokens)
-        if not 0 < min_half_life_tokens <= max_half_life_tokens:
+        shortest = self.shortest_half_life_tokens
+        if not shortest < min_half_life_tokens <= max_half_life_tokens:
             raise RecipeError(
                 "mixer.options.min_half_life_tokens",
                 got=f"{min_half_life_tokens} beside max_half_life_tokens {max_half_life_tokens}",
-                expected="two positive numbers, the smaller first",
+                expected=f"two numbers above {shortest:.2g}, the smaller first",
             )
 
     def start_rates(self, device: torch.device | None = None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
 from dtr.mixers.decaying import DecayingMixer
+from dtr.ops.backend import GATED_DELTA
 from dtr.ops.dispatch import gated_delta_rule
 
 
@@ -26,6 +27,8 @@ class GatedDeltaNet(DecayingMixer):
         layer_idx: its place in the model, where the cache keeps its state.
         shape: options of `DecayingMixer` and `LinearMixer`.
     """
+
+    operation = GATED_DELTA
 
     def __init__(self, geometry: HeadGeometry, layer_idx: int, **shape: Any) -> None:
         super().__init__(geometry, layer_idx, **shape)

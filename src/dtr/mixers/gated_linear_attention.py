@@ -7,6 +7,7 @@ norm, a write strength per head, output gate 2 sigmoid(.) that starts as the ide
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
 from dtr.mixers.decaying import DecayingMixer
+from dtr.ops.backend import GATED_LINEAR
 from dtr.ops.chunking import MIN_LOG_DECAY
 from dtr.ops.dispatch import gated_linear_attention
 
@@ -30,6 +32,10 @@ class GatedLinearAttention(DecayingMixer):
         gate_rank: rank of the decay gate's projection.
         shape: options of `DecayingMixer` and `LinearMixer`.
     """
+
+    operation = GATED_LINEAR
+    # Writes start as strong as the decay, and are less than 1.
+    shortest_half_life_tokens = math.log(2)
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ identity.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from dtr.arch import HeadGeometry
 from dtr.mixers.base import check_number
 from dtr.mixers.decaying import DecayingMixer
+from dtr.ops.backend import CHANNEL_DELTA
 from dtr.ops.chunking import MIN_LOG_DECAY
 from dtr.ops.dispatch import channel_delta_rule
 
@@ -29,6 +31,10 @@ class KimiDeltaAttention(DecayingMixer):
         gate_rank: rank of the decay gate's projection.
         shape: options of `DecayingMixer` and `LinearMixer`.
     """
+
+    operation = CHANNEL_DELTA
+    # At the bound a decay learns nothing.
+    shortest_half_life_tokens = math.log(2) / -MIN_LOG_DECAY
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from dtr.arch import HeadGeometry
 from dtr.mixers.base import HeadNorm
 from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, NativeMixer, fit_channel_scales, start_taps
+from dtr.ops.backend import GATED_DELTA
 from dtr.ops.dispatch import gated_delta_rule
 from dtr.ops.short_convolution import short_convolution
 
@@ -41,6 +42,8 @@ class Qwen35GatedDeltaNet(NativeMixer):
     """
 
     needs_calibration = True
+
+    operation = GATED_DELTA
 
     def __init__(
         self,

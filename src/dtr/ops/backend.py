@@ -2,9 +2,9 @@
 
 `torch` is the plain PyTorch form and runs everywhere. `triton` are our kernels, for the gated delta rule, the same with
 a decay per key channel, gated linear attention, and for what layers do beside a recurrence in several passes over
-memory (`FUSED`), which no other backend has. `fla` is the flash-linear-attention library (package fla-core), whose
-kernels for the first and the third take the same layouts. Both need CUDA. `amx` is our kernel for the gated delta rule
-on a CPU whose matrix units multiply bfloat16.
+memory (`FUSED`), the last of which no other backend has. `fla` is the flash-linear-attention library (package
+fla-core), whose kernels for the gated delta rule and gated linear attention take the same layouts. Both need CUDA.
+`amx` is our kernel for the gated delta rule on a CPU whose matrix units multiply bfloat16.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ QUADRATIC = "rotated_quadratic_features"
 CONVOLUTION = "short_convolution"
 FUSED = (QUADRATIC, CONVOLUTION)
 REQUESTS = ("auto", "torch", "fla", "triton", "amx")
+WITHOUT_KERNEL = {
+    GATED_LINEAR: ("amx",),
+    CHANNEL_DELTA: ("fla", "amx"),
+    **dict.fromkeys(FUSED, ("triton", "fla", "amx")),
+}
+"""Requests that auto stands in for, as the backend has no kernel for all that a model runs."""
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
 TRITON_DTYPES = (torch.bfloat16, torch.float32)
 """What our kernels for GPUs are written for."""
@@ -102,6 +108,25 @@ def choose_backend(
         expected = "a backend that can run here"
         raise DeviceError("backend", got=f"'{requested}', but {obstacle.why}", expected=expected, hint=obstacle.remedy)
     return Backend(name=requested, reason="requested")
+
+
+def backend_of(
+    op: str | None,
+    requested: str,
+    device_type: str,
+    *,
+    head_dim: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Backend:
+    """What `op` runs with where a whole model was asked to run with `requested`; None is plain operations alone.
+
+    Raises:
+        DeviceError: as `choose_backend`.
+    """
+    if op is None:
+        return Backend(name="torch", reason="this mixer has plain operations alone")
+    requested = "auto" if requested in WITHOUT_KERNEL.get(op, ()) else requested
+    return choose_backend(requested, device_type, op=op, head_dim=head_dim, dtype=dtype)
 
 
 def _obstacles(

@@ -8,11 +8,11 @@ import torch
 from dtr.ops.backend import (
     CHANNEL_DELTA,
     CONVOLUTION,
-    FUSED,
     GATED_DELTA,
     GATED_LINEAR,
     QUADRATIC,
     Backend,
+    backend_of,
     choose_backend,
     kernel,
 )
@@ -119,12 +119,5 @@ def short_convolution(
 def _name(op: str, device_type: str, head_dim: int | None, dtype: torch.dtype) -> str:
     key = (op, device_type, head_dim, dtype)
     if key not in _chosen:
-        # A kernel that was asked for may not exist for everything; auto then takes what does.
-        missing = {
-            GATED_LINEAR: ("amx",),
-            CHANNEL_DELTA: ("fla", "amx"),
-            **dict.fromkeys(FUSED, ("triton", "fla", "amx")),
-        }
-        requested = "auto" if _requested in missing.get(op, ()) else _requested
-        _chosen[key] = choose_backend(requested, device_type, op=op, head_dim=head_dim, dtype=dtype).name
+        _chosen[key] = backend_of(op, _requested, device_type, head_dim=head_dim, dtype=dtype).name
     return _chosen[key]

@@ -20,6 +20,8 @@ from dtr.distillation.bank import MixerBank, find_bank, load_bank, read_specs
 from dtr.distillation.start import check_distillation
 from dtr.distributed import join_world, side_world
 from dtr.evaluation.generation import render_turn
+from dtr.mixers import MIXERS
+from dtr.ops.backend import backend_of
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
 from dtr.replacement.binding import check_search, check_teacher
@@ -99,8 +101,10 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
     # auto goes by each call's type.
     dtype = teacher.kernel_dtype if recipe.runtime.backend == "auto" else teacher.dtype
     # Again, now that it is known what kernels would get.
-    backend = use_backend(recipe.runtime.backend, device.type, head_dim=head_dim, dtype=dtype)
-    emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
+    use_backend(recipe.runtime.backend, device.type, head_dim=head_dim, dtype=dtype)
+    for operation in dict.fromkeys(MIXERS[kind].operation for kind in recipe.mixer.names):
+        backend = backend_of(operation, recipe.runtime.backend, device.type, head_dim=head_dim, dtype=dtype)
+        emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
     return teacher
 
 

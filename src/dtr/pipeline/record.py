@@ -18,7 +18,7 @@ from dtr.evaluation.paired import paired_difference
 from dtr.evaluation.score import Score
 from dtr.evaluation.speed import measure_speed
 from dtr.hybrid.cache import decode_cache_bytes
-from dtr.ops.backend import choose_backend
+from dtr.ops.backend import backend_of
 from dtr.pipeline.preparation import Prepared
 from dtr.recipe import Recipe
 from dtr.replacement.realigned import Realigned
@@ -124,13 +124,16 @@ def _teacher(teacher: Teacher, result: SearchResult) -> dict[str, Any]:
 
 def _mixer(recipe: Recipe, teacher: Teacher, bank: MixerBank) -> dict[str, Any]:
     device, head_dim = teacher.device.type, teacher.geometry.head_dim
-    backend = choose_backend(recipe.runtime.backend, device, head_dim=head_dim, dtype=teacher.kernel_dtype)
+    backends = {
+        backend_of(operation, recipe.runtime.backend, device, head_dim=head_dim, dtype=teacher.kernel_dtype)
+        for operation in {mixer.operation for mixer in bank.mixers.values()}
+    }
     return {
         "kind": ", ".join(bank.kinds),
         "kinds": bank.kinds,
         "options": _options(bank),
-        "backend": backend.name,
-        "backend_reason": backend.reason,
+        "backend": ", ".join(sorted({backend.name for backend in backends})),
+        "backend_reason": "; ".join(sorted({backend.reason for backend in backends})),
         "is_pure_linear": all(mixer.is_pure_linear for mixer in bank.mixers.values()),
     }
 

@@ -12,8 +12,8 @@ so that read_i.write_j = sum_d q_id k_jd exp(c_id - c_jd) for j <= i; above the 
 are dropped. With S' = exp(m) S the state at the chunk's start, decayed to where c is m, the chunk writes
 u = (I + A)^-1 beta (v - probes S'), A_ij = beta_i probe_i.write_j for j < i, or just u = v, and leaves the state
 exp(m) (S' + writes^T u). Changed from the papers: they divide by decays from the chunk's start, in sub-chunks of 16
-tokens. From its middle exponents stay within 16 |g|, and g is at least `MIN_LOG_DECAY`: what is below it is taken for
-it, and gets no gradient.
+tokens. From its middle exponents stay within 16 |g|, and g is at least `MIN_LOG_DECAY`: a lower one counts as that
+bound and gets no gradient.
 
 In bfloat16 reads, probes, writes, S', u, gradients of them and the inverse are rounded before they are multiplied, sums
 are float32. bfloat16 has the range of float32.
@@ -27,12 +27,10 @@ from typing import Any
 
 import torch
 
-from dtr.errors import DeviceError
-from dtr.ops.backend import TRITON_DTYPES, TRITON_HEAD_DIMS
 from dtr.ops.chunking import MIN_LOG_DECAY
 from dtr.ops.gpu.channel_decay_gradients import chunk_gradients, state_scan_backward
 from dtr.ops.gpu.channel_decay_kernels import chunk_factors, chunk_inverse, chunk_output, state_scan
-from dtr.ops.gpu.gated_delta_triton import inverse_warps, num_stages, scan_block, supports
+from dtr.ops.gpu.gated_delta_triton import check_inputs, inverse_warps, num_stages, scan_block
 
 CHUNK_TOKENS = 32
 
@@ -53,14 +51,7 @@ def chunked(
     defaults to K ** -0.5. Runs without a graph break under torch.compile and can be captured in a CUDA graph after one
     warm-up call. Raises DeviceError where `gated_delta_triton.supports` is false.
     """
-    if not supports(q_BTHK, v_BTHV) or k_BTHK.dtype != q_BTHK.dtype:
-        dims = f"K={q_BTHK.shape[-1]}, V={v_BTHV.shape[-1]}"
-        raise DeviceError(
-            "channel_decay_triton.chunked",
-            got=f"{dims}, {q_BTHK.dtype}/{k_BTHK.dtype}/{v_BTHV.dtype} on {q_BTHK.device}",
-            expected=f"K and V in {TRITON_HEAD_DIMS}, q, k and v all one of {TRITON_DTYPES}, on a CUDA device",
-            hint="Use the plain PyTorch forms in dtr.ops.channel_delta and dtr.ops.gated_linear instead.",
-        )
+    check_inputs(q_BTHK, k_BTHK, v_BTHV, "channel_decay_triton.chunked")
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else float(scale)
     o_BTHV, final_BHKV, *_ = _forward(q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH, state_BHKV, scale)
     return o_BTHV, final_BHKV
@@ -70,12 +61,14 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _scan_block(num_sequences: int, value_dim: int) -> int:
+def _scan_block(num_sequences: int, v: torch.Tensor) -> int:
     """Value columns per program of a scan. Chunks are half as long as Gated DeltaNet's, so each column more saves more.
 
-    On an H100 64 columns took a quarter to a third off the scans of 128 and 144 sequences, and made those of 36 slower.
+    In bfloat16 on an H100 64 columns took a quarter to a third off the scans of 128 and 144 sequences, and made those
+    of 36 slower. In float32 they run out of registers.
     """
-    return min(value_dim, 64) if num_sequences >= 128 else scan_block(num_sequences, value_dim)
+    many = num_sequences >= 128 and v.dtype == torch.bfloat16
+    return min(v.shape[-1], 64) if many else scan_block(num_sequences, v.shape[-1])
 
 
 @torch.library.custom_op(
@@ -96,7 +89,7 @@ def _forward(q, k, v, g, beta, state, scale):  # type: ignore[no-untyped-def]
     BH, N = B * H, halves.shape[1]
     DELTA = beta is not None
     dims = {"H": H, "K": K, "C": CHUNK_TOKENS}
-    BV, BO = _scan_block(BH, V), min(V, 64)
+    BV, BO = _scan_block(BH, v), min(V, 64)
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(q):
         chunk_factors[(BH, N)](
@@ -149,7 +142,7 @@ def _backward(v, g, beta, reads, writes, halves, states, probes, updates, invers
     BH, N = B * H, halves.shape[1]
     # Float32 takes twice the registers.
     widest = 64 if v.dtype == torch.bfloat16 else 32
-    BK, BG, BV = min(K, widest), min(V, widest // 2), _scan_block(BH, V)
+    BK, BG, BV = min(K, widest), min(V, widest // 2), _scan_block(BH, v)
     dq, dk, dv = v.new_empty(g.shape), v.new_empty(g.shape), torch.empty_like(v)
     dg = torch.empty_like(g, dtype=torch.float32)
     dresidual = torch.empty_like(v) if DELTA else None

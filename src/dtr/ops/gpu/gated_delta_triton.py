@@ -63,14 +63,17 @@ def chunked(
     return o_BTHV, final_BHKV
 
 
-def check_inputs(q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHV: torch.Tensor) -> None:
+def check_inputs(
+    q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHV: torch.Tensor, caller: str = "gated_delta_triton.chunked"
+) -> None:
+    """Raises DeviceError, in the name of `caller`, where `supports` is false or the keys have a type of their own."""
     if not supports(q_BTHK, v_BTHV) or k_BTHK.dtype != q_BTHK.dtype:
         dims = f"K={q_BTHK.shape[-1]}, V={v_BTHV.shape[-1]}"
         raise DeviceError(
-            "gated_delta_triton.chunked",
+            caller,
             got=f"{dims}, {q_BTHK.dtype}/{k_BTHK.dtype}/{v_BTHV.dtype} on {q_BTHK.device}",
             expected=f"K and V in {TRITON_HEAD_DIMS}, q, k and v all bfloat16 or all float32, on a CUDA device",
-            hint="Use the plain PyTorch form in dtr.ops.gated_delta instead.",
+            hint="Use the plain PyTorch form in dtr.ops instead.",
         )
 
 
