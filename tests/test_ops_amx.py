@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dtr.errors import DeviceError
-from dtr.ops import backend, dispatch, gated_delta, recurrences
+from dtr.ops import backend, dispatch, gated_delta
 from dtr.ops.backend import GATED_DELTA, GATED_LINEAR, choose_backend
 from dtr.ops.cpu import gated_delta_amx, native
 
@@ -150,7 +150,7 @@ def test_asked_for_by_name_it_leaves_other_recurrences_to_others(monkeypatch):
 
 def test_states_that_are_not_square_take_the_plain_form():
     q, k, v, g, beta, _ = make_inputs("random", 20)
-    o, state = recurrences.gated_delta_rule(q, k, v[..., :32], g, beta, backend="amx")
+    o, state = dispatch.gated_delta_rule(q, k, v[..., :32], g, beta, backend="amx")
     plain, _ = gated_delta.chunked(q, k, v[..., :32], g, beta)
     assert torch.equal(o, plain)
     assert state.shape == (2, 3, 64, 32)

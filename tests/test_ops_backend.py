@@ -16,7 +16,6 @@ from dtr.ops import (
     gated_delta,
     gated_linear,
     quadratic_features,
-    recurrences,
     short_convolution,
 )
 from dtr.ops.backend import CHANNEL_DELTA, CONVOLUTION, FUSED, GATED_DELTA, GATED_LINEAR, QUADRATIC, choose_backend
@@ -231,8 +230,8 @@ def linear_inputs(num_tokens):
 
 
 OPS = [
-    (recurrences.gated_delta_rule, gated_delta, delta_inputs, "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
-    (recurrences.gated_linear_attention, gated_linear, linear_inputs, "fla.ops.gla", "chunk_gla"),
+    (dispatch.gated_delta_rule, gated_delta, delta_inputs, "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    (dispatch.gated_linear_attention, gated_linear, linear_inputs, "fla.ops.gla", "chunk_gla"),
 ]
 
 
@@ -255,7 +254,7 @@ def test_fla_is_called_with_its_own_names(monkeypatch, rule, op, make, module, f
     inputs = [x.bfloat16() for x in make(20)]
     # The mixer may have normalised its keys in float32.
     inputs[1] = inputs[1].float()
-    o, last = rule(*inputs, scale=0.5, state=draw(3, 8, 4).bfloat16(), backend="fla")
+    o, last = rule(*inputs, scale=0.5, state_BHKV=draw(3, 8, 4).bfloat16(), backend="fla")
     assert calls == [torch.float32]
     assert o.dtype == torch.bfloat16
     assert last.shape == (2, 3, 8, 4)
@@ -265,9 +264,9 @@ def test_fla_is_called_with_its_own_names(monkeypatch, rule, op, make, module, f
 def test_torch_is_the_chunked_form_and_a_single_token_a_step(rule, op, make, module, function):
     inputs, state = make(21), draw(3, 8, 4)
     expected, expected_last = op.chunked(*inputs, state_BHKV=state, scale=0.7)
-    o, middle = rule(*(x[:, :20] for x in inputs), state=state, scale=0.7)
+    o, middle = rule(*(x[:, :20] for x in inputs), state_BHKV=state, scale=0.7, backend="torch")
     # No fla is needed for one token.
-    last_o, last = rule(*(x[:, 20:] for x in inputs), state=middle, scale=0.7, backend="fla")
+    last_o, last = rule(*(x[:, 20:] for x in inputs), state_BHKV=middle, scale=0.7, backend="fla")
     torch.testing.assert_close(torch.cat([o, last_o], dim=1), expected)
     torch.testing.assert_close(last, expected_last)
 
@@ -287,13 +286,13 @@ def test_our_kernel_of_decays_per_channel_gets_one_type_and_the_scale(op):
     inputs, state = linear_inputs(21), draw(3, 8, 4)
     inputs[2] = inputs[2].bfloat16()
     if op == GATED_LINEAR:
-        rule, options = dispatch._gated_linear_attention, {"scale": 0.7}
+        rule, options = dispatch.gated_linear_attention, {"scale": 0.7}
     else:
-        rule, options = dispatch._channel_delta_rule, {}
+        rule, options = dispatch.channel_delta_rule, {}
         inputs.append(draw(21, 3).sigmoid())
-    expected, expected_last = rule(*inputs, state=state, **options)
-    o, middle = rule(*(x[:, :20] for x in inputs), state=state, backend="triton", **options)
-    last_o, last = rule(*(x[:, 20:] for x in inputs), state=middle, backend="triton", **options)
+    expected, expected_last = rule(*inputs, state_BHKV=state, backend="torch", **options)
+    o, middle = rule(*(x[:, :20] for x in inputs), state_BHKV=state, backend="triton", **options)
+    last_o, last = rule(*(x[:, 20:] for x in inputs), state_BHKV=middle, backend="triton", **options)
     assert calls == [(torch.bfloat16,) * 3 + (torch.float32, options.get("scale", 1.0))]
     torch.testing.assert_close(torch.cat([o, last_o], dim=1), expected, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(last, expected_last, atol=2e-2, rtol=2e-2)

@@ -208,6 +208,7 @@ class LayerRunner:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self.layers: list[nn.Module] = list(decoder_layers(model))
+        # Tables and masks by shape of the batch.
         self._kept: dict[torch.Size, Prepared] = {}
 
     def prepare(self, input_ids: torch.Tensor) -> Prepared:

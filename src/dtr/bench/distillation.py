@@ -105,7 +105,7 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     return sizes  # type: ignore[return-value]
 
 
-def check_backend(device: torch.device, dtype: torch.dtype, operation: str | None = GATED_DELTA) -> float:
+def check_backend(device: torch.device, dtype: torch.dtype, operation: str | None) -> float:
     """Compare the chosen backend with the token-by-token form in float64; returns the worst relative error.
 
     Args:

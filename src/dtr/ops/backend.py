@@ -1,4 +1,4 @@
-"""Which implementation of a recurrence runs, and why; `recurrences.py` calls it.
+"""Which implementation of a recurrence runs, and why; `dispatch.py` calls it.
 
 `torch` is the plain PyTorch form and runs everywhere. `triton` are our kernels, for the gated delta rule, the same with
 a decay per key channel, gated linear attention, and for what layers do beside a recurrence in several passes over

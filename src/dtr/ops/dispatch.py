@@ -1,7 +1,13 @@
 """The recurrences as mixers call them, and what else has a kernel: the backend is chosen once per process and device,
-then used everywhere."""
+then used everywhere.
+
+Each recurrence takes what its plain form takes and gives what that gives: o [B, T, H, V] and the last state
+[B, H, K, V].
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -9,6 +15,7 @@ from dtr.ops.backend import (
     CHANNEL_DELTA,
     CONVOLUTION,
     GATED_DELTA,
+    GATED_DELTA_STEP,
     GATED_LINEAR,
     QUADRATIC,
     Backend,
@@ -16,10 +23,12 @@ from dtr.ops.backend import (
     choose_backend,
     kernel,
 )
+from dtr.ops.channel_delta import chunked as channel_delta_chunked
+from dtr.ops.gated_delta import chunked as gated_delta_chunked
+from dtr.ops.gated_delta import step as gated_delta_step
+from dtr.ops.gated_linear import chunked as gated_linear_chunked
+from dtr.ops.gated_linear import step as gated_linear_step
 from dtr.ops.quadratic_features import mix_of_heads, quadratic_features
-from dtr.ops.recurrences import channel_delta_rule as _channel_delta_rule
-from dtr.ops.recurrences import gated_delta_rule as _gated_delta_rule
-from dtr.ops.recurrences import gated_linear_attention as _gated_linear_attention
 from dtr.ops.rotary import rotate_to_unit_length
 from dtr.ops.short_convolution import short_convolution as _short_convolution
 
@@ -57,10 +66,25 @@ def gated_delta_rule(
     *,
     scale: float | None = None,
     state_BHKV: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gated delta rule (see `dtr.ops.gated_delta`) by the chosen backend: o [B, T, H, V] and the last state."""
-    name = _name(GATED_DELTA, q_BTHK.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
-    return _gated_delta_rule(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, scale=scale, state=state_BHKV, backend=name)
+    """`gated_delta.chunked` by the chosen backend, or the one named; a single token with a state takes `step`."""
+    backend = backend or _name(GATED_DELTA, v_BTHV.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
+    if q_BTHK.shape[1] == 1 and state_BHKV is not None:
+        q, k, v, g, beta = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
+        # The kernel has no gradients, and plain operations are what a compiler can fuse.
+        plain = backend != "triton" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        step = gated_delta_step if plain else kernel(backend, GATED_DELTA_STEP)
+        o, last = step(q, k, v, g, beta, state_BHKV, scale=scale)
+        return o.unsqueeze(1), last
+    # Our kernel for CPUs has square states only.
+    if backend == "torch" or (backend == "amx" and q_BTHK.shape[-1] != v_BTHV.shape[-1]):
+        return gated_delta_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state_BHKV)
+    # Kernels want one dtype; queries and keys may have been normalised in a wider one than the values'.
+    q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
+    if backend in ("triton", "amx"):
+        return kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state_BHKV)
+    return kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH.float(), beta_BTH, **_fla_options(scale, state_BHKV))
 
 
 def gated_linear_attention(
@@ -71,10 +95,20 @@ def gated_linear_attention(
     *,
     scale: float | None = None,
     state_BHKV: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gated linear attention (see `dtr.ops.gated_linear`) by the chosen backend: o [B, T, H, V] and the last state."""
-    name = _name(GATED_LINEAR, q_BTHK.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
-    return _gated_linear_attention(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state=state_BHKV, backend=name)
+    """`gated_linear.chunked` by the chosen backend, or the one named; a single token with a state takes `step`."""
+    backend = backend or _name(GATED_LINEAR, v_BTHV.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
+    if q_BTHK.shape[1] == 1 and state_BHKV is not None:
+        q, k, v, g = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTHK))
+        o, last = gated_linear_step(q, k, v, g, state_BHKV, scale=scale)
+        return o.unsqueeze(1), last
+    if backend == "torch":
+        return gated_linear_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state_BHKV=state_BHKV)
+    q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
+    if backend == "triton":
+        return kernel(backend, GATED_LINEAR)(q, k, v_BTHV, g_BTHK, None, scale=scale, state_BHKV=state_BHKV)
+    return kernel(backend, GATED_LINEAR)(q, k, v_BTHV, g_BTHK.float(), **_fla_options(scale, state_BHKV))
 
 
 def channel_delta_rule(
@@ -85,11 +119,14 @@ def channel_delta_rule(
     beta_BTH: torch.Tensor,
     *,
     state_BHKV: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The delta rule with a decay per key channel (see `dtr.ops.channel_delta`) by the chosen backend: o [B, T, H, V]
-    and the last state."""
-    name = _name(CHANNEL_DELTA, q_BTHK.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
-    return _channel_delta_rule(q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH, state=state_BHKV, backend=name)
+    """`channel_delta.chunked` by the chosen backend, or the one named; a single token with a state takes `step`."""
+    backend = backend or _name(CHANNEL_DELTA, v_BTHV.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
+    if backend == "torch" or (q_BTHK.shape[1] == 1 and state_BHKV is not None):
+        return channel_delta_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH, state_BHKV=state_BHKV)
+    q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
+    return kernel(backend, CHANNEL_DELTA)(q, k, v_BTHV, g_BTHK, beta_BTH, scale=1.0, state_BHKV=state_BHKV)
 
 
 def rotated_quadratic_features(
@@ -121,3 +158,7 @@ def _name(op: str, device_type: str, head_dim: int | None, dtype: torch.dtype) -
     if key not in _chosen:
         _chosen[key] = backend_of(op, _requested, device_type, head_dim=head_dim, dtype=dtype).name
     return _chosen[key]
+
+
+def _fla_options(scale: float | None, state: torch.Tensor | None) -> dict[str, Any]:
+    return {"scale": scale, "initial_state": None if state is None else state.float(), "output_final_state": True}
