@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from dtr.distillation.trainer import distill
 from dtr.errors import BankError, RecipeError
 from dtr.evaluation.evaluator import evaluate
 from dtr.hybrid.modeling import make_hybrid
+from dtr.mixers import make_mixer
 from dtr.pipeline import run
+from dtr.pipeline.preparation import tell_backends
 from dtr.recipe import read_recipe
 from dtr.replacement.search import search as search_model
 from dtr.selection.meter import PassMeter
@@ -237,6 +240,20 @@ def test_the_table_of_strategies_speaks_of_layers_and_kinds(teacher, bank, place
     assert set(row["kinds"]) <= {spec["kind"] for spec in bank.specs}
     assert len(row["kinds"]) == len(row["order"])
     assert set(row["at_share"]) == {"0.5", "0.75", "0.9"}
+
+
+def test_the_backend_that_is_told_is_that_of_the_bank(teacher, place):
+    """Not that of the recipe's mixer, which a bank that is given makes meaningless."""
+    recipe, told = read_recipe(place / "recipe.yaml"), []
+    mixers = [make_mixer(kind, teacher.geometry, 0) for kind in ("retention", "kimi_delta_attention")]
+    bank = SimpleNamespace(mixers=dict(enumerate(mixers)))
+    tell_backends(recipe, teacher, bank, told.append)
+    plain, channels = told
+    assert plain["reason"] == "this mixer has plain operations alone"
+    assert "channel delta rule" in channels["reason"]
+    tell_backends(recipe, teacher, None, told.append)
+    assert [event["event"] for event in told] == ["backend"] * 3
+    assert told[2]["reason"] not in (plain["reason"], channels["reason"])
 
 
 def test_the_whole_path_through_the_command_line(place, tmp_path, monkeypatch, capsys):

@@ -20,7 +20,14 @@ from dtr.environment import command_line, compile_caches, hardware, library_vers
 from dtr.mixers import MIXERS, check_options
 from dtr.ops.backend import backend_of
 from dtr.ops.dispatch import use_backend
-from dtr.pipeline.preparation import Listener, prepare_guards, prepare_task, prepare_teacher, search_settings
+from dtr.pipeline.preparation import (
+    Listener,
+    prepare_guards,
+    prepare_task,
+    prepare_teacher,
+    search_settings,
+    tell_backends,
+)
 from dtr.recipe import Recipe
 from dtr.replacement.binding import check_search
 from dtr.tasks.base import Task
@@ -115,6 +122,7 @@ def bench_strategies(
     settings = replace(settings, guards=prepare_guards(recipe), run_to_end=False)
     teacher = teacher or prepare_teacher(recipe, emit)
     mixers = load_bank(bank, teacher=teacher)
+    tell_backends(recipe, teacher, mixers, emit)
     record = _measured_on(teacher, mixers, task) | {
         "p_min": recipe.search.p_min,
         "strategies": {},

@@ -21,7 +21,7 @@ from dtr.distillation.start import check_distillation
 from dtr.distributed import join_world, side_world
 from dtr.evaluation.generation import render_turn
 from dtr.mixers import MIXERS
-from dtr.ops.backend import backend_of
+from dtr.ops.backend import Backend, backend_of
 from dtr.ops.dispatch import use_backend
 from dtr.recipe import Recipe, TaskSection
 from dtr.replacement.binding import check_search, check_teacher
@@ -74,6 +74,7 @@ def prepare_run(recipe: Recipe, bank: str | Path | None, emit: Listener) -> Prep
     if bank is None:
         check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
     given = None if bank is None else load_bank(bank, teacher=teacher)
+    tell_backends(recipe, teacher, given, emit)
     check_teacher(teacher, task, settings)
     ready = Prepared(teacher=teacher, task=task, settings=settings, bank=given, text=None, faults={})
     if not needs_text:
@@ -97,15 +98,30 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
         trust_remote_code=settings.trust_remote_code,
         shard=recipe.runtime.shard_teacher,
     )
-    head_dim = teacher.geometry.head_dim
-    # auto goes by each call's type.
-    dtype = teacher.kernel_dtype if recipe.runtime.backend == "auto" else teacher.dtype
     # Again, now that it is known what kernels would get.
-    use_backend(recipe.runtime.backend, device.type, head_dim=head_dim, dtype=dtype)
-    for operation in dict.fromkeys(MIXERS[kind].operation for kind in recipe.mixer.names):
-        backend = backend_of(operation, recipe.runtime.backend, device.type, head_dim=head_dim, dtype=dtype)
-        emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(device)})
+    dtype = _kernel_dtype(recipe, teacher)
+    use_backend(recipe.runtime.backend, device.type, head_dim=teacher.geometry.head_dim, dtype=dtype)
     return teacher
+
+
+def mixer_backends(recipe: Recipe, teacher: Teacher, bank: MixerBank | None) -> list[Backend]:
+    """What the mixers of a bank run with, or those that the recipe asks for, each once."""
+    mixers = [MIXERS[kind] for kind in recipe.mixer.names] if bank is None else bank.mixers.values()
+    where, head_dim = (recipe.runtime.backend, teacher.device.type), teacher.geometry.head_dim
+    dtype, operations = _kernel_dtype(recipe, teacher), dict.fromkeys(mixer.operation for mixer in mixers)
+    found = (backend_of(operation, *where, head_dim=head_dim, dtype=dtype) for operation in operations)
+    return list(dict.fromkeys(found))
+
+
+def tell_backends(recipe: Recipe, teacher: Teacher, bank: MixerBank | None, emit: Listener) -> None:
+    """Say what `mixer_backends` finds, before the work that runs with it."""
+    for backend in mixer_backends(recipe, teacher, bank):
+        emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(teacher.device)})
+
+
+def _kernel_dtype(recipe: Recipe, teacher: Teacher) -> torch.dtype | None:
+    # auto goes by each call's type.
+    return teacher.kernel_dtype if recipe.runtime.backend == "auto" else teacher.dtype
 
 
 def prepare_mixers(recipe: Recipe) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from dtr.evaluation.paired import paired_difference
 from dtr.evaluation.score import Score
 from dtr.evaluation.speed import measure_speed
 from dtr.hybrid.cache import decode_cache_bytes
-from dtr.ops.backend import backend_of
-from dtr.pipeline.preparation import Prepared
+from dtr.pipeline.preparation import Prepared, mixer_backends
 from dtr.recipe import Recipe
 from dtr.replacement.realigned import Realigned
 from dtr.replacement.search import SearchResult
@@ -123,17 +122,13 @@ def _teacher(teacher: Teacher, result: SearchResult) -> dict[str, Any]:
 
 
 def _mixer(recipe: Recipe, teacher: Teacher, bank: MixerBank) -> dict[str, Any]:
-    device, head_dim = teacher.device.type, teacher.geometry.head_dim
-    backends = {
-        backend_of(operation, recipe.runtime.backend, device, head_dim=head_dim, dtype=teacher.kernel_dtype)
-        for operation in {mixer.operation for mixer in bank.mixers.values()}
-    }
+    backends = mixer_backends(recipe, teacher, bank)
     return {
         "kind": ", ".join(bank.kinds),
         "kinds": bank.kinds,
         "options": _options(bank),
-        "backend": ", ".join(sorted({backend.name for backend in backends})),
-        "backend_reason": "; ".join(sorted({backend.reason for backend in backends})),
+        "backend": ", ".join(dict.fromkeys(backend.name for backend in backends)),
+        "backend_reason": "; ".join(dict.fromkeys(backend.reason for backend in backends)),
         "is_pure_linear": all(mixer.is_pure_linear for mixer in bank.mixers.values()),
     }
 

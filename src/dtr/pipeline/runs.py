@@ -20,6 +20,7 @@ from dtr.pipeline.preparation import (
     prepare_task,
     prepare_teacher,
     prepare_text,
+    tell_backends,
 )
 from dtr.pipeline.record import look_closer, make_record
 from dtr.pipeline.stages import join_run, open_run, prepare_bank, prepare_realigned, prepare_search, save
@@ -102,6 +103,7 @@ def distill_only(
     read_specs(**prepare_mixers(recipe))
     teacher = prepare_teacher(recipe, emit)
     check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
+    tell_backends(recipe, teacher, None, emit)
     text, _ = prepare_text(recipe, teacher, emit)
     open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
     with memory_advice("distill.batch_size"):
