@@ -29,6 +29,15 @@ PARTS = {
 SOURCES = ("command", "hardware", "commit")
 
 
+def last_record(text: str) -> dict[str, Any]:
+    """What a command of `dtr bench` printed last."""
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    if not lines:
+        raise SystemExit(f"no record of 'dtr bench' among {len(text.splitlines())} lines; nothing was written")
+    record: dict[str, Any] = json.loads(lines[-1])
+    return record
+
+
 def part_of(record: dict[str, Any]) -> str:
     """Which part a record fills in."""
     if record["hardware"]["device"] == "cpu":
@@ -72,11 +81,7 @@ def main() -> None:
     parser.add_argument("record", nargs="?", help="file whose last line is the record; stdin when left out")
     parser.add_argument("--out", type=Path, default=RESULTS / "distil_speed.json")
     options = parser.parse_args()
-    text = Path(options.record).read_text(encoding="utf-8") if options.record else sys.stdin.read()
-    lines = [line for line in text.splitlines() if line.startswith("{")]
-    if not lines:
-        raise SystemExit(f"no record of 'dtr bench distill' among {len(text.splitlines())} lines; nothing was written")
-    record = json.loads(lines[-1])
+    record = last_record(Path(options.record).read_text(encoding="utf-8") if options.record else sys.stdin.read())
     known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     merged = merge(known, record)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,20 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from distil_speed import RESULTS, SOURCES, last_record
+
 from dtr.files import write_json
 from dtr.mixers import options_of_new
 from dtr.recipe import read_recipe
-
-RESULTS = Path(__file__).parent / "results"
-SOURCES = ("command", "hardware", "commit")
-
-
-def last_record(path: Path) -> dict[str, Any]:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
-    if not lines:
-        raise SystemExit(f"{path} has no record of 'dtr bench'; nothing was written")
-    record: dict[str, Any] = json.loads(lines[-1])
-    return record
 
 
 def mixer_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     mixer = read_recipe(args.recipe).mixer
     recipe = {"kind": mixer.kind, "options": options_of_new(str(mixer.kind), mixer.options)}
     known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
-    write_json(args.out, merge(known, map(last_record, args.records), recipe))
+    records = (last_record(path.read_text(encoding="utf-8")) for path in args.records)
+    write_json(args.out, merge(known, records, recipe))
 
 
 if __name__ == "__main__":

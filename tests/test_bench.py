@@ -194,7 +194,9 @@ def test_records_are_gathered_part_by_part(tmp_path):
     assert "nothing was written" in done.stderr
 
 
-def test_costs_of_mixers_are_gathered(tmp_path):
+def test_costs_of_mixers_are_gathered(tmp_path, monkeypatch):
+    # As when a file of that folder is run.
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     program = load_script(ROOT / "benchmarks" / "mixer_costs.py")
     out, names = tmp_path / "mixer_costs.json", ("recipe", "kda", "served")
     common = {"hardware": {}, "commit": "abc"}
