@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,11 @@ def written_journal(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
 
+def told_of_damage(is_damaged: bool = True):
+    told = "is not whole; its score is worked out again"
+    return pytest.warns(UserWarning, match=told) if is_damaged else nullcontext()
+
+
 def test_unfinished_last_line_is_dropped_at_any_cut(tmp_path: Path):
     path = tmp_path / "journal.jsonl"
     lines = written_journal(path)
@@ -72,7 +79,9 @@ def test_unfinished_last_line_is_dropped_at_any_cut(tmp_path: Path):
     for cut in range(start, len(original) + 1):
         path.write_bytes(original[:cut])
         score = random_table(7, 3)
-        with Journal(path, identity=IDENTITY, resume=True) as journal:
+        with told_of_damage(cut not in (start, len(original) - 1, len(original))):
+            journal = Journal(path, identity=IDENTITY, resume=True)
+        with journal:
             assert search(score, p_min=0.1, journal=journal) == expected
         # Only the newline missing: nothing is lost.
         assert len(score.calls) == (cut < len(original) - 1)
@@ -84,11 +93,44 @@ def test_garbage_last_line_is_dropped_and_elsewhere_refused(tmp_path: Path, garb
     path = tmp_path / "journal.jsonl"
     lines = written_journal(path)
     path.write_bytes(b"".join(lines) + garbage)
-    Journal(path, identity=IDENTITY, resume=True).close()
+    with told_of_damage():
+        Journal(path, identity=IDENTITY, resume=True).close()
     assert path.read_bytes() == b"".join(lines)
     path.write_bytes(b"".join([*lines[:2], garbage.rstrip(b"\n") + b"\n", *lines[2:]]))
     with pytest.raises(OutputError, match=r"journal\.jsonl:3: got a line that is no score"):
         Journal(path, identity=IDENTITY, resume=True)
+
+
+def test_any_flipped_bit_is_told_and_never_believed(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    original = b"".join(written_journal(path))
+    last = original[:-1].rindex(b"\n")
+    for at in random.Random(0).sample(range(8 * len(original)), 100):
+        damaged = bytearray(original)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        if at // 8 < last:
+            with pytest.raises(OutputError, match=r"journal\.jsonl:\d+: got .* expected an undamaged journal"):
+                Journal(path, identity=IDENTITY, resume=True)
+            assert path.read_bytes() == damaged
+        else:
+            with told_of_damage():
+                Journal(path, identity=IDENTITY, resume=True).close()
+            # The newline before the last line belongs to the one above it.
+            assert original.startswith(path.read_bytes())
+
+
+def test_a_journal_of_the_format_without_checksums_goes_on(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    lines = written_journal(path)
+    plain = [{key: value for key, value in json.loads(line).items() if key != "crc32"} for line in lines]
+    plain[0]["format"] = 1
+    path.write_text("".join(json.dumps(entry, sort_keys=True, separators=(",", ":")) + "\n" for entry in plain[:-1]))
+    score = random_table(7, 3)
+    with Journal(path, identity=IDENTITY, resume=True) as journal:
+        assert search(score, p_min=0.1, journal=journal) == search(random_table(7, 3), p_min=0.1)
+    assert len(score.calls) == 1
+    assert path.read_bytes() == b"".join(lines)
 
 
 def test_unfinished_header_starts_anew_but_other_files_are_left_alone(tmp_path: Path):
@@ -122,9 +164,9 @@ def test_existing_file_without_resume_and_contradicting_lines_are_refused(tmp_pa
     with pytest.raises(OutputError, match="exists already"):
         Journal(path, identity=IDENTITY)
     assert path.read_bytes() == b"".join(lines)
-    twin = json.loads(lines[1])
-    twin["score"]["value"] += 0.25
-    path.write_bytes(b"".join(lines) + json.dumps(twin).encode() + b"\n")
+    with Journal(tmp_path / "other.jsonl", identity=IDENTITY) as other:
+        other.record(frozenset(), acc(0.123))
+    path.write_bytes(b"".join(lines) + (tmp_path / "other.jsonl").read_bytes().splitlines(keepends=True)[1])
     with pytest.raises(OutputError, match=rf"journal\.jsonl:{len(lines) + 1}: got a second, different score"):
         Journal(path, identity=IDENTITY, resume=True)
 

@@ -1,13 +1,16 @@
 """The search journal: every score ever computed, one JSON line each, so that an interrupted search repeats no work.
 
 The first line says what the scores belong to; each further line is one hybrid, `{"linear": [1, 4], "score": {...}}`,
-with `items` where only some of the items were scored and `task` where a guard task was. The file is only ever
-appended to, except that an unfinished last line is cut off when it is opened again.
+with `items` where only some of the items were scored and `task` where a guard task was. Every line ends with the CRC-32
+of what stands before, so that a damaged one is told and never believed. The file is only ever appended to, except that
+an unfinished last line is cut off when it is opened again, and that one of format 1, without checksums, is given them.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +18,12 @@ from typing import Any
 
 from dtr.errors import OutputError
 from dtr.evaluation.score import Score
+from dtr.files import replacing
 
-FORMAT = 1
+FORMAT = 2
+WITHOUT_CHECKSUMS = 1
+_CRC = ',"crc32":"'
+_CRC_CHARS = len(_CRC) + 8 + len('"}')
 ScoreKey = tuple[frozenset[int], tuple[int, ...] | None, str]
 """Linear layers, the items that were scored (None for all of them), and the guard task ("" for the task itself)."""
 _MAX_DIFFERENCES_SHOWN = 8
@@ -80,6 +87,9 @@ class Journal(ScoreBook):
             # An interrupted first write leaves a beginning of this very header, and nothing that could be lost.
             is_new = header.startswith(existing)
             num_good_bytes = 0 if is_new else self._replay(existing, json.loads(header)["identity"])
+            if not is_new and not existing.startswith(header):
+                existing = self._with_checksums(header)
+                num_good_bytes = len(existing)
             # Unbuffered: when a write returns, the line is with the operating system, and Ctrl-C cannot lose it.
             self._file = self.path.open("ab", buffering=0)
             self._file.truncate(num_good_bytes)
@@ -96,10 +106,7 @@ class Journal(ScoreBook):
         """Write one score; on return it survives the end of this process."""
         key = (linear, items, task)
         assert key not in self._scores, f"{sorted(linear)} is in the journal already"
-        entry: dict[str, Any] = {"linear": sorted(linear), "score": _encode(score)}
-        entry |= {"items": list(items)} if items is not None else {}
-        entry |= {"task": task} if task else {}
-        self._append(_to_line(entry))
+        self._append(_to_line(_entry(key, score)))
         self._scores[key] = score
 
     def close(self) -> None:
@@ -124,25 +131,36 @@ class Journal(ScoreBook):
     def _replay(self, data: bytes, identity: dict[str, Any]) -> int:
         """Check the header, read the scores, and say how many bytes to keep (all but an unfinished last line)."""
         lines = data.removesuffix(b"\n").split(b"\n")
-        self._check_header(lines[0], identity)
+        has_checksums = self._check_header(lines[0], identity)
         num_good_bytes = len(lines[0]) + 1
         for number, line in enumerate(lines[1:], start=2):
             try:
-                key, score = _decode(line)
+                key, score = _decode(line, has_checksums)
             except (ValueError, TypeError, KeyError, AttributeError):
                 if number == len(lines):
+                    warnings.warn(f"{self.path}:{number} is not whole; its score is worked out again", stacklevel=2)
                     return num_good_bytes
-                raise self._damaged(number, "a line that is no score") from None
+                raise self._damaged(number, "a line that is no score, or not the one that was written") from None
             if self._scores.setdefault(key, score) != score:
                 raise self._damaged(number, f"a second, different score of layers {sorted(key[0])}")
             num_good_bytes += len(line) + 1
         return min(num_good_bytes, len(data))
 
-    def _check_header(self, line: bytes, identity: dict[str, Any]) -> None:
+    def _with_checksums(self, header: bytes) -> bytes:
+        """Replace a file of format 1 by one of the present format with the same scores; returns what it holds."""
+        data = header + b"".join(_to_line(_entry(key, score)) for key, score in self._scores.items())
+        with replacing(self.path) as beside:
+            beside.write_bytes(data)
+        return data
+
+    def _check_header(self, line: bytes, identity: dict[str, Any]) -> bool:
+        """Refuse another search's journal; returns whether its lines have checksums."""
         try:
             header = json.loads(line.decode("utf-8"))
             recorded = dict(header["identity"])
-            is_known = header["journal"] == "search" and header["format"] == FORMAT
+            is_known = header["journal"] == "search" and header["format"] in (WITHOUT_CHECKSUMS, FORMAT)
+            has_checksums = header["format"] == FORMAT
+            _from_line(line, has_checksums)
         except (ValueError, TypeError, KeyError):
             is_known = False
         if not is_known:
@@ -156,6 +174,7 @@ class Journal(ScoreBook):
                 expected=_list_entries(ours, differing),
                 hint="Go back to those settings, or search in another run folder.",
             )
+        return has_checksums
 
     def _damaged(self, line_number: int, got: str) -> OutputError:
         return OutputError(
@@ -175,7 +194,28 @@ class Journal(ScoreBook):
 
 
 def _to_line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode("utf-8") + b"\n"
+    return _sealed(json.dumps(entry, sort_keys=True, separators=(",", ":"))).encode("utf-8") + b"\n"
+
+
+def _sealed(text: str) -> str:
+    """A JSON object's text with its checksum as the last entry."""
+    return f'{text[:-1]}{_CRC}{zlib.crc32(text.encode("utf-8")):08x}"}}'
+
+
+def _from_line(line: bytes, has_checksum: bool) -> dict[str, Any]:
+    """The entry of a line; raises ValueError where it is not the one that was written."""
+    # Decoded here because json.loads guesses other encodings for bytes, such as UTF-16 for a run of zeros.
+    text = line.decode("utf-8")
+    if has_checksum and text != _sealed(text[:-_CRC_CHARS] + "}"):
+        raise ValueError("another checksum")
+    return json.loads(text)
+
+
+def _entry(key: ScoreKey, score: Score) -> dict[str, Any]:
+    linear, items, task = key
+    entry: dict[str, Any] = {"linear": sorted(linear), "score": _encode(score)}
+    entry |= {"items": list(items)} if items is not None else {}
+    return entry | ({"task": task} if task else {})
 
 
 def _encode(score: Score) -> dict[str, Any]:
@@ -186,9 +226,8 @@ def _encode(score: Score) -> dict[str, Any]:
     return {**score.to_dict(), "per_item": "".join(f"{value:.0f}" for value in items) if is_binary else list(items)}
 
 
-def _decode(line: bytes) -> tuple[ScoreKey, Score]:
-    # Decoded here because json.loads guesses other encodings for bytes, such as UTF-16 for a run of zeros.
-    entry = json.loads(line.decode("utf-8"))
+def _decode(line: bytes, has_checksum: bool) -> tuple[ScoreKey, Score]:
+    entry = _from_line(line, has_checksum)
     values = entry["score"].pop("per_item")
     items = tuple(int(item) for item in entry["items"]) if "items" in entry else None
     key = (frozenset(entry["linear"]), items, str(entry.get("task", "")))
