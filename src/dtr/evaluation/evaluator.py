@@ -16,7 +16,7 @@ from dtr.evaluation.batches import TokenPair
 from dtr.evaluation.generation import encode_context, generate_texts
 from dtr.evaluation.likelihood import LikelihoodScorer
 from dtr.evaluation.probe import impact
-from dtr.evaluation.score import Grade, Score
+from dtr.evaluation.score import Grade, Score, in_groups
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers.base import Mixer
 from dtr.tasks.base import (
@@ -129,7 +129,8 @@ class Evaluator:
         if new:
             for index, responses in zip(new, self.respond(linear, base=base, items=None if items is None else new)):
                 grades[index] = self._task.grade(self._items[index], responses)
-        return self._task.summarize([grades[index] for index in wanted])
+        score = self._task.summarize([grades[index] for index in wanted])
+        return in_groups(score, [self._items[index].group for index in wanted])
 
     def respond(
         self,

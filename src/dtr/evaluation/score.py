@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,10 @@ class Grade:
     """The metric on this item: 0 or 1 for accuracy and exact match, mean negative log-likelihood for perplexity."""
     log_likelihood: float = 0.0
     """Log-probability of the right answer in nats; search breaks ties by its mean."""
+    signal: float | None = None
+    """How far the item is from changing sides, in nats: the right answer's log-likelihood minus the best wrong one's,
+    where the task knows both. It moves with every change of the model, while `value` seldom does, so search ranks
+    layers by its mean. None: `log_likelihood` in its place."""
     weight: float = 1.0
     """Number of tokens behind `value` where the metric is a mean over tokens, otherwise 1."""
 
@@ -33,11 +37,26 @@ class Score:
     higher_is_better: bool = True
     per_item: tuple[float, ...] = ()
     """`Grade.value` of each item, in the order of the split, for paired statistics."""
+    signals: tuple[float, ...] = ()
+    """`Grade.signal` of each item; empty where the task has nothing continuous to say."""
+    weights: tuple[float, ...] = ()
+    """`Grade.weight` of each item; empty where all items count alike."""
+    groups: tuple[int, ...] = ()
+    """Which group each item belongs to (`Item.group`), numbered by first appearance; empty where every item stands for
+    itself. Items of one group err together, so tests count groups, not items."""
 
     @property
     def goodness(self) -> float:
         """The value as search compares it, larger is better: the value itself, or its reciprocal for perplexity."""
         return self.value if self.higher_is_better else 1.0 / self.value
+
+    @property
+    def signal(self) -> float:
+        """Mean of the continuous signal, weighted as the metric is: the signals, or else the log-likelihood."""
+        if not self.signals:
+            return self.log_likelihood
+        weights = self.weights or (1.0,) * len(self.signals)
+        return math.fsum(w * x for w, x in zip(weights, self.signals)) / math.fsum(weights)
 
     def to_dict(self, *, with_items: bool = False) -> dict:
         """Plain types for JSON."""
@@ -65,6 +84,7 @@ def mean_score(metric: str, grades: Sequence[Grade]) -> Score:
         num_items=n,
         log_likelihood=sum(g.log_likelihood for g in grades) / n,
         per_item=tuple(g.value for g in grades),
+        signals=_signals(grades),
     )
 
 
@@ -88,4 +108,20 @@ def perplexity_score(grades: Sequence[Grade], *, metric: str = "perplexity") -> 
         log_likelihood=-nll,
         higher_is_better=False,
         per_item=tuple(g.value for g in grades),
+        signals=_signals(grades),
+        weights=tuple(g.weight for g in grades),
     )
+
+
+def in_groups(score: Score, names: Sequence[str | None]) -> Score:
+    """The same score with its items' groups; an item without a name is a group of its own."""
+    if not any(names):
+        return score
+    numbers: dict[object, int] = {}
+    keys = [name if name else ("alone", index) for index, name in enumerate(names)]
+    return replace(score, groups=tuple(numbers.setdefault(key, len(numbers)) for key in keys))
+
+
+def _signals(grades: Sequence[Grade]) -> tuple[float, ...]:
+    signals = tuple(g.log_likelihood if g.signal is None else g.signal for g in grades)
+    return signals if any(signals) else ()

@@ -223,7 +223,9 @@ def _encode(score: Score) -> dict[str, Any]:
     items = score.per_item
     # By their text, as -0.0 equals 0.0.
     is_binary = all(repr(value) in ("0.0", "1.0") for value in items)
-    return {**score.to_dict(), "per_item": "".join(f"{value:.0f}" for value in items) if is_binary else list(items)}
+    entry = {**score.to_dict(), "per_item": "".join(f"{value:.0f}" for value in items) if is_binary else list(items)}
+    extras = {"signals": score.signals, "weights": score.weights, "groups": score.groups}
+    return entry | {name: list(values) for name, values in extras.items() if values}
 
 
 def _decode(line: bytes, has_checksum: bool) -> tuple[ScoreKey, Score]:
@@ -231,7 +233,8 @@ def _decode(line: bytes, has_checksum: bool) -> tuple[ScoreKey, Score]:
     values = entry["score"].pop("per_item")
     items = tuple(int(item) for item in entry["items"]) if "items" in entry else None
     key = (frozenset(entry["linear"]), items, str(entry.get("task", "")))
-    return key, Score(**entry["score"], per_item=tuple(float(value) for value in values))
+    extras = {name: tuple(entry["score"].pop(name, ())) for name in ("signals", "weights", "groups")}
+    return key, Score(**entry["score"], per_item=tuple(float(value) for value in values), **extras)
 
 
 def _flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -68,6 +68,8 @@ class Item:
     id: str
     requests: tuple[Request, ...]
     row: Mapping[str, Any] = field(default_factory=dict)
+    group: str | None = None
+    """Items of one passage or document share a group: they err together, so draws and tests go by group."""
 
 
 class Task(Protocol):
@@ -106,7 +108,15 @@ def fingerprint(task: Task) -> str:
         for item in task.splits[split]:
             digest.update(
                 json.dumps(
-                    [split, item.id, [repr(r) for r in item.requests], dict(item.row)], sort_keys=True, default=str
+                    [
+                        split,
+                        item.id,
+                        [repr(r) for r in item.requests],
+                        dict(item.row),
+                        *([item.group] if item.group else []),
+                    ],
+                    sort_keys=True,
+                    default=str,
                 ).encode()
             )
     return digest.hexdigest()[:16]

@@ -59,7 +59,8 @@ class ChoiceTask:
         if self.function is not None:
             choices = item.row["choices"]
             value = measure(self.function, self.metric, choices[first], [choices[answer]], item=item.id)
-        return Grade(value=value, log_likelihood=scores[answer])
+        best_wrong = max((x for index, x in enumerate(scores) if index != answer), default=scores[answer])
+        return Grade(value=value, log_likelihood=scores[answer], signal=scores[answer] - best_wrong)
 
     def summarize(self, grades: Sequence[Grade]) -> Score:
         return mean_score(self.metric, grades)

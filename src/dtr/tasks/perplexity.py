@@ -74,6 +74,7 @@ def _windows(row: Row, options: PerplexityOptions) -> list[Item]:
             id=f"{row.id}/{number}",
             requests=(LikelihoodRequest(context="", target=window),),
             row={"window": number, "num_chars": len(window)},
+            group=row.id,
         )
         for number, window in enumerate(cut_text(text, options.window_chars))
     ]
