@@ -7,7 +7,9 @@ one line and leaves with exit code 2. Broken invariants of our own are plain ass
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DtrError(ValueError):
@@ -47,6 +49,18 @@ class DeviceError(DtrError):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C after the state was saved; the message says how to go on (exit code 130)."""
+
+
+def shown(value: Any) -> str:
+    """A value for the `got` of a message: its `repr`, cut where it is long or deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    short.maxlist = short.maxdict = 10
+    try:
+        return short.repr(value)
+    except ValueError:
+        # Python refuses to write out integers of more than 4,300 digits.
+        return "a number of thousands of digits"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

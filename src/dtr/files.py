@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,10 +89,34 @@ def writing(
         raise OutputError(str(place), got=reason, expected=expected, hint=hint) from None
 
 
+def user_path(name: str | Path) -> Path:
+    """The path that a user wrote, with `~` expanded where there is such a home."""
+    return Path(os.path.expanduser(name))
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is no regular file: to read a pipe waits for ever, to read a device has no end.
+
+    Raises:
+        OSError: not there, a folder, a pipe, a device or a socket.
+    """
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"a name that no file can have ({error})", str(path)) from None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "a pipe, device or socket instead of a file", str(path))
+
+
 def suggest_path(name: str, known: Sequence[str] = ()) -> str:
     """A hint for a path that does not exist: the nearest of its neighbours and of the known names."""
-    folder = Path(name).expanduser().parent
-    neighbours = [str(Path(name).parent / path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    folder = user_path(name).parent
+    try:
+        neighbours = [str(Path(name).parent / path.name) for path in folder.iterdir()]
+    except (OSError, ValueError):
+        neighbours = []
     near = difflib.get_close_matches(name, [*known, *neighbours], n=1)
     return f"Did you mean '{near[0]}'?" if near else "Check the path."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,5 +41,6 @@ def make_recipe(
     # The whole section, as options of a kind that the recipe names would not fit another.
     section = {"kind": kinds[0] if len(kinds) == 1 else kinds} if kinds else None
     flags = {"teacher.source": model, "task.source": task, "search.p_min": p_min, "mixer": section}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    # As they are, not as YAML, to which a path may look like a list and "null" like nothing.
+    overrides = [(key, value) for key, value in flags.items() if value is not None]
     return read_recipe(path, [*overrides, *(settings or [])])

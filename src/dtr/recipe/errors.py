@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from dtr.errors import RecipeError, did_you_mean
+from dtr.errors import RecipeError, did_you_mean, shown
 
 FORMS = ("one", "several")
 """Tags of the forms that a value may take; pydantic puts them into the path of a problem."""
@@ -43,13 +43,17 @@ def _describe(problem: Any, recipe: type[BaseModel]) -> tuple[str, str, str, str
             return field, "nothing", "a model", "Name one with --model, or as teacher.source in a recipe."
         return field, "nothing", "a value", f"Add '{path[-1]}:' or --set {field}=..."
     if problem["type"] == "model_type" and path:
-        inner = next(_sections_in(section.model_fields[path[-1]].annotation))
+        known = section.model_fields.get(path[-1])
+        # An entry of a list has a number in place of a field's name, and `section` is already what it should be.
+        inner = section if known is None else next(_sections_in(known.annotation))
         hint = f"Its settings are {', '.join(f'{field}.{name}' for name in list(inner.model_fields)[:3])} and so on."
-        return field, repr(problem["input"]), "a section", hint
+        return field, shown(problem["input"]), "a section", hint
     message = problem["msg"].replace("Input should be", "").removeprefix("Value error,").strip()
+    if problem["type"] == "string_type" and isinstance(problem["input"], int | float | bool):
+        return field, shown(problem["input"]), "text", f"Quote it to make it text: '{problem['input']}'."
     near = difflib.get_close_matches(str(problem["input"]), re.findall(r"'([^']+)'", message), n=1)
     hint = f"Did you mean '{near[0]}'?" if problem["type"] == "literal_error" and near else ""
-    return field, repr(problem["input"]), message.partition(", unable to")[0], hint
+    return field, shown(problem["input"]), message.partition(", unable to")[0], hint
 
 
 def _walk(loc: tuple[str | int, ...], recipe: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:

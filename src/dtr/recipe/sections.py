@@ -8,14 +8,48 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from dtr.recipe.yaml_values import dump_yaml
+
+MAY_BE_EMPTY = ("prompt",)
+"""Text settings that mean something when they are empty; as a name, "" would stand for the current folder."""
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses what it does not know."""
+    """A frozen group of settings that refuses what it does not know, and values of another type than it names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # Strict: true is no number and "2024" none either. Whole numbers stand for floats all the same.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _not_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if info.field_name not in MAY_BE_EMPTY and any(isinstance(one, str) and not one for one in inner):
+            raise ValueError("text that is not empty")
+        return value
+
+
+def _each_once(layers: list[int] | None) -> list[int] | None:
+    """Layer numbers, none of them twice."""
+    if layers is not None and (len(set(layers)) < len(layers) or min(layers) < 0):
+        raise ValueError("numbers of layers from 0, each once")
+    return layers
+
+
+def _form(value: Any) -> str:
+    """Which of two forms of a setting is meant, so that a wrong value gets one message and not one for each form."""
+    return "several" if isinstance(value, list) else "one"
 
 
 class TeacherSection(Section):
@@ -30,18 +64,20 @@ class TeacherSection(Section):
 class WritingSection(Section):
     """How the teacher writes text itself, where `teacher` is among the sources of text."""
 
-    num_tokens: int = Field(default=1_000_000, ge=1)
+    num_tokens: int = Field(default=1_000_000, ge=1, le=10**12)
     """Tokens to write, once per teacher and settings: they are kept in the cache."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Divides the logits."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Draw from the likeliest tokens that have this probability together; 1 draws from all."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=2**16)
     """Texts written at a time, each of distill.seq_len_tokens tokens."""
 
 
 class TextSection(Section):
-    source: str | list[str] = "python-docs"
+    source: Annotated[Annotated[str, Tag("one")] | Annotated[list[str], Tag("several")], Discriminator(_form)] = (
+        "python-docs"
+    )
     """Text files (.txt, .md, .jsonl, .parquet, .xz and .gz of them), folders, or `python-docs`: the documentation
     and docstrings that come with every Python. `teacher` is text that the teacher writes itself, `task` the prompts and
     answers of the task's train split. With streaming also `hf:NAME`, `hf:NAME:CONFIG:SPLIT`: a dataset of the Hugging
@@ -54,7 +90,7 @@ class TextSection(Section):
     whole_starts: bool = False
     """Begin every training block with a document, as prompts do, and drop what of its last document does not fit: it
     costs text where documents are longer than distill.seq_len_tokens."""
-    num_held_out_tokens: int = Field(default=16_384, ge=512)
+    num_held_out_tokens: int = Field(default=16_384, ge=512, le=10**9)
     """Tokens set aside to measure the error of each layer; never trained on."""
     writing: WritingSection = WritingSection()
     """How the source `teacher` is written."""
@@ -72,14 +108,16 @@ class MixerEntry(Section):
 
     kind: str
     options: dict[str, Any] = Field(default_factory=dict)
-    layers: list[int] | None = None
+    layers: list[int] | None = Field(default=None, min_length=1)
     """Layers that get one; all of distill.layers when left out."""
+
+    _layers_once = field_validator("layers")(_each_once)
 
 
 class MixerSection(Section):
     kind: Annotated[
         Annotated[str, Tag("one")] | Annotated[list[MixerEntry], Field(min_length=1), Tag("several")],
-        Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+        Discriminator(_form),
     ] = "gated_deltanet"
     """A mixer by name: gated_deltanet, jet_block, gated_linear_attention, kimi_delta_attention, retention (fixed
     decay), hedgehog (learned features, a state twice as large); for export mamba2 and qwen35_gated_deltanet;
@@ -107,28 +145,30 @@ class MixerSection(Section):
 
 
 class DistillSection(Section):
-    num_tokens: int = Field(default=10_000_000, ge=1)
+    num_tokens: int = Field(default=10_000_000, ge=1, le=10**13)
     """Token budget; every token trains every layer. The text is repeated in a new order when it is shorter."""
-    seq_len_tokens: int = Field(default=512, ge=8)
+    seq_len_tokens: int = Field(default=512, ge=8, le=2**20)
     """Length of a training sequence."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1, le=2**16)
     """Sequences per optimizer step."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, le=100)
     """Peak rate of AdamW; linear warm-up, then cosine decay."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps spent on warm-up."""
     final_lr_fraction: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e12)
     """Gradient norm limit of each layer on its own."""
-    refit_tokens: int = Field(default=0, ge=0)
+    refit_tokens: int = Field(default=0, ge=0, le=10**12)
     """Tokens on which the output projections are solved for in closed form after training; 0 leaves it out."""
-    layers: list[int] | None = None
+    layers: list[int] | None = Field(default=None, min_length=1)
     """Layers to distil; all when left out."""
-    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    checkpoint_every_steps: int | None = Field(default=None, ge=1, le=10**12)
     """An interrupted run loses at most this many steps; about a minute of work when left out."""
+
+    _layers_once = field_validator("layers")(_each_once)
 
 
 class TaskSection(Section):
@@ -144,7 +184,9 @@ class TaskSection(Section):
     """Data of a task whose source is a kind: a folder or a file; for lm_eval a folder with YAML files of your own."""
     subset: str | None = None
     """Configuration of a hub data set, as ARC-Easy of `datasets:allenai/ai2_arc`."""
-    fields: dict[str, str | list[str]] = Field(default_factory=dict)
+    fields: dict[
+        str, Annotated[Annotated[str, Tag("one")] | Annotated[list[str], Tag("several")], Discriminator(_form)]
+    ] = Field(default_factory=dict)
     """The task's fields by those of the data set: a field (`choices.text`), a template (`{premise} so`) or a list."""
     metric: str = "auto"
     """auto, acc, acc_norm, exact_match, f1, rouge_l, pass_at_1, perplexity, or a function as `mypackage.scores:f`; must
@@ -159,9 +201,9 @@ class TaskSection(Section):
     """Split, or rows of a split as `test[0:250]`, that search may look at."""
     test: str = "test"
     """Split, or rows of a split, that is scored once at the end."""
-    num_validation: int | None = Field(default=None, ge=1)
+    num_validation: int | None = Field(default=None, ge=1, le=10**6)
     """Use this many validation items (a seeded draw); all when left out."""
-    num_test: int | None = Field(default=None, ge=1)
+    num_test: int | None = Field(default=None, ge=1, le=10**6)
     """Use this many test items (a seeded draw); all when left out."""
     cut_validation: float | None = Field(default=None, gt=0, lt=1)
     """Permission to draw this share of the only split for validation, where the validation or test split is missing."""
@@ -174,7 +216,7 @@ class GuardSection(Section):
 
     task: TaskSection
     """As the recipe's own `task`; only its validation split is used."""
-    p_min: float = Field(default=0.9, gt=0)
+    p_min: float = Field(default=0.9, gt=0, le=1e9)
     """The floor: how much of the teacher's score on that task must be kept."""
     p_min_kind: Literal["relative", "absolute"] = "relative"
     """relative: a share of the teacher's score; absolute: a value of that task's metric."""
@@ -187,7 +229,7 @@ class SearchSection(Section):
     """How to find the layers. exact: Algorithm 1, every layer at every step; auto: a tenth of that work, in simulation
     as good; lazy: exact with stale scores; restore: from all layers linear downwards; the others are baselines that
     follow a fixed order."""
-    p_min: float = Field(default=0.95, gt=0)
+    p_min: float = Field(default=0.95, gt=0, le=1e9)
     """How much of the score must be kept on validation."""
     p_min_kind: Literal["relative", "absolute"] = "relative"
     """relative: a share of the teacher's score; absolute: a value of the metric itself."""
@@ -201,13 +243,13 @@ class SearchSection(Section):
     """Share of the validation items kept for that certificate; nothing is kept without p_min_confidence."""
     guards: list[GuardSection] = Field(default_factory=list)
     """Other tasks with a floor; a swap that breaks one is refused."""
-    max_linear_layers: int | None = Field(default=None, ge=1)
+    max_linear_layers: int | None = Field(default=None, ge=1, le=10**6)
     """Stop once so many layers are linear."""
-    max_cache_bytes: int | None = Field(default=None, ge=1)
+    max_cache_bytes: int | None = Field(default=None, ge=1, le=10**15)
     """Stop once the cache of one sequence of cache_context_tokens tokens fits into this."""
-    cache_context_tokens: int = Field(default=2048, ge=1)
+    cache_context_tokens: int = Field(default=2048, ge=1, le=10**9)
     """Context length for max_cache_bytes."""
-    max_seconds: float | None = Field(default=None, gt=0)
+    max_seconds: float | None = Field(default=None, gt=0, le=10**9)
     """Stop the search after this time; where it strikes depends on the machine."""
     run_to_end: bool = False
     """Go on below p_min until every layer is linear, to draw the whole curve; M_opt is not affected."""
@@ -219,9 +261,9 @@ class RealignSection(Section):
     """An optional stage after search, not part of the paper's method and reported apart: the swapped layers are
     distilled once more, on the hidden states of the hybrid that they make together."""
 
-    num_tokens: int = Field(default=0, ge=0)
+    num_tokens: int = Field(default=0, ge=0, le=10**13)
     """Token budget; 0 leaves the stage out."""
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float = Field(default=5e-4, gt=0, le=100)
     """Peak rate; the rest is as in distill."""
 
 
@@ -232,16 +274,16 @@ class RuntimeSection(Section):
     """auto, cpu, cuda or cuda:N."""
     backend: Literal["auto", "torch", "triton", "fla", "amx"] = "auto"
     """Kernels of the mixers; auto takes what is present and right on this machine."""
-    eval_batch_tokens: int = Field(default=16_384, ge=1)
+    eval_batch_tokens: int = Field(default=16_384, ge=1, le=2**26)
     """Padded tokens per evaluation batch."""
-    cache_bytes: int = Field(default=4_000_000_000, ge=0)
+    cache_bytes: int = Field(default=4_000_000_000, ge=0, le=10**15)
     """Memory for hidden states that search reuses; 0 turns reuse off."""
     parallel: Literal["data", "layers"] = "data"
     """What several processes started by torchrun share out while distilling: sequences of a batch, or layers."""
     shard_teacher: bool = False
     """Spread the teacher's weights over the processes that torchrun started (FSDP2), for one larger than a GPU; for
     `dtr distill`."""
-    num_threads: int | None = Field(default=None, ge=1)
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads; torch's own default when left out."""
 
 
@@ -256,11 +298,11 @@ class Recipe(Section):
     search: SearchSection = SearchSection()
     realign: RealignSection = RealignSection()
     runtime: RuntimeSection = RuntimeSection()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the order of the text, the draw of items and every tie that likelihood leaves."""
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump())
 
     def identity(self) -> dict[str, Any]:
         """The recipe without `runtime`: two runs with equal identity make the same thing."""
