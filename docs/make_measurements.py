@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtr.mixers import options_of_new
-
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "measurements.md"
 QUALITY = ROOT / "benchmarks" / "results" / "distil_quality.json"
@@ -182,7 +180,8 @@ def _choice(row: dict[str, Any]) -> list[str]:
 
 def _cost(entry: dict[str, Any], choices: list[dict[str, Any]]) -> list[str]:
     mixer, trained, served = entry["mixer"], entry.get("training"), entry.get("serving")
-    errors = [f"{row['mean_nmse']:.4f}" for row in choices if _tells_mixers_apart(row) and _mixer(row) == mixer]
+    known = {"kind": mixer["kind"], "options": _told(mixer["options"])}
+    errors = [f"{row['mean_nmse']:.4f}" for row in choices if _tells_mixers_apart(row) and _mixer(row) == known]
     assert len(errors) <= 1, mixer
     step = ["", ""] if trained is None else [f"{trained['step_time_over_recipes']:.2f}", trained["commit"]]
     speeds = ["", "", ""]
@@ -201,16 +200,20 @@ def _tells_mixers_apart(row: dict[str, Any]) -> bool:
 
 
 def _mixer(row: dict[str, Any]) -> dict[str, Any] | None:
+    """A row's mixer as records of costs have it; None where layers differ."""
     kind, options = row["mixer"]["kind"], row["mixer"].get("options", {})
-    if not isinstance(kind, str):
-        return None
-    return {"kind": kind, "options": options_of_new(kind, {k: v for k, v in options.items() if v is not False})}
+    return {"kind": kind, "options": _told(options)} if isinstance(kind, str) else None
+
+
+def _told(options: dict[str, Any]) -> dict[str, Any]:
+    """Options beyond one state with an exact first token, whose own options a record may name or leave out."""
+    return {
+        k: v for k, v in options.items() if v is not False and (k, v) not in (("exact_first", True), ("head_copies", 1))
+    }
 
 
 def _named(mixer: dict[str, Any]) -> str:
-    """Without what every new mixer has."""
-    usual = options_of_new(mixer["kind"])
-    options = " ".join(f"{k}={json.dumps(v)}" for k, v in mixer["options"].items() if usual.get(k) != v)
+    options = " ".join(f"{k}={json.dumps(v)}" for k, v in _told(mixer["options"]).items())
     return f"`{mixer['kind']} {options}`".replace(" `", "`")
 
 

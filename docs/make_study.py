@@ -13,14 +13,18 @@ from typing import Any
 
 import yaml
 
+from dtr.reporting.page import kept_above_chance
+from dtr.reporting.verdict import verdict
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 STUDY = ROOT / "benchmarks" / "study.yaml"
 TARGET = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "images" / "study.png"
 COLUMNS = (
-    *("task", "teacher", "metric", "teacher, test", "M_best, test (layers)", "M_opt, test (95 %)", "layers replaced"),
-    *("test drop", "search, passes", "time"),
+    *("task", "teacher", "mixer", "distilled on", "P_min", "metric", "teacher, test", "M_best, test (layers)"),
+    *("M_opt, test (95 %)", "layers replaced", "test drop", "kept above chance", "promise on test"),
+    *("search, passes", "time"),
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 INTRO = """# Results
@@ -28,7 +32,9 @@ INTRO = """# Results
 Made by `python docs/make_study.py` from the study's table in benchmarks/results; the record of each run lies beside it.
 Layers were chosen on validation; test was scored once, at the end. M_opt has the most linear layers above the limit,
 M_best the most that lost nothing. The drop is a share of the teacher's test score (negative: a gain). Intervals are
-those of one score, over items. Time is distillation, search and scoring; fine-tuning is left out.
+those of one score, over items. Kept above chance is the share of the teacher's score above that of guessing, where the
+metric has such a level. The promise is the verdict of the run's own report: whether the paired 95 % interval clears
+P_min on test. Time is distillation, search and scoring; fine-tuning is left out.
 """
 PAPER = """## Beside the paper
 
@@ -116,12 +122,17 @@ def _line(row: dict[str, Any], record: dict[str, Any], teacher: dict[str, Any]) 
     cells = (
         row["name"],
         teacher["title"],
+        " ".join([record["mixer"]["kind"], *(f"{key}={value}" for key, value in record["mixer"]["options"].items())]),
+        f"{record['distill']['num_tokens'] / 1e6:.3g}M",
+        f"{record['search']['p_min']:.3g}",
         record["task"]["metric"],
         f"{row['teacher_test']:.3f}",
         f"{best['test']['value']:.3f} ({best['num_replaced']})",
         f"{row['test']:.3f} ({low:.3f} to {high:.3f})",
         f"{row['num_replaced']} of {row['num_layers']} ({_share(row):.0%})",
         "no score to lose" if row["test_drop"] is None else f"{row['test_drop']:.1%}",
+        "" if record["task"].get("chance") is None else kept_above_chance(record, "m_opt"),
+        verdict(record).status,
         f"{row['pass_equivalents']:.1f}",
         f"{row['seconds'] / 60:.1f} min",
     )

@@ -60,17 +60,20 @@ def test_each_kind_learns_as_in_a_bank_of_its_own(teacher, bank):
     assert bank.mean_nmse_by_kind == {one.kinds[0]: one.mean_nmse for one in alone}
 
 
+OPTIONS_OF_OLD = {"exact_first": False, "head_copies": 1, "quadratic": False}
+"""Banks that do not name these options have a mixer without them, as all had once."""
+
 PER_LAYER = [
     {"kind": "gated_deltanet", "layers": [0, 3]},
-    {"kind": "gated_deltanet", "options": {"head_copies": 2}, "layers": [1, 2, 3]},
+    {"kind": "gated_deltanet", "options": {"head_copies": 1}, "layers": [1, 2, 3]},
 ]
 
 
 def test_layers_get_the_kinds_that_name_them(teacher, tmp_path):
     bank = distill(teacher, token_blocks(), mixer=PER_LAYER, **SETTINGS)
     assert list(bank.mixers) == [0, 5, 6, 3, 7]
-    assert bank.kinds == ["gated_deltanet", "gated_deltanet head_copies=2"]
-    alone = distill(teacher, token_blocks(), mixer="gated_deltanet", options={"head_copies": 2}, **SETTINGS)
+    assert bank.kinds == ["gated_deltanet", "gated_deltanet head_copies=1"]
+    alone = distill(teacher, token_blocks(), mixer="gated_deltanet", options={"head_copies": 1}, **SETTINGS)
     for layer in (1, 2, 3):
         ours, theirs = bank.mixers[layer + 4].state_dict(), alone.mixers[layer].state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -94,7 +97,7 @@ def test_a_run_with_other_options_for_some_layers(place, tmp_path):
     assert [row["layer"] for row in report["distill"]["nmse"]] == [0, 1, 2, 3, 3]
     assert sorted(report["m_opt"]["layers"]) == [0, 1, 2, 3]
     mixers = AutoModelForCausalLM.from_pretrained(out / "hybrid").config.mixers
-    assert [mixer.get("head_copies", 1) for mixer in mixers[:3]] == [1, 2, 2]
+    assert [mixer.get("head_copies", 1) for mixer in mixers[:3]] == [2, 1, 1]
     page = (out / "report.html").read_text()
     assert not re.findall(r"Layer \d: [^<>]*error (?![0-9])[^<>]*", page), "each layer has its own error"
 
@@ -120,8 +123,7 @@ def test_a_saved_bank_comes_back_and_goes_on(teacher, bank, tmp_path):
 
 
 def test_banks_written_before_there_were_several_kinds_are_read(teacher, tmp_path):
-    bank = distill(teacher, token_blocks(), layers=[1, 2], options={"exact_first": False}, **SETTINGS)
-    # They knew nothing of exact first tokens either.
+    bank = distill(teacher, token_blocks(), layers=[1, 2], options=OPTIONS_OF_OLD, **SETTINGS)
     bank.specs = [{"kind": "gated_deltanet"}]
     bank.save(tmp_path)
     facts = json.loads((tmp_path / "bank.json").read_text())

@@ -88,7 +88,7 @@ def test_page_is_whole_alone_and_complete() -> None:
     assert len(page) < 400_000
     for expected in (
         "27 of 30 layers are linear.", "0.480 \u00b1 0.018", "0.497 \u00b1 0.018", "3.4 % worse",
-        "-0.017 (95 %: -0.042 to +0.008)", "8.7x smaller", "188.7 MB", "21.6 MB", "4,096 tokens", "10,600,000 tokens",
+        "-0.017 (95 %: -0.042 to +0.008)", "11.5 %", "188.7 MB", "21.6 MB", "4,096 tokens", "10,600,000 tokens",
         "1,294 steps", "36,741 tokens/s", "465 candidates", "132 passes", "4.2 GB", "9.9 GB", "0.0981", "8 min 32 s",
         "dtr run recipes/arc-easy.yaml --out run-1", "20260131", "134,515,008 parameters", "8badf00d12345678",
         "cafe0123cafe0123", "feedc0de00112233", "fla is not installed", "torch 2.13.0, transformers 5.23.0, dtr 0.1.0",

@@ -9,7 +9,7 @@ identity.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ class Hedgehog(LinearMixer):
         shape: options of `LinearMixer`.
     """
 
+    options_when_new: ClassVar[dict[str, Any]] = {"exact_first": True, "head_copies": 2}
     has_unit_keys = False
 
     def __init__(self, geometry: HeadGeometry, layer_idx: int, **shape: Any) -> None:

@@ -70,7 +70,7 @@ def make_record(
         "num_layers": teacher.num_layers,
         "mixer": _mixer(recipe, teacher, bank),
         "text": {**_text(text, bank), "faults": faults_record(ready.faults)},
-        "distill": _distill(bank),
+        "distill": {**_distill(bank), "reused": ready.bank is not None},
         "task": _task(ready.task),
         "search": _search(bank, result),
         "speed": looks.speed,
@@ -142,7 +142,15 @@ def _task(task: Task) -> dict[str, Any]:
         "num_test": len(task.splits["test"]),
         "fingerprint": fingerprint(task),
         "notes": list(task.notes),
+        "chance": _chance(task),
     }
+
+
+def _chance(task: Task) -> float | None:
+    """Expected test score of guessing among an item's choices; None for metrics that have no such level."""
+    if task.metric not in ("acc", "acc_norm"):
+        return None
+    return sum(1 / len(item.requests) for item in task.splits["test"]) / len(task.splits["test"])
 
 
 def _text(text: Text | None, bank: MixerBank) -> dict[str, Any]:

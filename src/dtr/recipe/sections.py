@@ -149,9 +149,9 @@ class DistillSection(Section):
     """Token budget; every token trains every layer. The text is repeated in a new order when it is shorter."""
     seq_len_tokens: int = Field(default=512, ge=8, le=2**20)
     """Length of a training sequence."""
-    batch_size: int = Field(default=16, ge=1, le=2**16)
+    batch_size: int = Field(default=8, ge=1, le=2**16)
     """Sequences per optimizer step."""
-    learning_rate: float = Field(default=1e-3, gt=0, le=100)
+    learning_rate: float = Field(default=6e-3, gt=0, le=100)
     """Peak rate of AdamW; linear warm-up, then cosine decay."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps spent on warm-up."""

@@ -114,14 +114,6 @@ def change(drop: float) -> str:
 
 
 @_says_what_is_missing
-def times(ratio: float) -> str:
-    """How much smaller something became, from before divided by after."""
-    if abs(ratio - 1) < 0.005:
-        return "the same"
-    return f"{ratio:.1f}x smaller" if ratio > 1 else f"{1 / ratio:.1f}x larger"
-
-
-@_says_what_is_missing
 def options(value: dict | list) -> str:
     """Options of a mixer as they are set, `window=64, sinks=4`; of several mixers, one after the other."""
     if isinstance(value, list):
@@ -140,6 +132,5 @@ FILTERS = {
     "score": score,
     "interval": interval,
     "change": change,
-    "times": times,
     "options": options,
 }

@@ -129,8 +129,25 @@ def _model(report: dict, which: Which) -> dict[str, Any]:
     record = without_nulls(report.get(which) or {})
     cache = record.get("cache") or {}
     teacher, hybrid = cache.get("teacher_bytes"), cache.get("hybrid_bytes")
-    ratio = teacher / hybrid if is_number(teacher) and is_number(hybrid) and hybrid else None
-    return {"record": record, "verdict": verdict(report, which), "cache_ratio": ratio}
+    share = hybrid / teacher if is_number(teacher) and is_number(hybrid) and teacher else None
+    return {
+        "record": record,
+        "verdict": verdict(report, which),
+        "cache_share": share,
+        "above_chance": kept_above_chance(report, which),
+    }
+
+
+def kept_above_chance(report: dict, which: Which) -> str:
+    """What the hybrid keeps of the teacher's test score above that of guessing, as text; a teacher that guesses has
+    nothing to lose, so that its task says nothing of a hybrid."""
+    chance, teacher, hybrid = (dig(report, key) for key in ("task.chance", "teacher.test", f"{which}.test"))
+    if not (is_number(chance) and is_number(dig(teacher, "value")) and is_number(dig(hybrid, "value"))):
+        return MISSING
+    above = teacher["value"] - chance
+    if above <= 2 * (teacher.get("stderr") or 0.0):
+        return "the teacher is at chance"
+    return FILTERS["percent"]((hybrid["value"] - chance) / above)
 
 
 def _gauge(report: dict) -> dict[str, float] | None:
