@@ -233,7 +233,7 @@ def _decode(line: bytes, has_checksum: bool) -> tuple[ScoreKey, Score]:
     values = entry["score"].pop("per_item")
     items = tuple(int(item) for item in entry["items"]) if "items" in entry else None
     key = (frozenset(entry["linear"]), items, str(entry.get("task", "")))
-    extras = {name: tuple(entry["score"].pop(name, ())) for name in ("signals", "weights", "groups")}
+    extras: dict[str, Any] = {name: tuple(entry["score"].pop(name, ())) for name in ("signals", "weights", "groups")}
     return key, Score(**entry["score"], per_item=tuple(float(value) for value in values), **extras)
 
 
