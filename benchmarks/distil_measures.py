@@ -10,8 +10,8 @@ import torch
 
 from dtr.bench.closeness import Sequences, divergences, layer_errors
 from dtr.distillation.bank import MixerBank
+from dtr.evaluation.encoding import Encoder
 from dtr.evaluation.evaluator import Evaluator
-from dtr.evaluation.generation import encode_context
 from dtr.recipe import Recipe
 from dtr.replacement.search import search
 from dtr.tasks.base import Task
@@ -121,10 +121,11 @@ def closest(bank: MixerBank) -> list[int]:
 def validation_prompts(teacher: Teacher, task: Task) -> list[list[int]]:
     """Token ids of each validation item with its right answer."""
     rows = []
+    encoder = Encoder(teacher.tokenizer, chat_template=task.chat_template)
     for item in task.splits["validation"]:
         request = right_answer(item)
-        answer = teacher.tokenizer(request.target, add_special_tokens=False)["input_ids"]
-        rows.append(encode_context(teacher.tokenizer, request.context, chat_template=task.chat_template) + answer)
+        pair = encoder.pair(request.context, request.target)
+        rows.append([*pair.context, *pair.target])
     return rows
 
 

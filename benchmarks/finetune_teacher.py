@@ -21,8 +21,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from dtr.errors import DataError
+from dtr.evaluation.encoding import Encoder
 from dtr.evaluation.evaluator import evaluate
-from dtr.evaluation.generation import encode_context
 from dtr.recipe import Recipe, read_recipe
 from dtr.tasks import Item, Task, load_task
 from dtr.tasks.base import LabelRequest, LikelihoodRequest
@@ -113,12 +113,12 @@ def encode(item: Item, task: Task, tokenizer: Any) -> dict[str, Any]:
     For a head the prompt alone, and the number of its class.
     """
     request = right_request(item)
-    context = encode_context(tokenizer, request.context, chat_template=task.chat_template)
+    encoder = Encoder(tokenizer, chat_template=task.chat_template)
     if isinstance(request, LabelRequest):
-        return {"input_ids": context, "labels": request.label}
-    answer = tokenizer(request.target, add_special_tokens=False)["input_ids"]
-    answer = [*answer, tokenizer.eos_token_id]
-    return {"input_ids": context + answer, "labels": [-100] * len(context) + answer}
+        return {"input_ids": list(encoder.whole(request.context)), "labels": request.label}
+    pair = encoder.pair(request.context, request.target)
+    answer = [*pair.target, tokenizer.eos_token_id]
+    return {"input_ids": [*pair.context, *answer], "labels": [-100] * len(pair.context) + answer}
 
 
 def right_request(item: Item) -> LikelihoodRequest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch import nn
 from dtr.arch import LayerRunner, is_classifier, with_mixer
 from dtr.errors import DataError
 from dtr.evaluation.batches import TokenPair
-from dtr.evaluation.generation import encode_context, generate_texts
+from dtr.evaluation.encoding import Encoder, check_room
+from dtr.evaluation.generation import generate_texts
 from dtr.evaluation.likelihood import LikelihoodScorer
 from dtr.evaluation.probe import impact
 from dtr.evaluation.score import Grade, Score, in_groups
@@ -69,16 +69,15 @@ class Evaluator:
         self._batch_tokens = batch_tokens
         self._num_generating_passes = 0.0
         self._grades: dict[frozenset[int], dict[int, Grade]] = {}
-        # The choices of a question share its context.
-        self._encode = lru_cache(maxsize=1)(
-            lambda context: encode_context(tokenizer, context, chat_template=task.chat_template)
-        )
+        self._encoder = Encoder(tokenizer, chat_template=task.chat_template)
         self._check_head()
         pairs: list[TokenPair] = []
         self._pairs_of: list[list[int]] = []
         """By item, where its likelihood requests are among all pairs."""
         for item in self._items:
-            own = [self._pair(request) for request in item.requests if isinstance(request, LikelihoodRequest)]
+            self._check_room(item)
+            asked = [request for request in item.requests if isinstance(request, LikelihoodRequest)]
+            own = [self._pair(request, asked) for request in asked]
             self._pairs_of.append(list(range(len(pairs), len(pairs) + len(own))))
             pairs += own
         runner = LayerRunner(model)
@@ -231,28 +230,34 @@ class Evaluator:
                 hint="Use rows with the labels that the head was trained on.",
             )
 
-    def _pair(self, request: LikelihoodRequest) -> TokenPair:
-        context = self._encode(request.context)
-        target = self._tokenizer(request.target, add_special_tokens=False)["input_ids"]
+    def _check_room(self, item: Item) -> None:
+        """What an item writes fits the model's positions."""
+        for request in item.requests:
+            if isinstance(request, GenerationRequest):
+                num_tokens = len(self._encoder.prompt(request.context))
+                self._fit(num_tokens, request.max_new_tokens, request.context)
+
+    def _fit(self, num_tokens: int, num_new_tokens: int, text: str) -> None:
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        check_room(num_tokens, num_new_tokens, limit, task=self._task.name, text=text)
+
+    def _pair(self, request: LikelihoodRequest, asked: Sequence[LikelihoodRequest] = ()) -> TokenPair:
+        """The request's tokens; `asked` are all those of its item."""
         if isinstance(request, LabelRequest):
             # The head scores classes at the last token of the context, where others score the next token.
-            target = [request.label]
-        if not target:
+            pair = TokenPair(context=self._encoder.whole(request.context), target=(request.label,))
+        else:
+            beside = [other.target for other in asked if other.context == request.context]
+            pair = self._encoder.pair(request.context, request.target, beside=beside)
+        if not pair.target:
             raise DataError(
                 f"task {self._task.name}",
                 got=f"the answer {request.target!r}, which has no tokens",
                 expected="answers with text",
                 hint="Check the target template and the rows.",
             )
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        if limit and len(context) + len(target) > limit:
-            raise DataError(
-                f"task {self._task.name}",
-                got=f"an item of {len(context) + len(target)} tokens, starting {request.context[:60]!r}",
-                expected=f"at most the model's {limit} positions",
-                hint="Shorten the context, or leave such rows out.",
-            )
-        return TokenPair(context=tuple(context), target=tuple(target))
+        self._fit(len(pair.context) + len(pair.target), 0, request.context)
+        return pair
 
     @staticmethod
     def _response(request: Request, likelihoods: Any, texts: Any) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from dtr.errors import ModelError
 from dtr.inference.decoder import Decoder
 
 
-def fast_generate(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """As `model.generate`, greedy or sampling, by a `Decoder` that is made for this call.
+def fast_generate(
+    model: Any, input_ids: torch.Tensor, *, decoder: Decoder | None = None, **options: Any
+) -> torch.Tensor:
+    """As `model.generate`, greedy or sampling, by a `Decoder`.
 
     Args:
         model: a teacher or hybrid.
         input_ids: (B, T) prompts, padded on the left.
+        decoder: one of this model for B sequences, with room for prompts and new tokens, to use again and again while
+            the weights stay as they are; made for this call when left out.
         options: those of `generate`: attention_mask, max_new_tokens, do_sample, temperature, stop_strings with their
             tokenizer, ...
 
@@ -30,7 +35,7 @@ def fast_generate(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.
         # With a loop of ours inside, `generate` loses the tokenizer before it makes a rule of the strings.
         rule = StopStringCriteria(tokenizer=options.pop("tokenizer"), stop_strings=options.pop("stop_strings"))
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), rule])
-    return model.generate(input_ids, custom_generate=decode_with_kernels, **options)
+    return model.generate(input_ids, custom_generate=partial(decode_with_kernels, decoder=decoder), **options)
 
 
 @torch.no_grad()
@@ -40,12 +45,14 @@ def decode_with_kernels(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
+    decoder: Decoder | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor:
     """The decoding loop that `generate(custom_generate=...)` calls; stopping rules are asked after every token."""
     _check_asked(generation_config, model_kwargs)
     batch = len(input_ids)
-    decoder = Decoder(model, batch_size=batch, capacity_tokens=generation_config.max_length)
+    if decoder is None:
+        decoder = Decoder(model, batch_size=batch, capacity_tokens=generation_config.max_length)
     logits = decoder.prefill(input_ids, model_kwargs.get("attention_mask"))
     pad = generation_config.pad_token_id
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)

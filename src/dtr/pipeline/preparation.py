@@ -19,7 +19,7 @@ from dtr.corpus.writing import write_documents
 from dtr.distillation.bank import MixerBank, find_bank, load_bank, read_specs
 from dtr.distillation.start import check_distillation
 from dtr.distributed import join_world, side_world
-from dtr.evaluation.generation import render_turn
+from dtr.evaluation.encoding import render_turn
 from dtr.mixers import MIXERS
 from dtr.ops.backend import Backend, backend_of
 from dtr.ops.dispatch import use_backend

@@ -13,7 +13,7 @@ from dtr.evaluation.score import Grade, Score
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodRequest:
-    """How likely is `target` after `context`? The two are tokenized so that no token spans the border."""
+    """How likely is `target` after `context`? The two are tokenized as one text (`dtr.evaluation.encoding`)."""
 
     context: str
     target: str
