@@ -118,7 +118,7 @@ def test_damaged_files_are_named(tmp_path):
     [
         ('{"body": "x", "id": 1}', "a row with the fields body, id; expected an object with the field 'text'"),
         ('{"text": 7}', "a row with the fields text.*must hold text"),
-        ('["x"]', "got list; expected an object"),
+        ('["x"]', "got a JSON list; expected one JSON object"),
         ('{"text": "x"', "broken JSON"),
         ("{}", "the fields none"),
     ],

@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "dtr"
 ROOMS = (
     ["errors", "registry"],
-    ["allocation", "distributed", "files", "interrupt", "pretrained", "recipe"],
+    ["allocation", "distributed", "files", "interrupt", "json_lines", "pretrained", "recipe"],
     ["ops"],
     ["arch"],
     ["teacher", "mixers"],

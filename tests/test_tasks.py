@@ -35,8 +35,12 @@ def write(folder: Path, **splits: list[dict]) -> str:
 
 
 def pair(folder: Path, rows: list[dict]) -> str:
-    """A folder whose test rows are the validation rows with one more field."""
-    return write(folder, validation=rows, test=[{**row, "number": 1} for row in rows])
+    """A folder whose validation rows ask for more than the test rows do."""
+    more = {"context", "question", "text", "prompt"}
+    other = [
+        {key: f"{value} And so?" if key in more and value else value for key, value in row.items()} for row in rows
+    ]
+    return write(folder, validation=other, test=rows)
 
 
 def likely(log_prob: float, *, is_greedy: bool = False, num_tokens: int = 1) -> Likelihood:

@@ -76,7 +76,7 @@ def test_copied_rows_are_counted_and_whole_copies_refused(folder):
         warnings.simplefilter("error")
         load_task(str(folder))
     (folder / "test.jsonl").write_text(lines(questions(20, start=8)), encoding="utf-8")
-    with pytest.warns(UserWarning, match=r"^2 of 20 test rows are copies.*test\.jsonl:1 of .*validation\.jsonl:9"):
+    with pytest.warns(UserWarning, match=r"^2 of 20 test items ask the same.*test\.jsonl:1 as validation\.jsonl:9"):
         load_task(str(folder))
     (folder / "test.jsonl").write_text(lines(questions(10)), encoding="utf-8")
     with pytest.raises(DataError, match="only copies of validation rows"):
@@ -116,7 +116,7 @@ GOOD = '{"question": "Q50?", "choices": ["a", "b"], "answer": 1}'
     ("line", "message"),
     [
         ('{"question": "Q2?"', "broken JSON"),
-        ("[1, 2]", "a JSON list; expected an object"),
+        ("[1, 2]", "a JSON list; expected one JSON object"),
         ('{"question": "Q2?", "answer": 1}', "a row without 'choices'.*Fields of this row: question, answer"),
         ('{"choices": ["a", "b"], "answer": 1}', "a row without 'question'"),
         ('{"question": "Q2?", "choices": ["a", "b"], "answer": 2}', "got 2 in 'answer'.*from 0 to 1, one of 2 choices"),
@@ -179,7 +179,8 @@ def test_files_that_cannot_be_read(folder):
 def test_the_fields_of_the_first_row_tell_the_kind(tmp_path, row, kind):
     other = {**row, "label": 1, "label_text": "y"} if kind == "classification" else {**row, "number": 2}
     (tmp_path / "validation.jsonl").write_text(lines([row, other]), encoding="utf-8")
-    (tmp_path / "test.jsonl").write_text(lines([{**row, "number": 1}]), encoding="utf-8")
+    asked = next(name for name in ("context", "question", "prompt", "text") if name in row)
+    (tmp_path / "test.jsonl").write_text(lines([{**row, asked: f"{row[asked]} And so?"}]), encoding="utf-8")
     assert load_task(str(tmp_path)).kind == kind
 
 

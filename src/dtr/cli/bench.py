@@ -142,5 +142,5 @@ def _options(model: str, pairs: list[str] | None) -> dict[str, Any]:
             raise RecipeError(
                 "--mixer-option", got=f"'{pair}'", expected="NAME=VALUE", hint="As --mixer-option head_copies=2."
             )
-    given = [f"teacher.source={model}", *(f"mixer.options.{pair}" for pair in pairs or [])]
+    given: list[str | tuple[str, Any]] = [("teacher.source", model), *(f"mixer.options.{pair}" for pair in pairs or [])]
     return read_recipe(None, given).mixer.options

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,8 @@ from typing import IO, Any
 from dtr.corpus import python_docs
 from dtr.corpus.cutting import cut_text
 from dtr.errors import DataError
-from dtr.files import suggest_path
+from dtr.files import require_file, suggest_path, user_path
+from dtr.json_lines import bounded_lines, parse_object
 
 OnFault = Callable[[DataError], None]
 PYTHON_DOCS = "python-docs"
@@ -23,6 +24,8 @@ DOCUMENT_LINE = "<|doc|>"
 """A line that holds only this ends a document of a plain text file."""
 SECTION_CHARS = 8_000
 """A plain text file without such lines is cut into sections of at most this length."""
+MAX_LINE_CHARS = 256_000_000
+"""Of one line of text, compressed or not: far more than any book has."""
 _PLAIN = (".txt", ".md")
 _PACKED: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 SUFFIXES = (
@@ -42,15 +45,15 @@ def find_files(source: str | Sequence[str]) -> list[Path | str]:
         raise DataError("text.source", got="an empty list", expected="at least one file, folder or 'python-docs'")
     files: list[Path | str] = []
     for name in sources:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if name == PYTHON_DOCS:
             files.append(name)
-        elif path.is_dir():
+        elif os.path.isdir(path):
             found = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
             if not found:
                 raise DataError(name, got="a folder without text", expected=f"files that end in {', '.join(SUFFIXES)}")
             files += found
-        elif not path.exists():
+        elif not os.path.exists(path):
             raise DataError(
                 "text.source",
                 got=f"'{name}', which does not exist",
@@ -60,6 +63,8 @@ def find_files(source: str | Sequence[str]) -> list[Path | str]:
         elif _suffix(path) not in SUFFIXES:
             raise DataError(name, got=f"the suffix '{path.suffix}'", expected=f"one of {', '.join(SUFFIXES)}")
         else:
+            with _naming(path):
+                require_file(path)
             files.append(path)
     # The same file given twice would stand in train and held-out blocks.
     return list(dict.fromkeys(file if isinstance(file, str) else file.resolve() for file in files))
@@ -132,12 +137,12 @@ def _read_jsonl(path: Path, on_fault: OnFault | None) -> Iterator[str]:
 
 def _text_of(line: str, where: str) -> str:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(where, got=f"broken JSON ({error})", expected="one JSON object a line") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        got = f"a row with the fields {', '.join(row) or 'none'}" if isinstance(row, dict) else type(row).__name__
-        hint = "The field 'text' must hold text." if isinstance(row, dict) and "text" in row else ""
+        row = parse_object(line)
+    except ValueError as error:
+        raise DataError(where, got=str(error), expected="one JSON object a line") from None
+    if not isinstance(row.get("text"), str):
+        hint = "The field 'text' must hold text." if "text" in row else ""
+        got = f"a row with the fields {', '.join(row) or 'none'}"
         raise DataError(where, got=got, expected="an object with the field 'text'", hint=hint)
     return row["text"]
 
@@ -163,7 +168,7 @@ def _lines(path: Path) -> Iterator[str]:
     opener: Any = _PACKED.get(path.suffix, open)
     with _naming(path, lzma.LZMAError, zlib.error, EOFError), opener(path, "rb") as raw:
         stream: IO[str] = io.TextIOWrapper(raw, encoding="utf-8-sig")
-        yield from stream
+        yield from bounded_lines(stream, path, MAX_LINE_CHARS)
 
 
 @contextmanager

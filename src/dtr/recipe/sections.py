@@ -21,6 +21,10 @@ from pydantic import (
 
 from dtr.recipe.yaml_values import dump_yaml
 
+NAMES = ("source", "path", "subset", "mix")
+"""Settings that may name files: a longer name than a file can have is told here, not by whoever looks for it first."""
+MAX_NAME_BYTES = 255
+"""Between two slashes, as on most file systems."""
 MAY_BE_EMPTY = ("prompt",)
 """Text settings that mean something when they are empty; as a name, "" would stand for the current folder."""
 
@@ -33,11 +37,17 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _not_empty(cls, value: Any, info: ValidationInfo) -> Any:
+    def _named(cls, value: Any, info: ValidationInfo) -> Any:
         inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if info.field_name not in MAY_BE_EMPTY and any(isinstance(one, str) and not one for one in inner):
             raise ValueError("text that is not empty")
+        if info.field_name in NAMES and any(_is_too_long(one) for one in inner if isinstance(one, str)):
+            raise ValueError(f"a name, at most {MAX_NAME_BYTES} bytes between slashes")
         return value
+
+
+def _is_too_long(name: str) -> bool:
+    return len(name) > 4000 or any(len(part.encode()) > MAX_NAME_BYTES for part in name.split("/"))
 
 
 def _each_once(layers: list[int] | None) -> list[int] | None:

@@ -38,19 +38,19 @@ ANSWER_FIELDS = ("final", "answers", "answer")
 class GenerationOptions(Section):
     """`task.options` of generation."""
 
-    max_new_tokens: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1, le=2**20)
     """Longest text a model may write."""
-    stop: list[str] = Field(default_factory=lambda: ["\n"])
+    stop: list[str] = Field(default_factory=lambda: ["\n"], max_length=100)
     """The text ends before the first of these."""
     extract: str | None = None
     """Regular expression; its last match (its first group, if it has one) is compared instead of the whole text."""
-    max_context_chars: int | None = Field(default=None, ge=2)
+    max_context_chars: int | None = Field(default=None, ge=2, le=10**9)
     """Longer `context` fields lose their middle, as for meetings that do not fit the model; whole when left out."""
     answer_field: str | None = None
     """Field with the accepted answer or a list of them; when left out the first of final, answers, answer."""
     allow_code_execution: bool = False
     """Run what models write, in a process with limits, which `pass_at_1` needs; see docs/recipes.md for the risk."""
-    code_seconds: int = Field(default=5, ge=1)
+    code_seconds: int = Field(default=5, ge=1, le=3600)
     """Longest time that a written program may run."""
     score_answer: bool = True
     """Also ask for the likelihood of the reference answer, so that search can break ties; one more forward pass."""

@@ -33,7 +33,7 @@ MAX_NEW_TOKENS = 256
 class HarnessOptions(Section):
     """`task.options` of a task of lm-evaluation-harness."""
 
-    num_fewshot: int | None = Field(default=None, ge=0)
+    num_fewshot: int | None = Field(default=None, ge=0, le=1000)
     """Examples before each question; as the task says when left out."""
     filter: str | None = None
     """Which of the task's filters reads the answer, as `flexible-extract` of gsm8k; its first when left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dtr.errors import DataError, RecipeError
+from dtr.files import require_file
+from dtr.json_lines import bounded_lines, parse_object
 
 _EXPRESSION = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?")
 
@@ -120,8 +121,9 @@ def read_jsonl(path: Path) -> list[Row]:
     rows = []
     try:
         # utf-8-sig also takes files that an editor began with a byte order mark.
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
+        require_file(path)
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(bounded_lines(file, path), start=1):
                 if line.strip():
                     rows.append(Row(file=path, line=number, data=_parse_line(line, f"{path}:{number}")))
     except (OSError, UnicodeDecodeError) as error:
@@ -135,16 +137,11 @@ def read_jsonl(path: Path) -> list[Row]:
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:
     try:
-        data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(
-            where, got=f"broken JSON ({error})", expected="one JSON object a line", hint="Mend or remove the line."
-        ) from None
-    if not isinstance(data, dict):
+        return parse_object(line)
+    except ValueError as error:
         raise DataError(
             where,
-            got=f"a JSON {type(data).__name__}",
-            expected="an object with named fields",
-            hint='As {"question": ...}.',
-        )
-    return data
+            got=str(error),
+            expected='one JSON object a line with named fields, as {"question": ...}',
+            hint="Mend or remove the line.",
+        ) from None

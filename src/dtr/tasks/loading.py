@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dtr.errors import DataError, RecipeError
-from dtr.files import suggest_path
+from dtr.files import require_file, suggest_path, user_path
 
 # Each of these registers its kind.
 from dtr.tasks import classification, generation, long_context, multiple_choice, perplexity, recall  # noqa: F401
@@ -126,7 +127,7 @@ def _find_data(source: str, path: str | None) -> Path | None:
             raise RecipeError(
                 "task.path", got="nothing", expected=f"a folder or file for the {source} task", hint="Add task.path."
             )
-        data, where = Path(path).expanduser(), "task.path"
+        data, where = user_path(path), "task.path"
     elif path is not None:
         raise RecipeError(
             "task.path",
@@ -137,14 +138,19 @@ def _find_data(source: str, path: str | None) -> Path | None:
     elif source in BUILT_IN:
         return None
     else:
-        data, where = Path(source).expanduser(), "task.source"
-    if not data.exists():
+        data, where = user_path(source), "task.source"
+    if not os.path.exists(data):
         raise DataError(
             where,
             got=f"'{data}', which does not exist",
             expected=f"a folder or file with rows, {HUB_PREFIX}NAME, {HARNESS_PREFIX}NAME or 'recall'",
             hint=suggest_path(str(data), [] if path is not None else list(TASKS)),
         )
+    if not data.is_dir():
+        try:
+            require_file(data)
+        except OSError as error:
+            raise DataError(where, got=f"'{data}', {error.strerror}", expected="a folder or file with rows") from None
     return data
 
 

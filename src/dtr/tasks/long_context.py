@@ -32,9 +32,9 @@ PLACES = ("near the station", "by the lake", "in the kitchen", "behind the churc
 class LongContextOptions(Section):
     """`task.options` of needle and variables."""
 
-    lengths_tokens: list[int] = Field(default_factory=lambda: [1024, 2048, 4096], min_length=1)
+    lengths_tokens: list[int] = Field(default_factory=lambda: [1024, 2048, 4096], min_length=1, max_length=100)
     """Nominal lengths; words and marks are counted, which common tokenizers meet within a few percent."""
-    depths: list[float] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
+    depths: list[float] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], min_length=1, max_length=1000)
     """Places of what is asked for, from 0 at the beginning to 1 at the end."""
     num_facts: int = Field(default=4, ge=1, le=16)
     """Statements of one form, or chains of variables, of which one is asked for: more is harder."""
@@ -44,8 +44,8 @@ class LongContextOptions(Section):
     @field_validator("lengths_tokens")
     @classmethod
     def _long_enough(cls, lengths: list[int]) -> list[int]:
-        if min(lengths) < 128:
-            raise ValueError("lengths of at least 128 tokens")
+        if min(lengths) < 128 or max(lengths) > 2**22:
+            raise ValueError("lengths of at least 128 tokens and at most 4,194,304")
         return lengths
 
     @field_validator("depths")

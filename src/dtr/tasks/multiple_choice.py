@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import Field
+
 from dtr.evaluation.score import Grade, Score, mean_score
 from dtr.recipe import Section
 from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response
@@ -24,7 +26,7 @@ from dtr.tasks.splits import draw_splits, read_splits
 class MultipleChoiceOptions(Section):
     """`task.options` of multiple choice."""
 
-    choices: list[str] | None = None
+    choices: list[str] | None = Field(default=None, min_length=2, max_length=1000)
     """The choices of every row, for rows that hold none, as [no, yes]."""
     answer_field: str = "answer"
     """Field with the index of the right choice, from 0."""

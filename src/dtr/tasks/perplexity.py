@@ -23,7 +23,7 @@ from dtr.tasks.splits import draw_splits, read_splits
 class PerplexityOptions(Section):
     """`task.options` of perplexity."""
 
-    window_chars: int = Field(default=2000, ge=1)
+    window_chars: int = Field(default=2000, ge=1, le=10**8)
     """Longest window; 2000 characters of English are about 450 tokens."""
 
 

@@ -12,6 +12,12 @@ from dtr.errors import RecipeError
 from dtr.tasks.base import LikelihoodRequest
 from dtr.tasks.jsonl import Row
 
+MAX_PLACEHOLDERS = 100
+_NAME = re.compile(r"(?P<field>[^.\[\]]+)(?:\[[^\[\]]+\])*")
+"""A field, or a part of it as `choices[text]` or `labels[0]`; no attributes."""
+_FORMAT = re.compile(r"(?:.?[<>=^])?[-+ ]?0?\d{0,2}[,_]?(?:\.\d{1,2})?[a-zA-Z%]?", re.DOTALL)
+"""What may follow a colon, as `.2f` or `>10`: not so wide that one row fills the memory."""
+
 
 def fill(template: str, row: Row, where: str, extra: Mapping[str, Any] | None = None) -> str:
     """Put a row's fields into a template; `{{` and `}}` are literal braces.
@@ -25,16 +31,7 @@ def fill(template: str, row: Row, where: str, extra: Mapping[str, Any] | None = 
     """
     fields = {**row.data, **(extra or {})}
     try:
-        for _, name, _, _ in string.Formatter().parse(template):
-            # `choices[text]` asks for the field choices.
-            if name is not None and re.split(r"[.\[]", name)[0] not in fields:
-                near = difflib.get_close_matches(name, fields, n=1)
-                raise RecipeError(
-                    where,
-                    got=f"'{{{name}}}', a field that {row.where} does not have",
-                    expected=f"fields of the rows: {', '.join(map(str, fields))}",
-                    hint=f"Did you mean '{{{near[0]}}}'?" if near else "Write literal braces doubled, as {{ and }}.",
-                )
+        _check_placeholders(template, fields, row, where)
         return template.format_map(fields)
     except RecipeError:
         raise
@@ -45,6 +42,32 @@ def fill(template: str, row: Row, where: str, extra: Mapping[str, Any] | None = 
             expected="text with fields in braces, as 'Question: {question}\\nAnswer:'",
             hint="Write literal braces doubled, as {{ and }}.",
         ) from None
+
+
+def _check_placeholders(template: str, fields: Mapping[str, Any], row: Row, where: str) -> None:
+    """Refuse placeholders that are no fields of the row, or ask for more than to show one."""
+    parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+    if len(parts) > MAX_PLACEHOLDERS:
+        raise RecipeError(where, got=f"{len(parts)} fields in braces", expected=f"at most {MAX_PLACEHOLDERS}")
+    for _, name, form, _ in parts:
+        match = _NAME.fullmatch(name or "")
+        if (match["field"] if match else re.split(r"[.\[]", name or "")[0]) not in fields:
+            near = difflib.get_close_matches(name or "", fields, n=1)
+            raise RecipeError(
+                where,
+                got=f"'{{{name}}}', a field that {row.where} does not have",
+                expected=f"fields of the rows: {', '.join(map(str, fields))}",
+                hint=f"Did you mean '{{{near[0]}}}'?" if near else "Write literal braces doubled, as {{ and }}.",
+            )
+        if match is None:
+            raise RecipeError(where, got=f"'{{{name}}}'", expected="a field, or a part of it as {labels[0]}")
+        if not _FORMAT.fullmatch(form or ""):
+            raise RecipeError(
+                where,
+                got=f"'{{{name}:{form}}}'",
+                expected="a field, or with it a short format as {score:.2f} or {name:>10}",
+                hint="Write literal braces doubled, as {{ and }}.",
+            )
 
 
 def question_prompt(row: Row) -> str:

@@ -74,7 +74,7 @@ class RecallOptions(Section):
 
     num_facts: int = Field(default=6, ge=2, le=len(ANSWERS))
     """Facts in a passage, each with its own answer: more is harder."""
-    num_filler_sentences: int = Field(default=0, ge=0)
+    num_filler_sentences: int = Field(default=0, ge=0, le=100_000)
     """Sentences without a fact, spread over the passage: a longer way back, and longer items."""
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from dtr.corpus.reading import is_plain_text, read_documents
 from dtr.errors import DataError
+from dtr.json_lines import MAX_ROW_CHARS
 from dtr.tasks.jsonl import Row, read_jsonl
 
 HUB_PREFIX = "datasets:"
@@ -167,6 +168,11 @@ def read_rows(path: Path) -> list[Row]:
         found = [{"text": document} for document in read_documents(path)]
     else:
         return read_jsonl(path)
+    for number, data in enumerate(found, start=1):
+        for field, value in data.items():
+            if isinstance(value, str) and len(value) > MAX_ROW_CHARS:
+                got = f"{len(value):,} characters in '{field}'"
+                raise DataError(f"{path}:{number}", got=got, expected=f"at most {MAX_ROW_CHARS:,}")
     rows = [Row(file=path, line=n, data=data) for n, data in enumerate(found, start=1)]
     if not rows:
         raise DataError(str(path), got="an empty file", expected="text" if is_plain_text(path) else "rows")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from dtr.errors import RecipeError, did_you_mean
+from dtr.errors import RecipeError, did_you_mean, shown
 from dtr.recipe import Section
 from dtr.registry import Registry
 from dtr.tasks.base import Task
@@ -78,7 +78,7 @@ def read_options(model: type[OptionsT], spec: TaskSpec) -> OptionsT:
                 known = did_you_mean(name, model.model_fields) if model.model_fields else "It has none."
                 problems.append((name, f"an option that a {spec.kind} task does not have", "a known option", known))
             else:
-                problems.append((name, repr(problem["input"]), problem["msg"].replace("Input should be ", ""), ""))
+                problems.append((name, shown(problem["input"]), problem["msg"].replace("Input should be ", ""), ""))
         (name, got, expected, hint), *others = problems
         more = "".join(f" Also task.options.{n}: got {g}; expected {e}. {h}".rstrip() for n, g, e, h in others)
         raise RecipeError(f"task.options.{name}", got=got, expected=expected, hint=(hint + more).strip()) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -89,8 +88,9 @@ def draw_splits(spec: TaskSpec, items: Mapping[str, Sequence[Item]]) -> dict[str
     """The items to use: `num_validation` and `num_test` of them, drawn by the seed, in their order.
 
     Raises:
-        DataError: fewer items than asked for.
+        DataError: fewer items than asked for, or no test item that validation does not hold too.
     """
+    _check_unseen(items["validation"], items["test"])
     sizes = {"validation": spec.num_validation, "test": spec.num_test}
     return {split: tuple(_draw(items[split], sizes[split], spec.seed, split)) for split in ("validation", "test")}
 
@@ -122,24 +122,24 @@ def _check_disjoint(validation: list[Row], test: list[Row]) -> None:
                 expected="rows that search has not seen",
                 hint="Use another split, or ranges that do not overlap, as 'rows[0:250]' and 'rows[250:]'.",
             )
-    seen = {_content(row): row for row in validation}
-    copies = [(row, seen[_content(row)]) for row in test if _content(row) in seen]
+
+
+def _check_unseen(validation: Sequence[Item], test: Sequence[Item]) -> None:
+    """Look for test items that ask what validation items ask: rows may differ in an id or a source all the same."""
+    seen = {item.requests: item for item in reversed(validation)}
+    copies = [(item, seen[item.requests]) for item in test if item.requests in seen]
     if not copies:
         return
     first, original = copies[0]
     if len(copies) == len(test):
         raise DataError(
             "task.test",
-            got=f"only copies of validation rows, as {first.where} of {original.where}",
+            got=f"only copies of validation rows, as {first.id} of {original.id}",
             expected="rows that search has not seen",
             hint="Use another split or file.",
         )
     warnings.warn(
-        f"{len(copies)} of {len(test)} test rows are copies of validation rows (first: {first.where} of "
-        f"{original.where}), so the test score is not wholly unseen.",
+        f"{len(copies)} of {len(test)} test items ask the same as validation items (first: {first.id} as "
+        f"{original.id}), so the test score is not wholly unseen.",
         stacklevel=2,
     )
-
-
-def _content(row: Row) -> str:
-    return json.dumps(row.data, sort_keys=True, default=str)
