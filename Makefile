@@ -9,7 +9,7 @@ WHEEL_DIR ?= dist
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
-.PHONY: install demo test slow test-lm-eval check smoke matrix docs wheel clean
+.PHONY: install demo test test-older-cpu slow test-lm-eval check smoke matrix docs wheel clean
 
 install: $(VENV)/.ready
 
@@ -18,6 +18,10 @@ demo: install
 
 test: install
 	$(PYTEST) -n 2 -m "not slow and not gpu"
+
+# The suite without AVX-512, and with the matrix kernels that MKL takes on an AMD processor.
+test-older-cpu:
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(MAKE) test
 
 # Needs minutes, a browser or the real model.
 slow: install

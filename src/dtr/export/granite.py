@@ -1,6 +1,6 @@
 """A hybrid with Mamba-2 layers as a stock GraniteMoeHybrid with a dense MLP (no experts).
 
-Attention, norms and MLP compute the same in the same order, so an all-attention model stays the same to the last bit;
+Attention, norms and MLP compute the same in the same order, so an all-attention model stays the same up to rounding;
 the names and three shapes differ: gate and up projection are one matrix, a family without output bias gets zeros, and
 Granite's attention scale is a setting.
 """
