@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import typer
 from docs_pages import FENCE, PAGES, RECIPES, ROOT, commands, fences, load_script, write_rows
-from fake_report import fake_report
 
 from dtr.cli import app
 from dtr.mixers import MIXERS
@@ -89,10 +88,29 @@ def test_the_reference_is_made_from_this_source():
     assert script.TARGET.read_text(encoding="utf-8") == script.reference(), "run: make docs"
 
 
-def test_the_readme_shows_the_committed_results():
+def test_measured_figures_reach_pages_from_their_records_alone():
+    """Blocks of a page are those of today's records, and no figure of speed, share or error stands outside."""
     script = load_script(ROOT / "docs" / "make_results.py")
-    readme = script.README.read_text(encoding="utf-8")
-    assert readme == script.with_table(readme), "run: make docs"
+    figure = re.compile(r"\d(?:\.\d+)? ?(?:times|x\b|%|ms\b|seconds|minutes|[GM]i?B\b|[kM] tokens a second)|\b0\.\d{3}")
+    for page in (*script.PAGES, ROOT / "docs" / "recipes.md"):
+        text = page.read_text(encoding="utf-8")
+        assert text == script.with_blocks(text), f"{page.name}: run make docs"
+        prose = re.sub(r"`[^`]*`", "", FENCE.sub("", script.without_blocks(text)))
+        assert not figure.findall(prose), page.name
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_a_changed_record_changes_its_page(tmp_path, monkeypatch):
+    script = load_script(ROOT / "docs" / "make_results.py")
+    record = json.loads((script.RESULTS / "distil_quality.json").read_text())
+    record["all_linear_scores"]["piqa"]["hybrid"] = 0.5
+    (tmp_path / "distil_quality.json").write_text(json.dumps(record))
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    page = "before\n<!-- quality: made by docs/make_results.py -->\nold\n<!-- end of quality -->\nafter"
+    made = script.with_blocks(page)
+    assert "| PIQA | 0.639 | 0.500 | 78.2% | 0.0% |" in made
+    assert "old" not in made
+    assert script.without_blocks(made).split() == ["before", "after"]
 
 
 def test_the_page_of_measurements_is_made_from_the_committed_ones():
@@ -110,23 +128,6 @@ def test_the_page_of_measurements_is_made_from_the_committed_ones():
     (at_3m,) = (row for row in recipe["ablation"] if row["settings"] == "distill.num_tokens=3000000")
     mixer = "gated_deltanet head_copies=2 quadratic=true"
     assert f"| `{mixer}` | {at_3m['mean_nmse']:.4f} | 1.00 |" in page, "what layers cost is beside what they err"
-
-
-def test_a_result_becomes_a_row(tmp_path, monkeypatch):
-    script = load_script(ROOT / "docs" / "make_results.py")
-    monkeypatch.setattr(script, "RESULTS", tmp_path)
-    assert script.results_table() == script.NONE_YET
-    report = fake_report()
-    (tmp_path / "some_task.json").write_text(json.dumps(report))
-    (tmp_path / "study.json").write_text("[]")
-    head, _, *row, picture = [line for line in script.results_table().splitlines() if line]
-    assert len(row) == 1
-    assert picture.endswith("(docs/images/some_task.png)")
-    monkeypatch.setattr(script, "IMAGES", tmp_path / "images")
-    assert [path.name for path in script.draw_curves()] == ["some_task.png"]
-    assert row[0].count("|") == head.count("|")
-    assert f"{report['m_opt']['num_replaced']} of {report['num_layers']}" in row[0]
-    assert f"{report['m_opt']['test']['value']:.3f}" in row[0]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
