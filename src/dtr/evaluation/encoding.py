@@ -113,6 +113,29 @@ def check_room(tokens: int, new_tokens: int, num_positions: int | None, *, task:
     )
 
 
+def check_ids(ids: Sequence[int], model: Any, *, where: str, text: str = "") -> None:
+    """Refuse tokens that the model has no embedding for, which would end in an error far from its cause.
+
+    Raises:
+        DataError: names the token.
+    """
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if ids and max(ids) >= num_rows:
+        raise DataError(
+            where,
+            got=f"token {max(ids)} of the tokenizer" + (f" in {text[:60]!r}" if text else ""),
+            expected=f"tokens below {num_rows}, the size of the model's vocabulary",
+            hint="Give the tokenizer that belongs to the model, or resize the model's embeddings for it.",
+        )
+
+
+def padding_id(tokenizer: Any, model: Any) -> int:
+    """A token to pad with. Padding is masked: where the tokenizer has none that the model knows, any does."""
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    wanted = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in wanted if token is not None and token < num_rows), 0)
+
+
 def _special_tokens_before(tokenizer: Any) -> tuple[int, ...]:
     """What the tokenizer puts before a text, as a bos token; what it puts after one is left out."""
     plain, full = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))

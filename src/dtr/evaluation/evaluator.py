@@ -12,7 +12,7 @@ from torch import nn
 from dtr.arch import LayerRunner, is_classifier, with_mixer
 from dtr.errors import DataError
 from dtr.evaluation.batches import TokenPair
-from dtr.evaluation.encoding import Encoder, check_room
+from dtr.evaluation.encoding import Encoder, check_ids, check_room, padding_id
 from dtr.evaluation.generation import generate_texts
 from dtr.evaluation.likelihood import LikelihoodScorer
 from dtr.evaluation.probe import impact
@@ -85,7 +85,7 @@ class Evaluator:
             runner,
             {number: with_mixer(runner.layers[mixer.layer_idx], mixer) for number, mixer in self._mixers.items()},
             pairs,
-            pad_token_id=tokenizer.pad_token_id or 0,
+            pad_token_id=padding_id(tokenizer, model),
             device=model.device,
             batch_tokens=batch_tokens,
             cache_bytes=cache_bytes,
@@ -234,12 +234,12 @@ class Evaluator:
         """What an item writes fits the model's positions."""
         for request in item.requests:
             if isinstance(request, GenerationRequest):
-                num_tokens = len(self._encoder.prompt(request.context))
-                self._fit(num_tokens, request.max_new_tokens, request.context)
+                self._fit(self._encoder.prompt(request.context), request.max_new_tokens, request.context)
 
-    def _fit(self, num_tokens: int, num_new_tokens: int, text: str) -> None:
+    def _fit(self, ids: Sequence[int], num_new_tokens: int, text: str) -> None:
+        check_ids(ids, self._model, where=f"task {self._task.name}", text=text)
         limit = getattr(self._model.config, "max_position_embeddings", None)
-        check_room(num_tokens, num_new_tokens, limit, task=self._task.name, text=text)
+        check_room(len(ids), num_new_tokens, limit, task=self._task.name, text=text)
 
     def _pair(self, request: LikelihoodRequest, asked: Sequence[LikelihoodRequest] = ()) -> TokenPair:
         """The request's tokens; `asked` are all those of its item."""
@@ -256,7 +256,9 @@ class Evaluator:
                 expected="answers with text",
                 hint="Check the target template and the rows.",
             )
-        self._fit(len(pair.context) + len(pair.target), 0, request.context)
+        # A class is no token.
+        target = () if isinstance(request, LabelRequest) else pair.target
+        self._fit((*pair.context, *target), 0, request.context)
         return pair
 
     @staticmethod

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from dtr.errors import ModelError
-from dtr.evaluation.encoding import Encoder
+from dtr.evaluation.encoding import Encoder, padding_id
 from dtr.inference.decoder import Decoder
 from dtr.inference.generate import fast_generate
 from dtr.tasks.base import GenerationRequest
@@ -42,7 +42,7 @@ def generate_texts(
     order = sorted(range(len(requests)), key=lambda i: (requests[i].max_new_tokens, -len(prompts[i]), i))
     writer = _Writer(model=model, tokenizer=tokenizer, is_fast=fast)
     texts = [""] * len(requests)
-    with _greedy_only(model, _pad_id(tokenizer)):
+    with _greedy_only(model, padding_id(tokenizer, model)):
         while order:
             longest = len(prompts[order[0]]) + requests[order[0]].max_new_tokens
             num = writer.rows_at_once(longest, max(1, batch_tokens // longest))
@@ -61,12 +61,6 @@ def cut(text: str, stop: Sequence[str]) -> str:
 
 def _alike(a: GenerationRequest, b: GenerationRequest) -> bool:
     return a.max_new_tokens == b.max_new_tokens and a.stop == b.stop
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Padding is masked, so any token does where the tokenizer has none for it."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in ids if token is not None)
 
 
 @contextmanager
@@ -119,7 +113,7 @@ class _Writer:
         # A decoder takes its number of sequences, no less; the last prompt fills up.
         rows = [*prompts, *[prompts[-1]] * (num_rows - len(prompts) if self.is_fast else 0)]
         longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), _pad_id(self.tokenizer))
+        ids = torch.full((len(rows), longest), padding_id(self.tokenizer, self.model))
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(rows):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)

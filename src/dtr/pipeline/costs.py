@@ -33,7 +33,11 @@ def memory_advice(knob: str) -> Iterator[None]:
     """Say which setting to change when memory runs out."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        # On a CPU torch raises a plain RuntimeError.
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+        if not is_memory:
+            raise
         raise DeviceError(
             "memory",
             got=next(iter(str(error).splitlines()), "out of memory"),

@@ -23,6 +23,7 @@ from dtr.evaluation.encoding import render_turn
 from dtr.mixers import MIXERS
 from dtr.ops.backend import Backend, backend_of
 from dtr.ops.dispatch import use_backend
+from dtr.pipeline.tryout import check_budget, check_step, try_task, try_text
 from dtr.recipe import Recipe, TaskSection
 from dtr.replacement.binding import check_search, check_teacher
 from dtr.replacement.settings import GuardFloor, SearchSettings
@@ -71,16 +72,27 @@ def prepare_run(recipe: Recipe, bank: str | Path | None, emit: Listener) -> Prep
     settings = search_settings(recipe, prepare_guards(recipe))
     check_search(task, settings)
     teacher = prepare_teacher(recipe, emit)
-    if bank is None:
-        check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
     given = None if bank is None else load_bank(bank, teacher=teacher)
+    if given is None:
+        check_training(recipe, teacher, settings)
     tell_backends(recipe, teacher, given, emit)
+    emit({"event": "stage", "text": "trying an item of each split"})
+    for one in (task, *(guard.task for guard in settings.guards)):
+        try_task(teacher, one, batch_tokens=settings.batch_tokens)
     check_teacher(teacher, task, settings)
     ready = Prepared(teacher=teacher, task=task, settings=settings, bank=given, text=None, faults={})
     if not needs_text:
         return ready
     text, faults = prepare_text(recipe, teacher, emit, tasks=ready.tasks)
     return replace(ready, text=text, faults=faults)
+
+
+def check_training(recipe: Recipe, teacher: Teacher, settings: SearchSettings | None = None) -> None:
+    """Refuse mixers, layers, sizes and a budget that this teacher and this machine cannot have; raises RecipeError."""
+    specs, layers = check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
+    check_step(recipe, teacher, specs, len(layers))
+    if settings is not None:
+        check_budget(teacher, specs, len(layers), settings)
 
 
 def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
@@ -205,7 +217,9 @@ def prepare_text(
     parts = [part(main, settings.source, 1 - sum(settings.mix.values()), settings.num_held_out_tokens)]
     # Errors are measured on the main source alone, so nothing is held out of the others.
     parts += [part(name, name, share, 0) for name, share in settings.mix.items()]
-    return (MixedBlocks(parts=parts) if settings.mix else parts[0].text), faults
+    text = MixedBlocks(parts=parts) if settings.mix else parts[0].text
+    try_text(text, teacher)
+    return text, faults
 
 
 def _written(recipe: Recipe, teacher: Teacher, emit: Listener) -> list[str]:

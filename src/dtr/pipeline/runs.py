@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from dtr.distillation.bank import MixerBank, read_specs
-from dtr.distillation.start import check_distillation
 from dtr.distributed import leave_world
 from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import evaluate
@@ -15,6 +14,7 @@ from dtr.pipeline.folder import RunFolder
 from dtr.pipeline.preparation import (
     Listener,
     check_text,
+    check_training,
     prepare_mixers,
     prepare_run,
     prepare_task,
@@ -102,7 +102,7 @@ def distill_only(
     check_text(recipe)
     read_specs(**prepare_mixers(recipe))
     teacher = prepare_teacher(recipe, emit)
-    check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
+    check_training(recipe, teacher)
     tell_backends(recipe, teacher, None, emit)
     text, _ = prepare_text(recipe, teacher, emit)
     open_run(folder, recipe, world, resume=resume, overwrite=overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,5 +132,7 @@ def _check_plain(value: Any, where: str, path: tuple[str, ...] = ()) -> None:
             raise refuse(shown(value), "text in UTF-8 without null characters")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise refuse(shown(value), "a number of at most 64 bits")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise refuse(shown(value), "a finite number")
     elif not (value is None or isinstance(value, int | float)):
         raise refuse(f"a {type(value).__name__}", "text, a number, true, false, a list or a section")

@@ -182,29 +182,39 @@ def _split_items(task: Task, settings: SearchSettings) -> ItemSplit:
     )
 
 
+def cache_sizes(teacher: Teacher, state_bytes: int, num_layers: int, settings: SearchSettings) -> dict[int, int]:
+    """Bytes of a sequence's cache by number of linear layers, up to `num_layers` of them.
+
+    Raises:
+        RecipeError: none of them is within `settings.max_cache_bytes`.
+    """
+    sizes = {
+        num: decode_cache_bytes(
+            teacher.geometry,
+            teacher.num_layers - num,
+            context_tokens=settings.cache_context_tokens,
+            bytes_per_element=teacher.dtype.itemsize,
+            state_bytes=num * state_bytes,
+        )
+        for num in range(num_layers + 1)
+    }
+    if settings.max_cache_bytes is not None and min(sizes.values()) > settings.max_cache_bytes:
+        raise RecipeError(
+            "search.max_cache_bytes",
+            got=f"{settings.max_cache_bytes:,} bytes at {settings.cache_context_tokens:,} tokens",
+            expected=f"at least {min(sizes.values()):,}, with {num_layers} layers of the bank linear",
+            hint="Raise the budget, or lower search.cache_context_tokens.",
+        )
+    return sizes
+
+
 def _budget(teacher: Teacher, bank: MixerBank, settings: SearchSettings) -> Budget:
     num_wanted, text = settings.max_linear_layers, ""
     context_tokens = settings.cache_context_tokens
     if settings.max_cache_bytes is not None:
         state_bytes = max(mixer.state_bytes(teacher.dtype.itemsize) for mixer in bank.mixers.values())
-        sizes = {
-            num: decode_cache_bytes(
-                teacher.geometry,
-                teacher.num_layers - num,
-                context_tokens=context_tokens,
-                bytes_per_element=teacher.dtype.itemsize,
-                state_bytes=num * state_bytes,
-            )
-            for num in range(len(bank.layers) + 1)
-        }
+        sizes = cache_sizes(teacher, state_bytes, len(bank.layers), settings)
         fitting = [num for num, size in sizes.items() if size <= settings.max_cache_bytes]
-        if not fitting:
-            raise RecipeError(
-                "search.max_cache_bytes",
-                got=f"{settings.max_cache_bytes:,} bytes at {context_tokens:,} tokens",
-                expected=f"at least {min(sizes.values()):,}, with all {len(bank.layers)} layers of the bank linear",
-                hint="Raise the budget, or lower search.cache_context_tokens.",
-            )
         if num_wanted is None or fitting[0] < num_wanted:
             num_wanted = max(1, fitting[0])
             text = f"the cache takes {sizes[fitting[0]]:,} bytes at {context_tokens:,} tokens, within the budget"
