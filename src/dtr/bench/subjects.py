@@ -66,7 +66,8 @@ def load_subjects(
     mixers = {i: mixer_from_teacher(mixer, teacher.geometry, i, attention[i], options) for i in linear}
     for made in mixers.values():
         made.to(model.dtype).eval().requires_grad_(False)
-    hybrid = make_hybrid(model, dict(mixers), {i: {"kind": mixer, **options} for i in linear})
+    specs = {i: {"kind": mixer, **options} for i in linear}
+    hybrid = make_hybrid(model, dict(mixers), specs, share_modules=True)
     return Subjects(teacher=model, hybrid=hybrid, note="linear layers untrained")
 
 

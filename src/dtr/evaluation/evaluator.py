@@ -200,7 +200,7 @@ class Evaluator:
             mixers = [self._mixers[number] for number in linear]
             specs = [self._specs[number] for number in linear]
             layers = [mixer.layer_idx for mixer in mixers]
-            model = make_hybrid(model, dict(zip(layers, mixers)), dict(zip(layers, specs)))
+            model = make_hybrid(model, dict(zip(layers, mixers)), dict(zip(layers, specs)), share_modules=True)
         return generate_texts(
             model,
             self._tokenizer,

@@ -21,6 +21,7 @@ def auto_map(model_class: type) -> dict[str, str]:
     entry = flat_name(ENTRY)
     return {
         "AutoConfig": f"{entry}.{model_class.config_class.__name__}",  # type: ignore[attr-defined]
+        "AutoModel": f"{entry}.{model_class.body_class.__name__}",  # type: ignore[attr-defined]
         f"AutoModel{'For' + model_class.__name__.partition('For')[2]}": f"{entry}.{model_class.__name__}",
     }
 

@@ -10,12 +10,14 @@ A static cache has a fixed number of slots, and every tensor stays at its addres
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, StaticCache
 
 from dtr.arch import HeadGeometry
+from dtr.errors import ModelError
 
 
 class RecurrentStateLayer(LinearAttentionLayer):
@@ -24,6 +26,8 @@ class RecurrentStateLayer(LinearAttentionLayer):
     Args:
         max_cache_len: slots of the attention layers in a static cache; None in one that grows.
     """
+
+    is_croppable = False
 
     def __init__(self, max_cache_len: int | None = None) -> None:
         super().__init__()
@@ -138,6 +142,63 @@ class HybridCache(DynamicCache):
             stock = StaticCache(config=config, max_cache_len=max_cache_len).layers
         layers = [RecurrentStateLayer(max_cache_len) if mixer else stock[i] for i, mixer in enumerate(config.mixers)]
         Cache.__init__(self, layers=layers)
+        self._waiting: torch.Tensor | None = None
+
+    def starting_rows(self, token_mask_BT: torch.Tensor | None) -> torch.Tensor | None:
+        """Rows (B,) of which nothing but padding has been seen so far, as in prompts that are read in parts.
+
+        None where there is no such row, and before anything was seen. Called once before the tokens of `token_mask_BT`
+        are read.
+        """
+        before = self._waiting
+        states = [layer for layer in self.layers if isinstance(layer, RecurrentStateLayer)]
+        is_new = bool(states) and not states[0].has_seen_tokens
+        if token_mask_BT is None or (before is None and not is_new):
+            self._waiting = None
+            return before
+        after = (token_mask_BT == 0).all(dim=1)
+        after = after if before is None else after & before.to(after.device)
+        # While compiling nothing can be asked of a tensor; prompts are not compiled.
+        self._waiting = after if torch.compiler.is_compiling() or bool(after.any()) else None
+        return before
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (a negative number), which attention layers can do.
+
+        Raises:
+            ModelError: there are linear layers, whose states cannot go back.
+        """
+        is_linear = any(isinstance(layer, RecurrentStateLayer) for layer in self.layers)
+        if not is_linear:
+            super().crop(tokens_to_remove)
+        # Older releases of the library give the length to keep, a positive number.
+        elif tokens_to_remove < 0 or 0 < tokens_to_remove < self.get_seq_length():
+            raise ModelError(
+                "past_key_values.crop",
+                got=f"{tokens_to_remove} for a cache of {self.get_seq_length()} tokens",
+                expected="nothing to take back, as a linear layer's state cannot be rolled back",
+                hint="Assisted generation is not supported with linear layers, be they the model's or the assistant's.",
+            )
+
+    def reset(self) -> None:
+        super().reset()
+        self._waiting = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda rows: rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._change_rows(lambda rows: rows[indices])
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self._waiting is not None:
+            self._waiting = change(self._waiting)
 
     # The stock methods look for an attention layer and raise where there is none; ours all know their length.
     def get_seq_length(self, layer_idx: int = 0) -> int:

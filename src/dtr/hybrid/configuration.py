@@ -61,11 +61,12 @@ def register_configs() -> None:
 
 
 def register_models() -> None:
-    """Make AutoModelForCausalLM and AutoModelForSequenceClassification know hybrids."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    """Make AutoModel, AutoModelForCausalLM and AutoModelForSequenceClassification know hybrids."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from dtr.hybrid.modeling import CLASSIFIERS, HYBRIDS
 
     for auto, models in ((AutoModelForCausalLM, HYBRIDS), (AutoModelForSequenceClassification, CLASSIFIERS)):
         for model in models.values():
             auto.register(model.config_class, model, exist_ok=True)
+            AutoModel.register(model.config_class, model.body_class, exist_ok=True)

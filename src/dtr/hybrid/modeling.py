@@ -5,7 +5,8 @@ weight tying, generation) holds for the hybrid too.
 """
 
 import copy
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,11 +27,11 @@ from transformers import (
     Qwen3Model,
 )
 
-from dtr.arch import HYBRID_PREFIX, decoder_layers, is_classifier, read_geometry, with_mixer
-from dtr.errors import ModelError
+from dtr.arch import HYBRID_PREFIX, decoder_layers, is_classifier, with_mixer
+from dtr.errors import DeviceError, ModelError
+from dtr.hybrid.body import BodyMixin
 from dtr.hybrid.cache import HybridCache
 from dtr.hybrid.configuration import HybridLlamaConfig, HybridMistralConfig, HybridQwen2Config, HybridQwen3Config
-from dtr.mixers import make_mixer
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin
@@ -43,72 +44,53 @@ else:
 
 
 class HybridModelMixin(_FamilyModel):
-    """What turns a family's causal language model into a hybrid."""
+    """What turns a family's model with a head into a hybrid.
+
+    Body and head are built by class: the library's own ways know no hybrids.
+    """
 
     config: Any
     model: Any
     tokenizer: Any
+    body_class: Any
+    head: str
+    """Where the head is: `lm_head`, or `score` of a classifier."""
+    _saved_beside: Collection[str] = ()
+    """Names of what `save_pretrained` has last written beside the weights."""
 
     def __init__(self, config: Any) -> None:
-        if len(config.mixers) != config.num_hidden_layers:
-            raise ModelError(
-                "config.mixers",
-                got=f"{len(config.mixers)} entries",
-                expected=f"{config.num_hidden_layers}, one per layer",
-                hint="The checkpoint's config.json was changed or damaged.",
-            )
-        super().__init__(config)
-        geometry = read_geometry(config)
-        for index, spec in enumerate(config.mixers):
-            if spec is not None:
-                options = {key: value for key, value in spec.items() if key != "kind"}
-                self.model.layers[index].self_attn = make_mixer(spec["kind"], geometry, index, options)
+        PreTrainedModel.__init__(self, config)
+        self.model = self.body_class(config)
+        self.vocab_size, self.num_labels = config.vocab_size, config.num_labels
+        num_outputs = self.vocab_size if self.head == "lm_head" else self.num_labels
+        setattr(self, self.head, nn.Linear(config.hidden_size, num_outputs, bias=False))
+        self.post_init()
 
     @property
     def linear_layers(self) -> list[int]:
         """Indices of the layers whose attention is linear."""
         return [index for index, spec in enumerate(self.config.mixers) if spec is not None]
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """As the family's forward; adds the hybrid cache and hands the padding mask to the mixers."""
-        if past_key_values is not None and not isinstance(past_key_values, HybridCache):
+    @property
+    def _is_stateful(self) -> bool:  # type: ignore[override]
+        """What the library asks before assisted generation, which takes tokens back."""
+        return bool(self.linear_layers)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's, for hybrids without linear layers.
+
+        Raises:
+            ModelError: there are linear layers, for whose states that has no place.
+        """
+        if self.linear_layers:
             raise ModelError(
-                "past_key_values",
-                got=type(past_key_values).__name__,
-                expected="HybridCache",
-                hint="Leave past_key_values out, or make one with model.new_cache().",
+                "generate_batch",
+                got=f"a hybrid with {len(self.linear_layers)} linear layers",
+                expected="attention alone: continuous batching does not support states of linear layers",
+                hint="Use generate, with a batch padded on the left; or export the hybrid for a server (dtr export).",
             )
-        wants_cache = self.config.use_cache if use_cache is None else use_cache
-        if wants_cache and past_key_values is None:
-            # In training the library would make a cache of its own, which linear layers cannot use.
-            use_cache = not self.training
-            past_key_values = None if self.training else self.new_cache()
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and self.linear_layers:
-            kwargs["token_mask"] = attention_mask
-        # A classification head knows no such argument.
-        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
-            kwargs["logits_to_keep"] = logits_to_keep
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        library: Any = super()
+        return library.init_continuous_batching(*args, **kwargs)
 
     def new_cache(self, max_cache_len: int | None = None) -> HybridCache:
         """An empty cache for this model, static with slots for `max_cache_len` tokens if that is given."""
@@ -116,6 +98,13 @@ class HybridModelMixin(_FamilyModel):
 
     # Releases differ in what follows the first two arguments.
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:  # type: ignore[override]
+        if generation_config.is_assistant and self.linear_layers:
+            raise ModelError(
+                "assistant_model",
+                got="a hybrid with linear layers",
+                expected="attention alone: assisted generation is not supported with states that cannot go back",
+                hint="Take an assistant without linear layers, or leave it out.",
+            )
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "hybrid", "static"):
             raise ModelError(
@@ -154,87 +143,109 @@ class HybridModelMixin(_FamilyModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        is_prepared = inputs.get("attention_mask") is not attention_mask
-        if is_prepared and attention_mask is not None and attention_mask.dim() == 2 and self.linear_layers:
+        if self.linear_layers and inputs.get("attention_mask") is not attention_mask:
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            if attention_mask is None:
+                attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
             # Of a fixed size, so that a compiled step stays what it is.
             inputs["token_mask"] = attention_mask[:, -tokens.shape[1] :].contiguous()
         return inputs
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Save weights, config and the code to load them without this package; the tokenizer too if it is known."""
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, *, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Save weights, config and the code to load them without this package; the tokenizer too if it is known.
+
+        All of it is there before the library uploads what is new in the folder, if it is asked to (`push_to_hub`).
+        """
         from dtr.hybrid.bundle import auto_map, write_code
 
         self.config.auto_map = auto_map(type(self))
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        write_code(save_directory)
-        if getattr(self, "tokenizer", None) is not None:
-            self.tokenizer.save_pretrained(save_directory)
+        if is_main_process:
+            os.makedirs(save_directory, exist_ok=True)
+            beside = [str(file) for file in write_code(save_directory)]
+            if getattr(self, "tokenizer", None) is not None:
+                beside += self.tokenizer.save_pretrained(save_directory)
+            self._saved_beside = {os.path.relpath(file, save_directory).split(os.sep)[0] for file in beside}
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+
+    def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
+        """As the library's, which uploads what is newer; what was written beside the weights is new as well."""
+        library: Any = super()
+        stamps = library._get_files_timestamps(working_dir)
+        return {name: stamp for name, stamp in stamps.items() if name not in self._saved_beside}
+
+
+class HybridLlamaModel(BodyMixin, LlamaModel):
+    """Llama (SmolLM2 and others) with linear layers, without a head."""
+
+    config_class = HybridLlamaConfig
 
 
 class HybridLlamaForCausalLM(HybridModelMixin, LlamaForCausalLM):
     """Llama (SmolLM2 and others) with linear layers."""
 
-    config_class = HybridLlamaConfig
+    config_class, body_class, head = HybridLlamaConfig, HybridLlamaModel, "lm_head"
+
+
+class HybridLlamaForSequenceClassification(HybridModelMixin, LlamaForSequenceClassification):
+    """Llama (SmolLM2 and others) with linear layers and a classification head."""
+
+    config_class, body_class, head = HybridLlamaConfig, HybridLlamaModel, "score"
+
+
+class HybridMistralModel(BodyMixin, MistralModel):
+    """Mistral with linear layers, without a head."""
+
+    config_class = HybridMistralConfig
 
 
 class HybridMistralForCausalLM(HybridModelMixin, MistralForCausalLM):
     """Mistral with linear layers."""
 
-    config_class = HybridMistralConfig
+    config_class, body_class, head = HybridMistralConfig, HybridMistralModel, "lm_head"
+
+
+class HybridMistralForSequenceClassification(HybridModelMixin, MistralForSequenceClassification):
+    """Mistral with linear layers and a classification head."""
+
+    config_class, body_class, head = HybridMistralConfig, HybridMistralModel, "score"
+
+
+class HybridQwen2Model(BodyMixin, Qwen2Model):
+    """Qwen2 and Qwen2.5 with linear layers, without a head."""
+
+    config_class = HybridQwen2Config
 
 
 class HybridQwen2ForCausalLM(HybridModelMixin, Qwen2ForCausalLM):
     """Qwen2 and Qwen2.5 with linear layers."""
 
-    config_class = HybridQwen2Config
+    config_class, body_class, head = HybridQwen2Config, HybridQwen2Model, "lm_head"
+
+
+class HybridQwen2ForSequenceClassification(HybridModelMixin, Qwen2ForSequenceClassification):
+    """Qwen2 and Qwen2.5 with linear layers and a classification head."""
+
+    config_class, body_class, head = HybridQwen2Config, HybridQwen2Model, "score"
+
+
+class HybridQwen3Model(BodyMixin, Qwen3Model):
+    """Qwen3 with linear layers, without a head."""
+
+    config_class = HybridQwen3Config
 
 
 class HybridQwen3ForCausalLM(HybridModelMixin, Qwen3ForCausalLM):
     """Qwen3 with linear layers."""
 
-    config_class = HybridQwen3Config
+    config_class, body_class, head = HybridQwen3Config, HybridQwen3Model, "lm_head"
 
 
-class ClassifierMixin(_FamilyModel):
-    """Builds body and head as the library does, but by class: its own way asks AutoModel, which knows no hybrids."""
-
-    body_class: Any
-
-    def __init__(self, config: Any) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = self.body_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
-
-class HybridLlamaForSequenceClassification(HybridModelMixin, ClassifierMixin, LlamaForSequenceClassification):
-    """Llama with linear layers and a classification head."""
-
-    config_class = HybridLlamaConfig
-    body_class = LlamaModel
-
-
-class HybridMistralForSequenceClassification(HybridModelMixin, ClassifierMixin, MistralForSequenceClassification):
-    """Mistral with linear layers and a classification head."""
-
-    config_class = HybridMistralConfig
-    body_class = MistralModel
-
-
-class HybridQwen2ForSequenceClassification(HybridModelMixin, ClassifierMixin, Qwen2ForSequenceClassification):
-    """Qwen2 with linear layers and a classification head."""
-
-    config_class = HybridQwen2Config
-    body_class = Qwen2Model
-
-
-class HybridQwen3ForSequenceClassification(HybridModelMixin, ClassifierMixin, Qwen3ForSequenceClassification):
+class HybridQwen3ForSequenceClassification(HybridModelMixin, Qwen3ForSequenceClassification):
     """Qwen3 with linear layers and a classification head."""
 
-    config_class = HybridQwen3Config
-    body_class = Qwen3Model
+    config_class, body_class, head = HybridQwen3Config, HybridQwen3Model, "score"
 
 
 HYBRIDS = {
@@ -253,35 +264,67 @@ CLASSIFIERS = {
 """As HYBRIDS, for models whose head scores classes instead of tokens."""
 
 
-def make_hybrid(teacher_model: Any, mixers: Mapping[int, nn.Module], specs: Mapping[int, dict[str, Any]]) -> Any:
-    """A hybrid that shares every module with the teacher but the replaced attentions; the teacher is not touched.
+def make_hybrid(
+    teacher_model: Any,
+    mixers: Mapping[int, nn.Module],
+    specs: Mapping[int, dict[str, Any]],
+    *,
+    share_modules: bool = False,
+) -> Any:
+    """A hybrid of a teacher's layers and mixers in the place of some attentions; the teacher is not touched.
+
+    The hybrid has modules and weights of its own, so that whatever is done to it (training, adapters merged in, another
+    type, more tokens) stays with it. Sharing storage would not do: an optimizer's step and a merge change it in place.
 
     Args:
         teacher_model: the model whose layers are kept, with a language model head or a classification head.
         mixers: layer index to the mixer in its place.
         specs: layer index to {"kind": ..., options}, as `config.mixers` stores it.
+        share_modules: take the teacher's own modules, without a copy: for a hybrid that is only run or saved, by who
+            does not hand it on.
+
+    Raises:
+        DeviceError: no memory for the copies.
     """
     assert mixers.keys() == specs.keys(), "every mixer needs its spec"
     source = teacher_model.config
     cls: Any = (CLASSIFIERS if is_classifier(teacher_model) else HYBRIDS)[HYBRID_PREFIX + source.model_type]
     fields = {key: value for key, value in source.to_dict().items() if key not in ("model_type", "quantization_config")}
-    config = cls.config_class(**fields, mixers=[specs.get(i) for i in range(source.num_hidden_layers)])
+    placed = [dict(specs[i]) if i in specs else None for i in range(source.num_hidden_layers)]
+    config = cls.config_class(**fields, mixers=placed)
     config._attn_implementation = source._attn_implementation
     config.architectures = [cls.__name__]
     with torch.device("meta"):
         hybrid = cls(config)
-    body, teacher_body = hybrid.model, teacher_model.model
-    body.embed_tokens, body.norm, body.rotary_emb = (
-        teacher_body.embed_tokens,
-        teacher_body.norm,
-        teacher_body.rotary_emb,
-    )
-    body.layers = nn.ModuleList(
+    teacher_body, head = teacher_model.model, hybrid.head
+    layers = nn.ModuleList(
         with_mixer(layer, mixers.get(index)) for index, layer in enumerate(decoder_layers(teacher_model))
     )
-    if is_classifier(teacher_model):
-        hybrid.score = teacher_model.score
-    else:
-        hybrid.lm_head = teacher_model.lm_head
+    parts = [
+        teacher_body.embed_tokens,
+        layers,
+        teacher_body.norm,
+        teacher_body.rotary_emb,
+        getattr(teacher_model, head),
+    ]
+    if not share_modules:
+        parts = _own_copies(parts, {id(source): config})
+    body = hybrid.model
+    body.embed_tokens, body.layers, body.norm, body.rotary_emb = parts[:4]
+    setattr(hybrid, head, parts[4])
+    if not is_classifier(teacher_model):
         hybrid.generation_config = copy.deepcopy(teacher_model.generation_config)
     return hybrid.eval()
+
+
+def _own_copies(parts: list[nn.Module], instead: dict[int, Any]) -> list[nn.Module]:
+    """Copies of modules, tied weights tied again, with other objects in the place of those whose `id` is given."""
+    try:
+        return copy.deepcopy(parts, instead)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            "memory",
+            got="none left for a copy of the layers that hybrid and teacher have in common",
+            expected="room for a second model of the teacher's size",
+            hint="Save the hybrid instead (dtr search --out, dtr run) and load it without the teacher.",
+        ) from error

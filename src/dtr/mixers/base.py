@@ -5,13 +5,57 @@ Shapes: B batch, T tokens, D hidden dim, H heads, K head dim.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from dtr.arch import HeadGeometry
-from dtr.errors import RecipeError
+from dtr.errors import ModelError, RecipeError
+
+WITHOUT_EFFECT = {
+    # Positions arrive as angles; the others are asked of the whole model.
+    *("position_ids", "use_cache", "cache_position", "return_dict"),
+    *("output_hidden_states", "output_attentions", "output_router_logits"),
+    # These say again where packed sequences begin, and a hybrid has compared them with the positions.
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    # Of the loss; and without effect in the families' own layers either.
+    *("num_items_in_batch", "shift_labels", "ignore_index", "token_type_ids"),
+}
+"""Arguments of a family's forward that arrive at its layers and need not change what a mixer does."""
+
+
+class PackedSequences(NamedTuple):
+    """Several sequences that lie side by side in the rows of a batch (B, T), as rows of their own.
+
+    A tuple, as hooks that move a layer's inputs to its device look into those.
+    """
+
+    tokens: tuple[torch.Tensor, ...]
+    """Groups of sequences: the place of each of their tokens (R, S) in the batch's B * T; 0 for padding at the end."""
+    places_BT: torch.Tensor
+    """Where each token of the batch is among those of all groups, one group after the other."""
+
+
+def check_arguments(others: Mapping[str, Any]) -> None:
+    """Refuse what nobody here knows: it may say which tokens belong together.
+
+    Raises:
+        ModelError: an argument that linear layers cannot answer for, by name.
+    """
+    if others.get("is_causal") is False:
+        raise ModelError(
+            "is_causal", got="False", expected="True, as a recurrence looks back alone", hint="Leave it out."
+        )
+    for name, value in others.items():
+        if value is not None and name not in WITHOUT_EFFECT and name != "is_causal":
+            raise ModelError(
+                name,
+                got="an argument that linear layers do not know",
+                expected="arguments of the family's forward",
+                hint="Leave it out, or use the teacher.",
+            )
 
 
 class HeadNorm(nn.Module):
@@ -72,26 +116,72 @@ class Mixer(nn.Module):
     def calibrate(self, hidden_BTD: torch.Tensor, target_BTD: torch.Tensor) -> None:
         """Fit start values in closed form to the teacher's output on its input; called once, before training."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            raise TypeError(f"{cls.__name__}: implement mix(); forward() tells sequences apart for all mixers.")
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         past_key_values: Any = None,
         token_mask: torch.Tensor | None = None,
-        **_: Any,
+        starting_rows: torch.Tensor | None = None,
+        packed: PackedSequences | None = None,
+        **others: Any,
     ) -> tuple[torch.Tensor, None]:
         """Stand in for an attention module.
 
         Args:
             hidden_states: (B, T, D), the input of the attention.
             position_embeddings: cos and sin, (B or 1, T, K) each.
-            attention_mask: ignored; a recurrence is causal by itself.
+            attention_mask: that of attention layers, not read: what it says of padding and packing comes apart.
             past_key_values: a HybridCache, or None.
             token_mask: (B, at least T), 0 where a token is padding; the last T columns belong to these tokens.
+            starting_rows: (B,), True where the cache has seen nothing but padding; None where every row has begun.
+            packed: sequences that each begin with an empty state; without a cache and without padding.
+            others: what the library gives to all attention modules.
 
         Returns:
             (B, T, D) and None in place of attention weights.
+
+        Raises:
+            ModelError: an argument that a mixer does not know.
+        """
+        check_arguments(others)
+        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        if packed is None:
+            mask = None if token_mask is None else token_mask[:, -hidden_states.shape[1] :]
+            return self.mix(hidden_states, position_embeddings, mask, memory, starting_rows), None
+        assert memory is None, "a cache holds one sequence a row"
+        assert token_mask is None, "padding is no part of packed sequences"
+        batch, num_tokens = hidden_states.shape[:2]
+        whole = [hidden_states, *(x.expand(batch, -1, -1) for x in position_embeddings)]
+        flat = [x.reshape(batch * num_tokens, -1) for x in whole]
+        outputs = []
+        for index_RS in packed.tokens:
+            hidden, cos, sin = (x[index_RS] for x in flat)
+            outputs.append(self.mix(hidden, (cos, sin), None, None, None).flatten(0, 1))
+        return torch.cat(outputs)[packed.places_BT], None
+
+    def mix(
+        self,
+        hidden_BTD: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        token_mask_BT: torch.Tensor | None,
+        memory: Any,
+        starting_rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What takes the place of attention's output (B, T, D), for one sequence a row.
+
+        Args:
+            hidden_BTD: the input of the attention.
+            angles: cos and sin, (B or 1, T, K) each.
+            token_mask_BT: 0 where a token is padding, which must leave what is remembered as it is.
+            memory: this layer's place in the cache, read and written; None where nothing is remembered.
+            starting_rows: as in `forward`.
         """
         raise NotImplementedError
 

@@ -51,12 +51,28 @@ class FirstToken(nn.Module):
             self.out_bias.copy_(attention.o_proj.bias)
 
     def forward(
-        self, hidden_BTD: torch.Tensor, out_BTD: torch.Tensor, token_mask_BT: torch.Tensor | None
+        self,
+        hidden_BTD: torch.Tensor,
+        out_BTD: torch.Tensor,
+        token_mask_BT: torch.Tensor | None,
+        starting_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`out_BTD`, a mixer's output for whole sequences, with another first token; a mask of 0 says padding."""
-        if token_mask_BT is None:
+        """`out_BTD`, a mixer's output, with another first token where a sequence begins.
+
+        Args:
+            hidden_BTD: the layer's input.
+            out_BTD: its output so far.
+            token_mask_BT: 0 for padding.
+            starting_rows: (B,), True for rows whose sequence has not begun before; all rows when left out.
+        """
+        if token_mask_BT is None and starting_rows is None:
             return torch.cat([self.value(hidden_BTD[:, :1]).to(out_BTD.dtype), out_BTD[:, 1:]], dim=1)
-        is_first = (token_mask_BT > 0) & ((token_mask_BT > 0).cumsum(1) == 1)
+        is_real = (
+            hidden_BTD.new_ones(hidden_BTD.shape[:2], dtype=torch.bool) if token_mask_BT is None else token_mask_BT > 0
+        )
+        is_first = is_real & (is_real.cumsum(1) == 1)
+        if starting_rows is not None:
+            is_first = is_first & starting_rows.to(is_first.device)[:, None]
         # The first token wherever padding has put it; of a row that is all padding none is taken.
         first_B = is_first.int().argmax(1)
         firsts = hidden_BTD[torch.arange(len(first_B), device=first_B.device), first_B]

@@ -17,7 +17,7 @@ from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
 from dtr.mixers.base import check_number
 from dtr.mixers.gated_deltanet import GatedDeltaNet
-from dtr.ops.short_convolution import dynamic_convolution
+from dtr.ops.short_convolution import RealTokens, dynamic_convolution
 
 REDUCTION = 8
 """Hidden dim over the width of the network that makes the taps."""
@@ -70,8 +70,7 @@ class JetBlock(GatedDeltaNet):
         token_mask_BT1: torch.Tensor | None,
         past_inputs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        if token_mask_BT1 is not None:
-            v_BTC = v_BTC * token_mask_BT1.to(v_BTC.dtype)
+        real = None if token_mask_BT1 is None else RealTokens(token_mask_BT1[..., 0])
         taps = self.taps_up_proj(F.silu(self.taps_down_proj(hidden_BTD))).unflatten(-1, (-1, self.dynamic_tokens))
-        mixed, conv_inputs = dynamic_convolution(v_BTC, taps, past_inputs)
+        mixed, conv_inputs = dynamic_convolution(v_BTC, taps, past_inputs, real)
         return q_BTC, k_BTC, mixed.to(v_BTC.dtype), conv_inputs

@@ -19,6 +19,7 @@ from dtr.mixers.first_token import FirstToken
 from dtr.mixers.quadratic import QuadraticFeatures
 from dtr.ops.dispatch import short_convolution
 from dtr.ops.rotary import rotate, rotate_to_unit_length
+from dtr.ops.short_convolution import RealTokens
 from dtr.ops.window_attention import attend_window, kept_bytes
 
 WINDOW_BIAS = 2.0
@@ -167,43 +168,42 @@ class LinearMixer(Mixer):
         """
         raise NotImplementedError
 
-    def forward(
+    def mix(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        token_mask: torch.Tensor | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        g, (batch, num_tokens) = self.geometry, hidden_states.shape[:2]
+        hidden_BTD: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        token_mask_BT: torch.Tensor | None,
+        memory: Any,
+        starting_rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As `Mixer.mix`."""
+        g, (batch, num_tokens) = self.geometry, hidden_BTD.shape[:2]
         heads = (batch, num_tokens, self.num_heads, g.head_dim)
-        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        mask = None if token_mask is None else token_mask[:, -num_tokens:, None]
-        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        mask = None if token_mask_BT is None else token_mask_BT[..., None]
+        q, k, v = self.q_proj(hidden_BTD), self.k_proj(hidden_BTD), self.v_proj(hidden_BTD)
         past_inputs = None if memory is None else memory.read_conv()
-        q, k, v, conv_inputs = self.mix_tokens(hidden_states, q, k, v, mask, past_inputs)
+        q, k, v, conv_inputs = self.mix_tokens(hidden_BTD, q, k, v, mask, past_inputs)
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         starts_here = memory is None or memory.read() is None
         near: torch.Tensor | None = None
         kept: tuple[torch.Tensor, ...] = ()
         if self.window:
             past = None if memory is None else memory.read_window()
-            near_q, near_k = (rotate(x, *position_embeddings) for x in self._normed(q, k))
-            near, kept = attend_window(near_q, near_k, v, token_mask, past, window=self.window, sinks=self.sinks)
-        q, k = self._turned(q, k, position_embeddings)
-        out, state = self.recur(hidden_states, q, k, v, mask, None if memory is None else memory.read())
+            near_q, near_k = (rotate(x, *angles) for x in self._normed(q, k))
+            near, kept = attend_window(near_q, near_k, v, token_mask_BT, past, window=self.window, sinks=self.sinks)
+        q, k = self._turned(q, k, angles)
+        out, state = self.recur(hidden_BTD, q, k, v, mask, None if memory is None else memory.read())
         if memory is not None:
             memory.write(state, num_tokens, conv_inputs, kept)
         if near is not None:
-            share = torch.sigmoid(self.window_proj(hidden_states)).unsqueeze(-1)
+            share = torch.sigmoid(self.window_proj(hidden_BTD)).unsqueeze(-1)
             out = share * near + (1 - share) * out
 
-        gate = 2 * torch.sigmoid(self.gate_proj(hidden_states)).view(heads)
+        gate = 2 * torch.sigmoid(self.gate_proj(hidden_BTD)).view(heads)
         out = self.o_proj((out * gate).flatten(2))
-        if self.first_token is not None and starts_here:
-            out = self.first_token(hidden_states, out, None if mask is None else mask[..., 0])
-        return out, None
+        if self.first_token is not None and (starts_here or starting_rows is not None):
+            out = self.first_token(hidden_BTD, out, token_mask_BT, None if starts_here else starting_rows)
+        return out
 
     def _turned(
         self, q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
@@ -232,11 +232,10 @@ class LinearMixer(Mixer):
         """Queries, keys and values after a convolution, if there is one, and the inputs that later tokens need."""
         if not self.conv_tokens:
             return q_BTC, k_BTC, v_BTC, None
-        parts = [q_BTC, k_BTC, v_BTC]
-        if token_mask_BT1 is not None:
-            parts = [x * token_mask_BT1.to(x.dtype) for x in parts]
+        real = None if token_mask_BT1 is None else RealTokens(token_mask_BT1[..., 0])
         pasts = [None] * 3 if past_inputs is None else past_inputs.chunk(3, dim=-1)
         # Each by itself: joined and cut apart again they would be copied.
-        mixed = [short_convolution(*each) for each in zip(parts, self.conv_taps.chunk(3), pasts)]
+        parts = zip((q_BTC, k_BTC, v_BTC), self.conv_taps.chunk(3), pasts)
+        mixed = [short_convolution(x, taps, past, real) for x, taps, past in parts]
         q, k, v = (out for out, _ in mixed)
         return q, k, v, torch.cat([inputs for _, inputs in mixed], dim=-1)

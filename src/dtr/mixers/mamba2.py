@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
 from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, NativeMixer, fit_channel_scales, start_taps
-from dtr.ops.short_convolution import short_convolution
+from dtr.ops.short_convolution import RealTokens, short_convolution
 from dtr.ops.state_space import chunked
 
 GATE_BIAS = 1.0
@@ -150,10 +150,9 @@ class Mamba2(NativeMixer):
         """The normed heads side by side (B, T, H P), the last state (B, H, N, P) and the convolution's last inputs."""
         g = self.geometry
         gate, xbc, dt = self.in_proj(hidden_BTD).split([self.inner_dim, self.conv_dim, g.num_heads], dim=-1)
-        if token_mask_BT1 is not None:
-            xbc = xbc * token_mask_BT1.to(xbc.dtype)
+        real = None if token_mask_BT1 is None else RealTokens(token_mask_BT1[..., 0])
         past = None if memory is None else memory.read_conv()
-        xbc, conv_inputs = short_convolution(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, past)
+        xbc, conv_inputs = short_convolution(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, past, real)
         xbc = F.silu(xbc)
         widths = [self.inner_dim, self.group_dim, self.group_dim]
         x, b, c = (part.unflatten(-1, (-1, g.head_dim)) for part in xbc.split(widths, dim=-1))

@@ -24,22 +24,20 @@ class NativeMixer(Mixer):
 
     out_proj: nn.Linear
 
-    def forward(
+    def mix(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        token_mask: torch.Tensor | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """As `Mixer.forward`; positions are not used."""
-        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        mask = None if token_mask is None else token_mask[:, -hidden_states.shape[1] :, None]
-        heads_BTC, state, conv_inputs = self._heads(hidden_states, mask, memory)
+        hidden_BTD: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        token_mask_BT: torch.Tensor | None,
+        memory: Any,
+        starting_rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As `Mixer.mix`; positions are not used."""
+        mask = None if token_mask_BT is None else token_mask_BT[..., None]
+        heads_BTC, state, conv_inputs = self._heads(hidden_BTD, mask, memory)
         if memory is not None:
-            memory.write(state, hidden_states.shape[1], conv_inputs)
-        return self.out_proj(heads_BTC), None
+            memory.write(state, hidden_BTD.shape[1], conv_inputs)
+        return self.out_proj(heads_BTC)
 
     def _heads(
         self, hidden_BTD: torch.Tensor, token_mask_BT1: torch.Tensor | None, memory: Any

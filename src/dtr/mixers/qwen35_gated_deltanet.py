@@ -23,7 +23,7 @@ from dtr.mixers.base import HeadNorm
 from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, NativeMixer, fit_channel_scales, start_taps
 from dtr.ops.backend import GATED_DELTA
 from dtr.ops.dispatch import gated_delta_rule
-from dtr.ops.short_convolution import short_convolution
+from dtr.ops.short_convolution import RealTokens, short_convolution
 
 L2_EPS = 1e-6
 """Added to the sum of squares of a query or key, as kernels of this form do."""
@@ -125,10 +125,9 @@ class Qwen35GatedDeltaNet(NativeMixer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The gated heads side by side (B, T, H K), the last state (B, H, K, K) and the convolution's last inputs."""
         qkv = self.in_proj_qkv(hidden_BTD)
-        if token_mask_BT1 is not None:
-            qkv = qkv * token_mask_BT1.to(qkv.dtype)
+        real = None if token_mask_BT1 is None else RealTokens(token_mask_BT1[..., 0])
         past = None if memory is None else memory.read_conv()
-        qkv, conv_inputs = short_convolution(qkv, self.conv1d.weight[:, 0], None, past)
+        qkv, conv_inputs = short_convolution(qkv, self.conv1d.weight[:, 0], None, past, real)
         q, k, v = (part.unflatten(-1, (-1, self.geometry.head_dim)) for part in F.silu(qkv).chunk(3, dim=-1))
         write_BTH = torch.sigmoid(self.in_proj_b(hidden_BTD)).float()
         log_decay_BTH = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_BTD).float() + self.dt_bias)

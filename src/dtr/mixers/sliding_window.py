@@ -63,26 +63,22 @@ class SlidingWindow(Mixer):
         for name, weight in self.named_parameters():
             weight.copy_(theirs[name])
 
-    def forward(
+    def mix(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        token_mask: torch.Tensor | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """As `Mixer.forward`."""
-        g, num_tokens = self.geometry, hidden_states.shape[1]
-        q, k, v = (
-            proj(hidden_states).unflatten(-1, (-1, g.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        hidden_BTD: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        token_mask_BT: torch.Tensor | None,
+        memory: Any,
+        starting_rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As `Mixer.mix`."""
+        g = self.geometry
+        q, k, v = (proj(hidden_BTD).unflatten(-1, (-1, g.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if g.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
-        memory = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        q, k = rotate(q, *angles), rotate(k, *angles)
         past = None if memory is None else memory.read_window()
-        out, kept = attend_window(q, k, v, token_mask, past, window=self.window, sinks=self.sinks)
+        out, kept = attend_window(q, k, v, token_mask_BT, past, window=self.window, sinks=self.sinks)
         if memory is not None:
-            memory.write(None, num_tokens, window=kept)
-        return self.o_proj(out.flatten(2)), None
+            memory.write(None, hidden_BTD.shape[1], window=kept)
+        return self.o_proj(out.flatten(2))

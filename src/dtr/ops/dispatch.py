@@ -30,6 +30,7 @@ from dtr.ops.gated_linear import chunked as gated_linear_chunked
 from dtr.ops.gated_linear import step as gated_linear_step
 from dtr.ops.quadratic_features import mix_of_heads, quadratic_features
 from dtr.ops.rotary import rotate_to_unit_length
+from dtr.ops.short_convolution import RealTokens, with_past
 from dtr.ops.short_convolution import short_convolution as _short_convolution
 
 _requested = "auto"
@@ -141,14 +142,18 @@ def rotated_quadratic_features(
 
 
 def short_convolution(
-    x_BTC: torch.Tensor, taps_CW: torch.Tensor, past: torch.Tensor | None
+    x_BTC: torch.Tensor, taps_CW: torch.Tensor, past: torch.Tensor | None, real: RealTokens | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dtr.ops.short_convolution` without bias, its output in the type of x."""
     num_past = taps_CW.shape[1] - 1
     fits = past is None and x_BTC.shape[1] >= num_past
     if fits and _name(CONVOLUTION, x_BTC.device.type, None, x_BTC.dtype) == "triton":
-        return kernel("triton", CONVOLUTION)(x_BTC, taps_CW), x_BTC[:, x_BTC.shape[1] - num_past :]
-    out, inputs = _short_convolution(x_BTC, taps_CW, None, past)
+        run = kernel("triton", CONVOLUTION)
+        if real is None:
+            return run(x_BTC, taps_CW), x_BTC[:, x_BTC.shape[1] - num_past :]
+        x_BTC = real.align(x_BTC)
+        return real.put_back(run(x_BTC, taps_CW)), real.last(with_past(x_BTC, None, num_past), num_past)
+    out, inputs = _short_convolution(x_BTC, taps_CW, None, past, real)
     return out.to(x_BTC.dtype), inputs
 
 

@@ -44,7 +44,7 @@ class CloserLook:
 
 def look_closer(recipe: Recipe, ready: Prepared, result: SearchResult) -> CloserLook:
     """Let both write, list the items on which they differ, and time them."""
-    teacher, hybrid = ready.teacher, result.m_opt
+    teacher, hybrid = ready.teacher, result.borrowed("m_opt")
     return CloserLook(
         sample=write_sample(teacher, hybrid),
         differences=differing_items(teacher, hybrid, ready.task, batch_tokens=recipe.runtime.eval_batch_tokens),

@@ -117,7 +117,8 @@ def prepare_realigned(
 
 def save(folder: RunFolder, record: dict[str, Any], result: SearchResult, realigned: Realigned | None) -> None:
     """The hybrids as Hugging Face checkpoints with their cards, then the report: a folder with it is finished."""
-    models = [(folder.hybrid, result.m_opt, "m_opt"), (folder.hybrid_best, result.m_best, "m_best")]
+    borrowed = result.borrowed
+    models = [(folder.hybrid, borrowed("m_opt"), "m_opt"), (folder.hybrid_best, borrowed("m_best"), "m_best")]
     if realigned is not None and realigned.is_kept:
         models.append((folder.hybrid_realigned, realigned.model, "realigned"))
     for path, model, which in models:

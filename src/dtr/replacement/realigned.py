@@ -19,7 +19,7 @@ class Realigned:
     """M_opt after its layers were distilled once more on the hybrid's own hidden states."""
 
     model: Any
-    """A Hugging Face model; worth keeping where `is_kept`."""
+    """A Hugging Face model with the teacher's own modules, to be run or saved; worth keeping where `is_kept`."""
     bank: MixerBank
     """The realigned layers alone."""
     layers: tuple[int, ...]
@@ -61,7 +61,7 @@ def score_realigned(
         return score(realigned, "validation", guard).goodness < score(bank, "validation", guard).goodness
 
     return Realigned(
-        model=hybrid_of(teacher, realigned, layers),
+        model=hybrid_of(teacher, realigned, layers, share_modules=True),
         bank=realigned,
         layers=tuple(layers),
         val_before=score(bank, "validation"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dtr.distillation.bank import MixerBank
 from dtr.evaluation.score import Score
@@ -22,10 +24,9 @@ from dtr.teacher import Teacher
 class SearchResult:
     """The two hybrids of Algorithm 1, how they were found, and what they score on the test split."""
 
-    m_opt: Any
-    """Most linear layers at or above P_min on validation; a Hugging Face model that shares the teacher's weights."""
-    m_best: Any
-    """The last hybrid that was at least as good on validation as all before it."""
+    teacher: Teacher = field(repr=False)
+    bank: MixerBank = field(repr=False)
+    """What the hybrids are made of."""
     trace: SearchTrace
     """Its layers are numbers of the bank's mixers, which is the same where the bank has one kind."""
     teacher_test: Score
@@ -40,6 +41,24 @@ class SearchResult:
     seconds: float
     """Time of the search alone, without the test scores."""
     test_seconds: float
+
+    @cached_property
+    def m_opt(self) -> Any:
+        """The hybrid with most linear layers at or above P_min on validation: a Hugging Face model.
+
+        Made when it is first asked for, with weights of its own: training or changing it leaves the teacher as it is.
+        """
+        return hybrid_of(self.teacher, self.bank, self.trace.m_opt.layers)
+
+    @cached_property
+    def m_best(self) -> Any:
+        """The last hybrid that was at least as good on validation as all before it, with weights of its own."""
+        return hybrid_of(self.teacher, self.bank, self.trace.m_best.layers)
+
+    def borrowed(self, which: Literal["m_opt", "m_best"]) -> Any:
+        """One of the two with the teacher's own modules, without a copy: to be run or saved, never changed."""
+        found = self.trace.m_opt if which == "m_opt" else self.trace.m_best
+        return hybrid_of(self.teacher, self.bank, found.layers, share_modules=True)
 
 
 def search(
@@ -79,8 +98,8 @@ def search(
         teacher, bank, task, settings, [(), trace.m_opt.layers, trace.m_best.layers, *curve]
     )
     return SearchResult(
-        m_opt=hybrid_of(teacher, bank, trace.m_opt.layers),
-        m_best=hybrid_of(teacher, bank, trace.m_best.layers),
+        teacher=teacher,
+        bank=bank,
         trace=trace,
         teacher_test=teacher_test,
         m_opt_test=m_opt_test,
@@ -104,10 +123,11 @@ def _test_scores(
     return [scores[linear] for linear in wanted]
 
 
-def hybrid_of(teacher: Teacher, bank: MixerBank, numbers: Sequence[int]) -> Any:
-    """The Hugging Face model with these mixers of a bank, sharing all other weights with the teacher."""
+def hybrid_of(teacher: Teacher, bank: MixerBank, numbers: Sequence[int], *, share_modules: bool = False) -> Any:
+    """The Hugging Face model with these mixers of a bank; `share_modules` as for `make_hybrid`."""
     mixers, layer_of = bank.in_dtype(teacher.dtype), bank.layer_of
     in_place = {layer_of[number]: mixers[number] for number in numbers}
-    model = make_hybrid(teacher.model, in_place, {layer_of[number]: bank.spec(number) for number in numbers})
-    model.tokenizer = teacher.tokenizer
+    specs = {layer_of[number]: bank.spec(number) for number in numbers}
+    model = make_hybrid(teacher.model, in_place, specs, share_modules=share_modules)
+    model.tokenizer = teacher.tokenizer if share_modules else copy.deepcopy(teacher.tokenizer)
     return model
