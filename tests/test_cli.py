@@ -181,7 +181,7 @@ BAD = {
     "unknown device": (["--set", "runtime.device=cdua"], "cuda"),
     "unknown mixer": (["--set", "mixer.kind=gated_deltanett"], "Did you mean 'gated_deltanet'"),
     "unknown mixer option": (["--set", "mixer.options.windw=3"], "'window'"),
-    "mixer option of a wrong type": (["--set", "mixer.options.window=wide"], "a number"),
+    "mixer option of a wrong type": (["--set", "mixer.options.window=wide"], "a whole number"),
     "layers out of range": (["--set", "distill.layers=[7]"], "distill.layers"),
     "no such text": (["--set", "text.source=missing.txt"], "missing.txt"),
     "no such task": (["--task", "missing"], "missing"),

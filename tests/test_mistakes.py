@@ -63,6 +63,10 @@ def test_values_are_suggested(place, message, tmp_path):
 
     assert told("--set", "search.strategy=exat").endswith("Did you mean 'exact'?")
     assert told("--set", "runtime.device=gpu").endswith("Write cuda for a GPU.")
+    for device in ("meta", "mps", "cpu:7", "cuda:-1", "cuda:x"):
+        assert f"runtime.device: got '{device}'; expected auto, cpu or cuda." in told(
+            "--set", f"runtime.device={device}"
+        )
     assert told("--set", "search.p_min=95%").endswith("expected a valid number.")
     assert "search.guards.0.task: got 'recall'; expected a section." in told("--set", "search.guards=[{task: recall}]")
 
@@ -91,6 +95,20 @@ def test_the_folder_above_the_one_that_is_meant(place, finished, message, tmp_pa
     assert hint in message("eval", finished, "--task", place / "task")
     assert "got a folder without config.json" in message("run", recipe, "--model", place / "task", "--out", out)
     assert "--compare" in message("report", finished, "--out", tmp_path / "page.html")
+
+
+def test_names_that_are_too_long(place, message, tmp_path):
+    recipe, name = place / "recipe.yaml", "x" * 300
+    assert "teacher.source: got " in message("eval", name)
+    assert "teacher.source: got " in message("bench", "generate", name)
+    assert "file name too long" in message("run", name, "--out", tmp_path / "run")
+    for told in (
+        message("search", recipe, "--bank", name, "--out", tmp_path / "run"),
+        message("run", recipe, "--out", tmp_path / name),
+        message("report", name),
+        message("export", name, "--out", tmp_path / "stock"),
+    ):
+        assert "; expected " in told
 
 
 def test_a_type_of_weights_that_is_none(place, message):

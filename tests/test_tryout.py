@@ -13,6 +13,7 @@ import dtr
 from dtr.corpus import TokenBlocks
 from dtr.errors import DataError, DeviceError, RecipeError
 from dtr.evaluation.evaluator import evaluate
+from dtr.mixers import MIXERS, check_mixer, options_of
 from dtr.pipeline.costs import memory_advice
 from dtr.pipeline.preparation import check_training
 from dtr.pipeline.tryout import try_task, try_text
@@ -109,6 +110,15 @@ def test_sizes_beyond_the_machine(field, teacher):
     recipe = read_recipe(None, SIZES[field], {"teacher": {"source": "x"}})
     with pytest.raises(RecipeError, match=rf"^{field}: got .*expected"):
         check_training(recipe, teacher)
+
+
+@pytest.mark.parametrize("kind", sorted(MIXERS))
+def test_options_of_mixers_are_of_the_type_that_is_named(kind, teacher):
+    for name in options_of(MIXERS[kind]):
+        is_flag = name in ("exact_first", "quadratic")
+        for value in (1 if is_flag else True, -1, 10**12, float("nan"), float("inf"), "x", None, [1]):
+            with pytest.raises(RecipeError, match=rf"mixer\.options\.{name}: got "):
+                check_mixer(kind, teacher.geometry, {name: value})
 
 
 def test_a_cache_that_no_hybrid_fits_into(teacher):

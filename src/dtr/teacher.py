@@ -194,6 +194,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            # Others, as meta and mps, are names that torch knows and places where nothing here was ever run.
+            raise RuntimeError(f"no device to run on: {name}")
     except RuntimeError:
         hint = "Write cuda for a GPU." if "gpu" in name.lower() else did_you_mean(name, ["cpu", "cuda"])
         raise RecipeError("runtime.device", got=f"'{name}'", expected="auto, cpu or cuda", hint=hint) from None

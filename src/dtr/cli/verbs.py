@@ -228,6 +228,13 @@ def main() -> None:
     except DtrError as error:
         _fail(error, debug)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        # A file that the system refuses, as one whose name is too long; what has no file is a fault of ours.
+        if error.filename is None:
+            raise
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        _fail(DtrError(name, got=str(error.strerror).lower(), expected="a file or folder that can be used"), debug)
+        raise SystemExit(DtrError.exit_code) from None
     except Stopped as stopped:
         kept = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
         command = shlex.join(["dtr", *kept, "--resume"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dtr.arch import HeadGeometry
-from dtr.errors import RecipeError, did_you_mean
+from dtr.errors import RecipeError, did_you_mean, shown
 from dtr.mixers.base import Mixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.mixers.gated_linear_attention import GatedLinearAttention
@@ -49,21 +49,46 @@ def check_options(kind: str, options: dict[str, Any]) -> None:
     Raises:
         RecipeError: unknown kind, or an option that it does not have.
     """
-    known = options_of(MIXERS[kind])
+    known = _options_with_types(MIXERS[kind])
     for name, value in options.items():
         if name not in known:
             raise RecipeError(
                 "mixer.options", got=f"'{name}'", expected=f"an option of {kind}", hint=did_you_mean(name, known)
             )
-        if not isinstance(value, (int, float)):
-            raise RecipeError(f"mixer.options.{name}", got=repr(value), expected="a number, true or false")
+        expected = _VALUES.get(known[name], "a number, true or false")
+        if not _fits(value, known[name]):
+            raise RecipeError(f"mixer.options.{name}", got=shown(value), expected=expected)
+
+
+MAX_OPTION = 2**31 - 1
+_VALUES = {
+    "bool": "true or false",
+    "int": f"a whole number from 0 to {MAX_OPTION:,}",
+    "float": f"a number above 0, at most {MAX_OPTION:,}",
+}
+"""By the type that a mixer's signature names, what such an option may be."""
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether an option of this type may have this value; true is no number, though Python counts with it."""
+    if kind == "bool" or isinstance(value, bool):
+        return isinstance(value, bool) and kind not in ("int", "float")
+    if kind == "int":
+        return isinstance(value, int) and 0 <= value <= MAX_OPTION
+    return isinstance(value, int | float) and (kind != "float" or 0 < value <= MAX_OPTION)
 
 
 def options_of(mixer: type[Mixer]) -> list[str]:
     """Names of the options that a mixer and the classes it is built on take."""
-    classes = [c for c in mixer.__mro__ if issubclass(c, Mixer) and "__init__" in vars(c)]
+    return sorted(_options_with_types(mixer))
+
+
+def _options_with_types(mixer: type[Mixer]) -> dict[str, str]:
+    """Names of those options, each with the type that the signature names."""
+    classes = [c for c in reversed(mixer.__mro__) if issubclass(c, Mixer) and "__init__" in vars(c)]
     parameters = [p for c in classes for p in inspect.signature(c.__init__).parameters.values()]
-    return sorted({p.name for p in parameters if p.kind is p.KEYWORD_ONLY})
+    kinds = {p.name: getattr(p.annotation, "__name__", p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {name: kind.removesuffix(" | None") for name, kind in kinds.items()}
 
 
 def options_of_new(kind: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
