@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dtr.bench.speedups import draw
+from matplotlib.figure import Figure
 
 OUT = Path(__file__).parent / "results" / "serving.json"
 ORIGIN = ("command", "hardware", "commit")
@@ -93,6 +93,26 @@ def gather(speed: dict[str, Any], served: list[dict[str, Any]]) -> dict[str, Any
 def named_by_size(by_batch: dict[str, Any], fill: int | None) -> dict[str, Any]:
     """The batch that fills the GPU under its size too."""
     return by_batch | ({str(fill): by_batch["fill"]} if fill is not None else {})
+
+
+def draw(record: dict[str, Any], file: Path) -> None:
+    """Decode and prefill speed-up and cache size by context length, as a picture in the format of the file's name."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for ax, key, title in zip(axes, ("decode_speedup", "prefill_speedup"), ("decoding", "prefill")):
+        batches = dict.fromkeys(batch for by_batch in record[key].values() for batch in by_batch)
+        for batch in batches:
+            points = [(int(c), by[batch]) for c, by in record[key].items() if by.get(batch)]
+            ax.plot(*zip(*points), marker="o", label="fills the GPU" if batch == "fill" else f"batch {batch}")
+        ax.axhline(1, color="grey", linewidth=0.8)
+        ax.set(title=f"{title}: times the teacher's tokens/s", xlabel="context tokens", ylim=(0, None))
+        ax.legend()
+    points = [(int(c), 100 * ratio) for c, ratio in record["cache_ratio"].items() if ratio]
+    axes[2].plot(*zip(*points), marker="o")
+    axes[2].set(title="cache: % of the teacher's bytes", xlabel="context tokens", ylim=(0, None))
+    for ax in axes:
+        ax.set_xscale("log", base=2)
+    figure.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

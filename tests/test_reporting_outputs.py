@@ -1,4 +1,4 @@
-"""What the report room gives beside the page: verdict, model card, summary table, files and figure."""
+"""What the report room gives beside the page: verdict, model card, summary table and files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from fake_report import fake_report, score, show, without
 
 from dtr.errors import DataError, OutputError
 from dtr.reporting import (
-    curve_figure,
     read_report,
     render_html,
     render_model_card,
@@ -198,15 +197,7 @@ def test_reading_what_is_not_a_report(tmp_path: Path) -> None:
             read_report(tmp_path)
 
 
-@pytest.mark.parametrize("ending", ["png", "svg"])
-def test_curve_figure(tmp_path: Path, ending: str) -> None:
-    path = curve_figure(fake_report(), tmp_path / f"curve.{ending}")
-    assert path.stat().st_size > 10_000
-    with pytest.raises(OutputError, match="expected a writable"):
-        curve_figure(fake_report(), tmp_path / "curve.nonsense")
-
-
 def test_reporting_needs_no_torch() -> None:
-    code = "import sys, dtr.reporting; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    code = "import sys, dtr.reporting; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

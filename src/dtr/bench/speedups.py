@@ -1,12 +1,11 @@
-"""From the figures of `dtr bench generate` to the ratios that it is about, and their picture."""
+"""From the figures of `dtr bench generate` to the ratios that it is about."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
-from dtr.errors import OutputError, RecipeError
+from dtr.errors import RecipeError
 
 
 def numbers(option: str, text: str, *, least: int = 1, words: tuple[str, ...] = ()) -> list[Any]:
@@ -45,30 +44,3 @@ def speedups(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _ratio(hybrid: float | None, teacher: float | None) -> float | None:
     return hybrid / teacher if hybrid and teacher else None
-
-
-def draw(record: dict[str, Any], file: str | Path) -> None:
-    """Decode and prefill speed-up and cache size by context length, as a picture in the format of the file's name."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for ax, key, title in zip(axes, ("decode_speedup", "prefill_speedup"), ("decoding", "prefill")):
-        batches = dict.fromkeys(batch for by_batch in record[key].values() for batch in by_batch)
-        for batch in batches:
-            points = [(int(c), by[batch]) for c, by in record[key].items() if by.get(batch)]
-            ax.plot(*zip(*points), marker="o", label="fills the GPU" if batch == "fill" else f"batch {batch}")
-        ax.axhline(1, color="grey", linewidth=0.8)
-        ax.set(title=f"{title}: times the teacher's tokens/s", xlabel="context tokens", ylim=(0, None))
-        ax.legend()
-    points = [(int(c), 100 * ratio) for c, ratio in record["cache_ratio"].items() if ratio]
-    axes[2].plot(*zip(*points), marker="o")
-    axes[2].set(title="cache: % of the teacher's bytes", xlabel="context tokens", ylim=(0, None))
-    for ax in axes:
-        ax.set_xscale("log", base=2)
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            str(file), got=str(error), expected="a writable .png, .svg or .pdf file", hint="Check folder and ending."
-        ) from None

@@ -69,7 +69,6 @@ def bench_generate(
     steps: Annotated[int, typer.Option("--steps", help="Decoded tokens per measurement.", min=1)] = 16,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this PNG, SVG or PDF.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the JSON into this file too, anew after every size.")
     ] = None,
@@ -77,7 +76,7 @@ def bench_generate(
 ) -> None:
     """Prefill, decoding and cache of a hybrid against its teacher, at several lengths and batch sizes."""
     from dtr.bench.measure import bench_generation
-    from dtr.bench.speedups import draw, numbers
+    from dtr.bench.speedups import numbers
     from dtr.cli.display import generation_table
     from dtr.errors import OutputError
     from dtr.files import write_json
@@ -101,8 +100,6 @@ def bench_generate(
     )
     show_table(generation_table(record))
     print(json.dumps(record))
-    if plot is not None:
-        draw(record, plot)
 
 
 @bench.command("search")

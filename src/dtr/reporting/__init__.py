@@ -2,7 +2,6 @@
 
 from dtr.reporting.card import render_model_card
 from dtr.reporting.comparison import compare
-from dtr.reporting.figure import curve_figure
 from dtr.reporting.folder import read_report, write_report
 from dtr.reporting.page import render_html
 from dtr.reporting.terminal import summary_table
@@ -11,7 +10,6 @@ from dtr.reporting.verdict import Verdict, verdict
 __all__ = [
     "Verdict",
     "compare",
-    "curve_figure",
     "read_report",
     "render_html",
     "render_model_card",

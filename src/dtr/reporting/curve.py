@@ -1,4 +1,4 @@
-"""The search curve as plain points: what the page, the comparison and the PNG all draw."""
+"""The search curve as plain points: what the page and the comparison draw."""
 
 from __future__ import annotations
 
