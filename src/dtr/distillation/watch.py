@@ -19,6 +19,9 @@ PATIENCE = 3
 class Watch:
     """Keeps a copy of the weights that each layer had when it was last in order.
 
+    A loss is that of the weights before the update that followed it, and that update may have ruined them. So weights
+    are kept on trial until a later loss, computed with what has become of them, is found in order.
+
     Args:
         mixers: those that this process trains.
     """
@@ -26,6 +29,7 @@ class Watch:
     def __init__(self, mixers: Mapping[int, Mixer]) -> None:
         self._params: dict[int, list[torch.Tensor]] = {i: list(mixer.parameters()) for i, mixer in mixers.items()}
         self._good = {index: [p.detach().clone() for p in params] for index, params in self._params.items()}
+        self._on_trial = {index: [p.clone() for p in params] for index, params in self._good.items()}
         self._best = dict.fromkeys(mixers, math.inf)
         self._num_bad = dict.fromkeys(mixers, 0)
 
@@ -54,8 +58,12 @@ class Watch:
                 if self._num_bad[index] == PATIENCE:
                     lost[index] = f"its loss of {loss:.3g} has left its best of {self._best[index]:.3g} far behind"
             else:
+                if not self._num_bad[index]:
+                    self._good[index], self._on_trial[index] = self._on_trial[index], self._good[index]
+                # After a bad loss what was on trial is given up, though the layer has come round.
+                torch._foreach_copy_(self._on_trial[index], self._params[index])
                 self._best[index], self._num_bad[index] = min(loss, self._best[index]), 0
-                torch._foreach_copy_(self._good[index], self._params[index])
         for index in lost:
             torch._foreach_copy_(self._params[index], self._good.pop(index))
+            del self._on_trial[index]
         return lost

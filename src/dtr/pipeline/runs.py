@@ -107,7 +107,9 @@ def distill_only(
     text, _ = prepare_text(recipe, teacher, emit)
     open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
     with memory_advice("distill.batch_size"):
-        return prepare_bank(recipe, teacher, text, folder, emit)
+        bank = prepare_bank(recipe, teacher, text, folder, emit)
+    text.finish()
+    return bank
 
 
 def evaluate_model(recipe: Recipe, split: str) -> dict[str, Any]:
