@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dtr.errors import DataError, RecipeError
 from dtr.tasks import load_task
+from dtr.tasks.fields import map_row
+from dtr.tasks.jsonl import Row
+from dtr.tasks.prompts import fill, fill_target
 
 
 def questions(num: int, start: int = 0) -> list[dict]:
@@ -210,3 +214,60 @@ def test_contexts_are_joined_by_their_id(tmp_path):
     (tmp_path / "docs_test.jsonl").write_text(lines([{"context_id": "m3", "context": "x"}]), encoding="utf-8")
     with pytest.raises(DataError, match=r"test\.jsonl:1: got 'm2' in 'context_id'.*docs_test\.jsonl"):
         load_task(str(tmp_path))
+
+
+def table(folder: Path, text: str | bytes) -> str:
+    for split in ("validation", "test"):
+        raw = text if isinstance(text, bytes) else text.replace("SPLIT", split).encode()
+        (folder / f"{split}.csv").write_bytes(raw)
+    return str(folder)
+
+
+def test_a_csv_file_is_text_and_digits_are_numbers_where_one_is_meant(tmp_path):
+    answers = 'prompt,answer\nSPLIT?,02116\n\nSPLIT!,1.50\nSPLIT.,"a, ""b""\nc"\nSPLIT;,NA\n'
+    task = load_task(table(tmp_path, answers))
+    assert [i.row["answers"] for i in task.splits["test"]] == [["02116"], ["1.50"], ['a, "b"\nc'], ["NA"]]
+    choices = "question,one,two,answer\nSPLIT,007,8,1\n"
+    task = load_task(table(tmp_path, choices), kind="multiple_choice", fields={"choices": ["one", "two"]})
+    assert task.splits["test"][0].row == {"choices": ["007", "8"], "answer": 1}
+    labels = "".join(f"SPLIT {n},{n},l{n}\n" for n in (10, 9))
+    task = load_task(table(tmp_path, "text,label,label_text\n" + labels))
+    assert task.splits["test"][0].row == {"choices": ["l9", "l10"], "answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,answer\nSPLIT,a,b\n", r"validation\.csv:1: got 3 cells; expected 2, one for each column"),
+        ("prompt,answer,answer\nSPLIT,a,b\n", "got the columns prompt, answer, answer; expected each name once"),
+        ('prompt,answer\nSPLIT,"a\n', "broken CSV at line 3"),
+        ("prompt,answer\nSPLIT,gr\u00fcn\n".encode("utf-16"), "text that is not UTF-8 .*CSV UTF-8"),
+        ("prompt,answer\nx,gr\u00fcn\n".encode("utf-16-le"), "not UTF-8 .zero bytes, as UTF-16 has them"),
+        ("prompt,answer\nx,gr\u00fcn\n".encode("latin-1"), "not UTF-8 .*CSV UTF-8"),
+    ],
+)
+def test_csv_files_that_cannot_be_meant(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        load_task(table(tmp_path, text))
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), ["a"], {"a": "b"}, b"abc"])
+def test_what_is_no_text_is_refused_wherever_a_model_would_read_it(tmp_path, value):
+    """Not only what a prompt names: targets, mapped fields and answers too."""
+    row = Row(file=tmp_path / "rows.parquet", line=3, data={"question": "q", "note": value})
+    message = r"rows\.parquet:3: got .* in 'note'; expected text or a number"
+    for use in (
+        lambda: fill("{question} {note}", row, "task.prompt"),
+        lambda: fill_target("{answer} {note}", "answer", "a", row, chat_template=False),
+        lambda: map_row(row, {"context": "{note}"}),
+    ):
+        with pytest.raises(DataError, match=message):
+            use()
+    assert fill("{question} {note}", replace(row, data={"question": "q", "note": 0.5}), "task.prompt") == "q 0.5"
+
+
+def test_an_answer_brings_its_own_space_or_gets_one():
+    row = Row(file=Path("rows.jsonl"), line=1, data={})
+    texts = [fill_target(None, "answer", text, row, chat_template=False) for text in ("bad", " bad", "\nbad")]
+    assert texts == [" bad", " bad", "\nbad"]
+    assert fill_target(None, "answer", " bad", row, chat_template=True) == "bad"

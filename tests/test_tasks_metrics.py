@@ -72,7 +72,11 @@ def likely(task) -> list[Likelihood]:
         ("blue", ["red river"], 0.0),
         ("lake", ["red river", "lake"], 1.0),
         ("", ["red"], 0.0),
-        ("the", ["a"], 1.0),
+        ("the", ["a"], 0.0),
+        ("", ["A"], 0.0),
+        ("a", ["A"], 1.0),
+        ("東京は首都", ["東京が首都"], 0.8),
+        ("हाँ, राम।", ["राम हाँ"], 1.0),
     ],
 )
 def test_f1_as_in_squad(written, accepted, expected):

@@ -16,7 +16,7 @@ from dtr.recipe import Section
 from dtr.tasks.base import Item, LabelRequest, Likelihood, Response
 from dtr.tasks.jsonl import Row
 from dtr.tasks.multiple_choice import ChoiceTask, choice_request, make_choice_task
-from dtr.tasks.prompts import default_target, fill
+from dtr.tasks.prompts import fill, fill_target
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options, refuse_settings
 from dtr.tasks.splits import SplitRows, draw_splits, read_splits, rows_of
 
@@ -85,11 +85,11 @@ def _load_head_task(spec: TaskSpec, found: SplitRows) -> HeadTask:
 
 
 def _make_head_item(row: Row, spec: TaskSpec) -> Item:
-    label = row.require("label")
+    label = row.whole_number("label")
     if not isinstance(label, int) or isinstance(label, bool) or label < 0:
         raise row.wrong("label", label, "the number of a class of the model's head, from 0")
     context = row.text("text") if spec.prompt is None else fill(spec.prompt, row, "task.prompt")
-    name = str(row.data.get("label_text", label))
+    name = row.as_text("label_text", row.data.get("label_text", label))
     return Item(id=row.id, requests=(LabelRequest(context=context, target=name, label=label),), row={"answer": name})
 
 
@@ -98,7 +98,7 @@ def _collect_labels(rows: Iterable[Row]) -> list[str]:
     texts: dict[int | str, str] = {}
     first: dict[int | str, Row] = {}
     for row in rows:
-        label, text = row.require("label"), row.text("label_text")
+        label, text = row.whole_number("label"), row.text("label_text")
         if not isinstance(label, int | str):
             raise row.wrong("label", label, "a number or a text")
         if texts.setdefault(label, text) != text:
@@ -106,7 +106,7 @@ def _collect_labels(rows: Iterable[Row]) -> list[str]:
         first.setdefault(label, row)
     labels = [texts[label] for label in sorted(texts, key=lambda label: (isinstance(label, str), label))]
     row = next(iter(first.values()))
-    if len(set(labels)) < max(len(labels), 2):
+    if len({label.strip() for label in labels}) < max(len(labels), 2):
         raise DataError(
             str(row.file.parent),
             got=f"labels with the texts {', '.join(labels[:10])}",
@@ -128,10 +128,6 @@ def _make_item(row: Row, spec: TaskSpec, labels: list[str]) -> Item:
     if spec.prompt is None:
         row.text("text")
     context = fill(spec.prompt if spec.prompt is not None else DEFAULT_PROMPT, row, "task.prompt")
-    template = spec.target
-    if template is None:
-        template = default_target("label_text", chat_template=spec.chat_template)
-    requests = tuple(
-        choice_request(context, fill(template, row, "task.target", {"label_text": text}), row, spec) for text in labels
-    )
+    targets = [fill_target(spec.target, "label_text", text, row, chat_template=spec.chat_template) for text in labels]
+    requests = tuple(choice_request(context, target, row, spec) for target in targets)
     return Item(id=row.id, requests=requests, row={"choices": labels, "answer": labels.index(label_text)})

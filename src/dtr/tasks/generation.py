@@ -27,7 +27,7 @@ from dtr.tasks.metrics import (
     measure,
     normalize,
 )
-from dtr.tasks.prompts import default_target, fill, likelihood_request, question_prompt
+from dtr.tasks.prompts import fill, fill_target, likelihood_request, question_prompt
 from dtr.tasks.sandbox import passes
 from dtr.tasks.spec import TASKS, TaskSpec, read_options
 from dtr.tasks.splits import draw_splits, read_splits
@@ -169,9 +169,9 @@ def _make_item(
     ]
     if options.score_answer and answers:
         # The reference text, which may hold the way to the answer that is compared.
-        reference = {"answer": row.data.get("answer", answers[0])}
-        template = spec.target or default_target("answer", chat_template=spec.chat_template)
-        target = fill(template, row, "task.target", reference)
+        given = row.data.get("answer", answers[0])
+        reference = answers[0] if isinstance(given, list) else row.as_text("answer", given)
+        target = fill_target(spec.target, "answer", reference, row, chat_template=spec.chat_template)
         requests.append(likelihood_request(context, target, chat_template=spec.chat_template))
     if runs_code:
         # A completion goes on where the prompt's code stops, so both belong to the program.
@@ -195,7 +195,7 @@ def _read_answers(row: Row, field: str | None) -> list[str]:
     answers = value if isinstance(value, list) else [value]
     if not answers or not all(isinstance(answer, str | int | float) for answer in answers):
         raise row.wrong(field, value, "a text or a number, or a list of them")
-    answers = [str(answer) for answer in answers]
+    answers = [row.as_text(field, answer) for answer in answers]
     if not all(normalize(answer) for answer in answers):
         raise row.wrong(field, value, "answers with at least one letter or digit")
     return answers

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dtr.errors import DataError, RecipeError
 from dtr.files import require_file
@@ -56,6 +58,24 @@ class Row:
         value = self.require(field)
         if not isinstance(value, str):
             raise self.wrong(field, value, "text")
+        return value
+
+    def as_text(self, field: str, value: object) -> str:
+        """A value of this row as the text that a model reads: text as it is, and numbers as Python writes them.
+
+        Raises:
+            DataError: anything else, as a missing value, NaN, bytes or a list, none of which is meant to be read.
+        """
+        is_number = isinstance(value, int | float) and math.isfinite(value)
+        if not isinstance(value, str) and not is_number:
+            raise self.wrong(field, value, "text or a number", "Fill in the row, or leave it out.")
+        return str(value)
+
+    def whole_number(self, field: str) -> Any:
+        """The value of a field that should be a whole number. In a CSV file, where all is text, digits are one."""
+        value = self.require(field)
+        if self.file.suffix == ".csv" and isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value.strip()):
+            return int(value)
         return value
 
     def wrong(self, field: str, value: object, expected: str, hint: str = "") -> DataError:
@@ -119,20 +139,45 @@ def read_jsonl(path: Path) -> list[Row]:
         DataError: unreadable, not UTF-8, a line that is no JSON object (with its number), or no row at all.
     """
     rows = []
-    try:
-        # utf-8-sig also takes files that an editor began with a byte order mark.
-        require_file(path)
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(bounded_lines(file, path), start=1):
-                if line.strip():
-                    rows.append(Row(file=path, line=number, data=_parse_line(line, f"{path}:{number}")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            str(path), got=str(error), expected="a readable UTF-8 file", hint="Check the path and the encoding."
-        ) from None
+    with open_text(path) as file:
+        for number, line in enumerate(bounded_lines(file, path), start=1):
+            if line.strip():
+                rows.append(Row(file=path, line=number, data=_parse_line(line, f"{path}:{number}")))
     if not rows:
         raise DataError(str(path), got="an empty file", expected="one JSON object a line")
     return rows
+
+
+@contextmanager
+def open_text(path: Path, **options: Any) -> Iterator[IO[str]]:
+    """A text file, open for reading; a byte order mark is taken off. `options` are those of `Path.open`.
+
+    Raises:
+        DataError: unreadable, or not UTF-8; here or while it is read.
+    """
+    try:
+        require_file(path)
+        # UTF-16 without a mark can be valid UTF-8, with a zero byte beside each letter.
+        with path.open("rb") as start:
+            if b"\0" in start.read(4096):
+                raise _not_utf8(path, "zero bytes, as UTF-16 has them")
+        with path.open(encoding="utf-8-sig", **options) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, f"{error.reason} at byte {error.start} of a block") from None
+    except OSError as error:
+        raise DataError(
+            str(path), got=str(error), expected="a readable UTF-8 file", hint="Check the path and its permissions."
+        ) from None
+
+
+def _not_utf8(path: Path, reason: str) -> DataError:
+    return DataError(
+        str(path),
+        got=f"text that is not UTF-8 ({reason})",
+        expected="UTF-8",
+        hint="Save it as UTF-8; spreadsheets call that 'CSV UTF-8'.",
+    )
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:

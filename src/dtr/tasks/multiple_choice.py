@@ -18,7 +18,7 @@ from dtr.recipe import Section
 from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response
 from dtr.tasks.jsonl import Row
 from dtr.tasks.metrics import TextMetric, find_metric, is_import_path, measure
-from dtr.tasks.prompts import default_target, fill, likelihood_request, question_prompt
+from dtr.tasks.prompts import fill, fill_target, likelihood_request, question_prompt
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options
 from dtr.tasks.splits import draw_splits, read_splits
 
@@ -114,7 +114,7 @@ def make_choice_task(
 def _make_item(row: Row, spec: TaskSpec, options: MultipleChoiceOptions) -> Item:
     choices = options.choices if options.choices is not None else _read_choices(row)
     field = options.answer_field
-    answer = row.require(field)
+    answer = row.whole_number(field)
     # A bool is an int in Python; it is meant as an index only where the recipe gives the choices, as [no, yes].
     if not isinstance(answer, int) or (isinstance(answer, bool) and options.choices is None):
         raise row.wrong(field, answer, "the index of the right choice, a whole number from 0")
@@ -122,10 +122,8 @@ def _make_item(row: Row, spec: TaskSpec, options: MultipleChoiceOptions) -> Item
     if not 0 <= answer < len(choices):
         raise row.wrong(field, answer, f"an index from 0 to {len(choices) - 1}, one of {len(choices)} choices")
     context = question_prompt(row) if spec.prompt is None else fill(spec.prompt, row, "task.prompt")
-    template = spec.target if spec.target is not None else default_target("choice", chat_template=spec.chat_template)
-    requests = tuple(
-        choice_request(context, fill(template, row, "task.target", {"choice": choice}), row, spec) for choice in choices
-    )
+    targets = [fill_target(spec.target, "choice", text, row, chat_template=spec.chat_template) for text in choices]
+    requests = tuple(choice_request(context, target, row, spec) for target in targets)
     return Item(id=row.id, requests=requests, row={"choices": list(choices), "answer": answer})
 
 

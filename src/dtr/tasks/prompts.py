@@ -8,7 +8,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from dtr.errors import RecipeError
+from dtr.errors import DataError, RecipeError
 from dtr.tasks.base import LikelihoodRequest
 from dtr.tasks.jsonl import Row
 
@@ -28,12 +28,16 @@ def fill(template: str, row: Row, where: str, extra: Mapping[str, Any] | None = 
 
     Raises:
         RecipeError: a malformed template, or a field that the row does not have; names those it has.
+        DataError: a field that is neither text nor a number, as a missing value or a list.
     """
     fields = {**row.data, **(extra or {})}
     try:
         _check_placeholders(template, fields, row, where)
+        for _, name, _, _ in string.Formatter().parse(template):
+            if name is not None:
+                row.as_text(name, string.Formatter().get_field(name, (), fields)[0])
         return template.format_map(fields)
-    except RecipeError:
+    except (RecipeError, DataError):
         raise
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise RecipeError(
@@ -102,6 +106,13 @@ def likelihood_request(context: str, target: str, *, chat_template: bool) -> Lik
     return LikelihoodRequest(context=context, target=target)
 
 
-def default_target(field: str, *, chat_template: bool) -> str:
-    """Target template of one field: after a plain prompt a space goes before it, a chat turn starts without."""
-    return f"{{{field}}}" if chat_template else f" {{{field}}}"
+def fill_target(template: str | None, field: str, value: str, row: Row, *, chat_template: bool) -> str:
+    """The answer's text: a template of the recipe with the row's fields and `field`, or `value` itself.
+
+    Without a template one space goes before it, unless it brings white space of its own; a chat turn starts without.
+    """
+    if template is not None:
+        return fill(template, row, "task.target", {field: value})
+    if chat_template:
+        return value.lstrip(" ")
+    return value if value[:1].isspace() else f" {value}"

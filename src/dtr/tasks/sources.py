@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 from dtr.corpus.reading import is_plain_text, read_documents
 from dtr.errors import DataError
 from dtr.json_lines import MAX_ROW_CHARS
-from dtr.tasks.jsonl import Row, read_jsonl
+from dtr.tasks.jsonl import Row, open_text, read_jsonl
 
 HUB_PREFIX = "datasets:"
 TABLES = (".parquet", ".csv", ".arrow")
@@ -162,8 +163,10 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: unreadable, malformed or empty.
     """
-    if path.suffix in TABLES:
-        found: Sequence[dict[str, Any]] = _read_table(path)
+    if path.suffix == ".csv":
+        found: Sequence[dict[str, Any]] = _read_csv(path)
+    elif path.suffix in TABLES:
+        found = _read_table(path)
     elif is_plain_text(path):
         found = [{"text": document} for document in read_documents(path)]
     else:
@@ -184,19 +187,43 @@ def short_name(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in (".xz", ".gz") else path).stem
 
 
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file with every cell as the text that it is: a postcode keeps its zeros, a price its cents."""
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_CHARS))
+    with open_text(path, newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            names = next(reader, [])
+            if len(set(names)) < len(names):
+                raise DataError(str(path), got=f"the columns {', '.join(names)}", expected="each name once")
+            rows = []
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise DataError(
+                        f"{path}:{len(rows) + 1}",
+                        got=f"{len(cells)} cells",
+                        expected=f"{len(names)}, one for each column ({', '.join(names)})",
+                        hint="A cell with a comma or a line break stands in double quotes.",
+                    )
+                rows.append(dict(zip(names, cells)))
+        except csv.Error as error:
+            raise DataError(
+                str(path), got=f"broken CSV at line {reader.line_num} ({error})", expected="a whole CSV file"
+            ) from None
+    return rows
+
+
 def _read_table(path: Path) -> list[dict[str, Any]]:
     # pyarrow comes with datasets; most tasks are JSON Lines and need not wait for it.
     import pyarrow
-    import pyarrow.csv
     import pyarrow.ipc
     import pyarrow.parquet
 
     try:
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path).to_pylist()
-        if path.suffix == ".csv":
-            options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            return pyarrow.csv.read_csv(path, parse_options=options).to_pylist()
         with path.open("rb") as file:
             # `datasets` writes streams, other tools mostly files.
             is_file = file.read(6) == b"ARROW1"
