@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -12,7 +13,7 @@ import torch
 from tiny import pico_teacher
 
 from dtr.arch import LayerRunner, decoder_layers, with_mixer
-from dtr.errors import DataError
+from dtr.errors import DataError, ModelError
 from dtr.evaluation.batches import TokenPair, group_by_length
 from dtr.evaluation.evaluator import Evaluator, evaluate
 from dtr.evaluation.generation import cut, generate_texts
@@ -20,6 +21,7 @@ from dtr.evaluation.likelihood import LikelihoodScorer
 from dtr.hybrid.modeling import make_hybrid
 from dtr.inference.generate import fast_generate
 from dtr.mixers import mixer_from_teacher
+from dtr.selection.criteria import at_least
 from dtr.tasks import load_task
 from dtr.tasks.base import GenerationRequest
 
@@ -269,3 +271,41 @@ def test_batches_by_length_waste_less_and_lose_nothing():
     assert len(group_by_length(lengths, members, 10**6, overhead_tokens=10**6)) == 1
     assert group_by_length([300], [0], 200) == [[0]]
     assert group_by_length([], [], 200) == []
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "classification", "perplexity", "generation", "recall"])
+def test_a_mixer_that_gives_no_numbers_loses_and_a_teacher_is_refused(teacher, mixers, kind, tmp_path):
+    """All right answers stand where an argmax of NaN would look for them, and reports can hold the score."""
+    rows = {
+        "multiple_choice": {"question": "x", "choices": ["river", "stone"], "answer": 0},
+        "classification": {"text": "x", "label": 0, "label_text": "river"},
+        "perplexity": {"text": "the river is long"},
+        "generation": {"prompt": "x", "answer": "river"},
+    }
+    if kind == "recall":
+        task = load_task("recall", num_validation=2, num_test=2)
+    else:
+        row = rows[kind]
+        first = next(iter(row))
+        more = [{**row, "label": 1, "label_text": "stone"}] if kind == "classification" else []
+        validation = [{**row, first: f"{row[first]} {n}"} for n in range(2)]
+        write_rows(tmp_path, {"validation": [*validation, *more], "test": [{**row, first: "y"}]})
+        task = load_task(str(tmp_path), kind=kind, options={"max_new_tokens": 1} if kind == "generation" else None)
+    broken = {0: copy.deepcopy(mixers[0])}
+    with torch.no_grad():
+        next(broken[0].parameters()).fill_(math.nan)
+    given = (teacher.model, teacher.tokenizer, task, "validation")
+    evaluator = Evaluator(*given, mixers=broken, specs={0: SPEC})
+    whole = evaluator()
+    with pytest.warns(
+        UserWarning, match=r"mixers in layers 0 are no finite numbers on \d of \d items, which count as lost"
+    ):
+        score = evaluator(frozenset({0}))
+    assert score.goodness < 1e-200 or score.value == 0
+    assert at_least(whole.goodness, score.goodness)
+    json.dumps(score.to_dict(with_items=True), allow_nan=False)
+    assert math.isfinite(score.signal)
+    assert score.signal < whole.signal
+    assert math.isfinite(evaluator.divergence(0))
+    with pytest.raises(ModelError, match="no finite numbers on"):
+        evaluate(hybrid(teacher, broken, (0,)), task, tokenizer=teacher.tokenizer)

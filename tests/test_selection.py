@@ -162,6 +162,12 @@ def test_p_min_beyond_the_teacher_is_refused_before_any_candidate(teacher: Score
     assert len(score.calls) == 1
 
 
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_a_share_of_nothing_is_refused_with_the_next_step(value: float):
+    with pytest.raises(RecipeError, match=f"the teacher's acc on validation, which is {value:g}.*p_min_kind=absolute"):
+        search(table(full=value), p_min=0.95, p_min_kind="relative")
+
+
 def test_a_teacher_without_a_score_is_refused():
     with pytest.raises(ModelError, match="finite"):
         search(table(full=float("nan")))

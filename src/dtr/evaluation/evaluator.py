@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from dtr.arch import LayerRunner, is_classifier, with_mixer
-from dtr.errors import DataError
+from dtr.errors import DataError, ModelError
 from dtr.evaluation.batches import TokenPair
 from dtr.evaluation.encoding import Encoder, check_ids, check_room, padding_id
 from dtr.evaluation.generation import generate_texts
@@ -29,6 +30,7 @@ from dtr.tasks.base import (
     Request,
     Response,
     Task,
+    all_finite,
 )
 
 MAX_REMEMBERED = 256
@@ -126,7 +128,9 @@ class Evaluator:
             del self._grades[next(iter(self._grades))]
         new = [index for index in wanted if index not in grades]
         if new:
-            for index, responses in zip(new, self.respond(linear, base=base, items=None if items is None else new)):
+            found = self.respond(linear, base=base, items=None if items is None else new)
+            self._check_finite(linear, found)
+            for index, responses in zip(new, found):
                 grades[index] = self._task.grade(self._items[index], responses)
         score = self._task.summarize([grades[index] for index in wanted])
         return in_groups(score, [self._items[index].group for index in wanted])
@@ -207,6 +211,25 @@ class Evaluator:
             requests,
             chat_template=self._task.chat_template,
             batch_tokens=self._batch_tokens,
+        )
+
+    def _check_finite(self, linear: frozenset[int], found: Sequence[Sequence[Response]]) -> None:
+        """A model as it was given must answer with numbers; a candidate that does not loses those items."""
+        num_lost = sum(not all_finite(responses) for responses in found)
+        if not num_lost:
+            return
+        if not linear:
+            raise ModelError(
+                f"task {self._task.name}",
+                got=f"log-probabilities that are no finite numbers on {num_lost} of {len(found)} items",
+                expected="a model that answers with numbers",
+                hint="Load it with dtype float32, and look at its weights and at what it answers to one item.",
+            )
+        layers = sorted(self._mixers[number].layer_idx for number in linear)
+        warnings.warn(
+            f"log-probabilities with mixers in layers {', '.join(map(str, layers))} are no finite numbers on "
+            f"{num_lost} of {len(found)} items, which count as lost.",
+            stacklevel=3,
         )
 
     def _check_head(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from dtr.errors import ModelError
 from dtr.evaluation.encoding import Encoder, padding_id
@@ -118,12 +118,14 @@ class _Writer:
         for row, prompt in enumerate(rows):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        options = {
+        options: dict[str, Any] = {
             "input_ids": ids.to(self.model.device),
             "attention_mask": mask.to(self.model.device),
             "max_new_tokens": request.max_new_tokens,
-            **({"stop_strings": list(request.stop), "tokenizer": self.tokenizer} if request.stop else {}),
         }
+        if request.stop:
+            rule = StopStringCriteria(tokenizer=self.tokenizer, stop_strings=list(request.stop))
+            options["stopping_criteria"] = StoppingCriteriaList([rule])
         if self.is_fast:
             out = fast_generate(self.model, decoder=self.decoder, **options)
         else:

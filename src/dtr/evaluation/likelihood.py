@@ -22,6 +22,7 @@ from dtr.allocation import keep_freed_memory
 from dtr.arch import LayerRunner
 from dtr.evaluation.batches import Batch, TokenPair, make_batches
 from dtr.evaluation.recording import GraphRecorders, LayerPasses
+from dtr.evaluation.score import LOST_NATS
 from dtr.tasks.base import Likelihood
 
 LOGIT_BYTES = {"cpu": 200_000_000, "cuda": 1_600_000_000}
@@ -109,7 +110,9 @@ class LikelihoodScorer:
         num_missed = torch.zeros(len(members), dtype=torch.long).index_add_(0, owner, misses).tolist()
         counts = owner.bincount(minlength=len(members)).tolist()
         results = {
-            index: Likelihood(log_prob=sums[at], is_greedy=num_missed[at] == 0, num_tokens=counts[at])
+            index: Likelihood(
+                log_prob=sums[at], is_greedy=num_missed[at] == 0 and math.isfinite(sums[at]), num_tokens=counts[at]
+            )
             for at, index in enumerate(members)
         }
         return [results[index] for index in (range(len(results)) if only is None else only)]
@@ -143,7 +146,8 @@ class LikelihoodScorer:
                 reference, candidate = (self._runner.logits(part).log_softmax(dim=1) for part in (theirs, ours))
                 total += (((reference - candidate) * reference.exp()).sum(dim=1) * weights).sum().item()
             num_positions += len(batch.targets)
-        return total / max(num_positions, 1)
+        # A mixer whose output is no number is as far from the teacher as one can be.
+        return total / max(num_positions, 1) if math.isfinite(total) else LOST_NATS
 
     def _batches_of(self, only: Collection[int] | None) -> list[Batch]:
         if only is None:

@@ -28,6 +28,9 @@ def impact(
         questions: rows of the answers of each question.
         right: the right one's position within each question.
     """
+    if not torch.isfinite(linear_ND).all():
+        # From what is no number nothing can be read.
+        return 1.0
     full, linear = (_centred(x.double(), questions) for x in (full_ND, linear_ND))
     targets = torch.zeros(len(full), dtype=torch.float64, device=full.device)
     targets[torch.tensor([rows[at] for rows, at in zip(questions, right)], device=full.device)] = 1.0

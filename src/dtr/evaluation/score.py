@@ -6,10 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+LOST_NATS = 1e4
+"""Stands for minus a log-probability that is no finite number: worse than any that is, and still finite, so that means,
+journals and reports can hold it. A model that gives such numbers is broken, and loses the item."""
+MAX_NLL = 690.0
+"""exp of more would be no finite number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """One item's result."""
+    """One item's result; all its numbers are finite."""
 
     value: float
     """The metric on this item: 0 or 1 for accuracy and exact match, mean negative log-likelihood for perplexity."""
@@ -71,6 +77,11 @@ class Score:
         return {**out, "per_item": list(self.per_item)} if with_items else out
 
 
+def lost_grade(*, value: float = 0.0, weight: float = 1.0) -> Grade:
+    """The grade of an item on which the model gave a number that is none."""
+    return Grade(value=value, log_likelihood=-LOST_NATS, signal=-LOST_NATS, weight=weight)
+
+
 def mean_score(metric: str, grades: Sequence[Grade]) -> Score:
     """Plain mean over items, with the standard error of the mean (sample variance, n - 1)."""
     assert grades, "a score needs at least one item"
@@ -99,7 +110,7 @@ def perplexity_score(grades: Sequence[Grade], *, metric: str = "perplexity") -> 
     # Items are the sampling unit, as tokens within one document are not independent.
     n = len(grades)
     spread = sum((g.weight * (g.value - nll)) ** 2 for g in grades) * n / max(n - 1, 1)
-    value = math.exp(nll)
+    value = math.exp(min(nll, MAX_NLL))
     return Score(
         metric=metric,
         value=value,

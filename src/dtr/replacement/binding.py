@@ -54,10 +54,11 @@ def check_search(task: Task, settings: SearchSettings) -> None:
 def check_teacher(teacher: Teacher, task: Task, settings: SearchSettings) -> None:
     """Refuse limits that this teacher misses, before anything is distilled or written; `search` does the same, later.
 
-    Scores the teacher on validation only where that can happen: with an absolute P_min or floor, and with a confidence.
+    Scores the teacher on validation, as it may get nothing right, or give no numbers at all.
 
     Raises:
-        RecipeError: a P_min or floor that the teacher itself does not reach.
+        ModelError: log-probabilities that are no numbers.
+        RecipeError: a P_min or floor that the teacher itself does not reach, or a share of a score of 0.
         DataError: too few validation items for the confidence asked for, as this teacher answers them.
     """
     limits = [(task, settings.p_min, settings.p_min_kind, "search")]
@@ -65,8 +66,6 @@ def check_teacher(teacher: Teacher, task: Task, settings: SearchSettings) -> Non
     confirmation = _split_items(task, settings).confirmation
     for one, p_min, kind, where in limits:
         is_confirmed = one is task and len(confirmation) > 0
-        if kind == "relative" and not is_confirmed:
-            continue
         score = evaluate(teacher, one, split="validation", batch_tokens=settings.batch_tokens)
         resolve_p_min(p_min, kind, score, where=where)
         if is_confirmed and settings.p_min_confidence is not None:

@@ -141,10 +141,17 @@ def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str =
             expected="a finite score",
             hint="Load the teacher with teacher.dtype=float32 and look at its outputs on one validation item.",
         )
+    if p_min_kind == "relative" and teacher.goodness <= 0:
+        raise RecipeError(
+            f"{where}.p_min",
+            got=f"a share of the teacher's {teacher.metric} on validation, which is {teacher.value:g}",
+            expected="a teacher that scores above 0: with nothing to keep, every layer could go",
+            hint="Look at what it answers to one item, then change the prompt, task.chat_template, the metric or the "
+            f"model; or give a value of the metric with {where}.p_min_kind=absolute.",
+        )
     if p_min_kind == "relative":
         goodness = p_min * teacher.goodness
-        # A teacher at goodness 0 has no bound in perplexity; its reciprocal would be a division by zero.
-        value = goodness if teacher.higher_is_better else (1.0 / goodness if goodness else math.inf)
+        value = goodness if teacher.higher_is_better else 1.0 / goodness
     else:
         value = p_min
         goodness = p_min if teacher.higher_is_better else 1.0 / p_min

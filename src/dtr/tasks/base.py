@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -59,6 +60,11 @@ class Generation:
 
 
 Response = Likelihood | Generation
+
+
+def all_finite(responses: Sequence[Response]) -> bool:
+    """Whether every log-probability is a number; a model that gives others has lost the item."""
+    return all(math.isfinite(x.log_prob) for x in responses if isinstance(x, Likelihood))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dtr.errors import DataError
-from dtr.evaluation.score import Grade, Score, mean_score
+from dtr.evaluation.score import Grade, Score, lost_grade, mean_score
 from dtr.recipe import Section
-from dtr.tasks.base import Item, LabelRequest, Likelihood, Response
+from dtr.tasks.base import Item, LabelRequest, Likelihood, Response, all_finite
 from dtr.tasks.jsonl import Row
 from dtr.tasks.multiple_choice import ChoiceTask, choice_request, make_choice_task
 from dtr.tasks.prompts import fill, fill_target
@@ -45,6 +45,8 @@ class HeadTask:
         """1 where the right class has the highest score, else 0."""
         (response,) = responses
         assert isinstance(response, Likelihood)
+        if not all_finite(responses):
+            return lost_grade()
         return Grade(value=float(response.is_greedy), log_likelihood=response.log_prob)
 
     def summarize(self, grades: Sequence[Grade]) -> Score:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pydantic import Field
 
 from dtr.errors import RecipeError
-from dtr.evaluation.score import Grade, Score, mean_score
+from dtr.evaluation.score import Grade, Score, lost_grade, mean_score
 from dtr.recipe import Section
-from dtr.tasks.base import Generation, GenerationRequest, Item, Likelihood, Request, Response
+from dtr.tasks.base import Generation, GenerationRequest, Item, Likelihood, Request, Response, all_finite
 from dtr.tasks.jsonl import Row
 from dtr.tasks.metrics import (
     TextMetric,
@@ -80,6 +80,8 @@ class GenerationTask:
         assert len(responses) == len(item.requests), "one response per request"
         written, *rest = responses
         assert isinstance(written, Generation)
+        if not all_finite(responses):
+            return lost_grade()
         found = written.text if self.extract is None else extract_last(self.extract, written.text)
         log_likelihood = sum(answer.log_prob for answer in rest if isinstance(answer, Likelihood))
         if found is None:

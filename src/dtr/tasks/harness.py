@@ -14,9 +14,18 @@ from typing import Any
 from pydantic import Field
 
 from dtr.errors import DataError, RecipeError, did_you_mean
-from dtr.evaluation.score import Grade, Score, mean_score, perplexity_score
+from dtr.evaluation.score import LOST_NATS, Grade, Score, lost_grade, mean_score, perplexity_score
 from dtr.recipe import Section
-from dtr.tasks.base import Generation, GenerationRequest, Item, Likelihood, LikelihoodRequest, Request, Response
+from dtr.tasks.base import (
+    Generation,
+    GenerationRequest,
+    Item,
+    Likelihood,
+    LikelihoodRequest,
+    Request,
+    Response,
+    all_finite,
+)
 from dtr.tasks.harness_rows import HARNESS_PREFIX, HarnessRows
 from dtr.tasks.jsonl import Row
 from dtr.tasks.prompts import likelihood_request
@@ -60,11 +69,15 @@ class HarnessTask:
             DataError: its metric is no finite number on this item.
         """
         doc, num_asked = item.row["doc"], item.row["num_asked"]
+        if self.metric not in PERPLEXITIES and not all_finite(responses):
+            return lost_grade()
         asked, reference = responses[:num_asked], responses[num_asked:]
         found = self.task.process_results(doc, _filtered(self.task, self.filter, doc, asked)).get(self.metric)
         log_likelihood = _log_likelihood(item, asked, reference)
         if self.metric in PERPLEXITIES:
             log_prob, num_units = found
+            if not all_finite(responses):
+                return lost_grade(value=LOST_NATS, weight=float(num_units))
             return Grade(value=-log_prob / num_units, log_likelihood=log_likelihood, weight=float(num_units))
         try:
             value = float(found)

@@ -25,7 +25,10 @@ TextMetric = Callable[[str, Sequence[str]], float]
 """What a model wrote, and the accepted texts, to a number of which more is better and the mean is taken."""
 
 
-_FINAL = ".,;:!? \u3001\u3002\u0964\u0965\u060c\u061b\u061f\u06d4\u0589\u055d\u1362\u1363\u1367\u104a\u104b\u17d4\u0e2f\u0f0d"
+_FINAL = (
+    ".,;:!? \u3001\u3002\u0964\u0965\u060c\u061b\u061f\u06d4\u0589\u055d"
+    "\u1362\u1363\u1367\u104a\u104b\u17d4\u0e2f\u0f0d"
+)
 """What may end a sentence or a part of it: as in English, Chinese, Hindi, Arabic, Armenian, Amharic, Burmese, Khmer."""
 _UNSPACED = re.compile(
     # Han, kana, Thai, Lao, Burmese, Khmer: a letter with the marks that belong to it.
@@ -65,7 +68,8 @@ def f1(written: str, accepted: Sequence[str]) -> float:
 def rouge_l(written: str, accepted: Sequence[str]) -> float:
     """ROUGE-L F-measure with stemming, from the library rouge-score; the best of the accepted answers counts.
 
-    Text in ASCII has the library's own words and stems. It would drop all other letters, so other words are `words` here.
+    Text in ASCII has the library's own words and stems. It would drop all other letters, so other words are
+    those of `words`.
     """
     return max(_rouge_scorer().score(answer, written)["rougeL"].fmeasure for answer in accepted)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from dtr.evaluation.score import Grade, Score, mean_score
+from dtr.evaluation.score import Grade, Score, lost_grade, mean_score
 from dtr.recipe import Section
-from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response
+from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response, all_finite
 from dtr.tasks.jsonl import Row
 from dtr.tasks.metrics import TextMetric, find_metric, is_import_path, measure
 from dtr.tasks.prompts import fill, fill_target, likelihood_request, question_prompt
@@ -50,6 +50,8 @@ class ChoiceTask:
     def grade(self, item: Item, responses: Sequence[Response]) -> Grade:
         """1 where the right choice ranks first (the earliest of equals counts as first), else 0."""
         assert len(responses) == len(item.requests), "one response per choice"
+        if not all_finite(responses):
+            return lost_grade()
         scores = []
         for request, response in zip(item.requests, responses):
             assert isinstance(request, LikelihoodRequest)

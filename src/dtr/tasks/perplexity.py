@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from dtr.corpus.cutting import cut_text
-from dtr.evaluation.score import Grade, Score, perplexity_score
+from dtr.evaluation.score import LOST_NATS, Grade, Score, lost_grade, perplexity_score
 from dtr.recipe import Section
-from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response
+from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response, all_finite
 from dtr.tasks.jsonl import Row
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options, refuse_settings
 from dtr.tasks.splits import draw_splits, read_splits
@@ -42,6 +42,8 @@ class PerplexityTask:
         """Mean negative log-likelihood per token in nats, weighted by the number of tokens."""
         (response,) = responses
         assert isinstance(response, Likelihood)
+        if not all_finite(responses):
+            return lost_grade(value=LOST_NATS, weight=float(response.num_tokens))
         mean_nll = -response.log_prob / response.num_tokens
         return Grade(value=mean_nll, log_likelihood=-mean_nll, weight=float(response.num_tokens))
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from dtr.errors import DataError, RecipeError, did_you_mean
-from dtr.evaluation.score import Grade, Score, mean_score
+from dtr.evaluation.score import Grade, Score, lost_grade, mean_score
 from dtr.recipe import Section
-from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response
+from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response, all_finite
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options, refuse_settings
 
 SPLITS = ("train", "validation", "test")
@@ -93,6 +93,8 @@ class RecallTask:
         """1 where greedy decoding writes exactly the answer, else 0."""
         (response,) = responses
         assert isinstance(response, Likelihood)
+        if not all_finite(responses):
+            return lost_grade()
         return Grade(value=float(response.is_greedy), log_likelihood=response.log_prob)
 
     def summarize(self, grades: Sequence[Grade]) -> Score:

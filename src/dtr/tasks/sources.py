@@ -196,7 +196,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
             names = next(reader, [])
             if len(set(names)) < len(names):
                 raise DataError(str(path), got=f"the columns {', '.join(names)}", expected="each name once")
-            rows = []
+            rows: list[dict[str, Any]] = []
             for cells in reader:
                 if not cells:
                     continue
