@@ -9,7 +9,7 @@ WHEEL_DIR ?= dist
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
-.PHONY: install demo test test-older-cpu slow test-lm-eval check smoke matrix docs wheel clean
+.PHONY: install demo test fast test-older-cpu slow test-lm-eval check smoke matrix docs wheel clean
 
 install: $(VENV)/.ready
 
@@ -18,6 +18,12 @@ demo: install
 
 test: install
 	$(PYTEST) -n 2 -m "not slow and not gpu"
+
+# For the inner loop: rules of the house, recipes, tasks, search, reports and the tolerance of the tests; little training.
+FAST := exactness recipe layering journal selection selection_strategies paired tasks tasks_metrics corpus streaming
+
+fast: install
+	$(PYTEST) -n 2 -m "not slow and not gpu" $(FAST:%=tests/test_%.py)
 
 # The suite without AVX-512, and with the matrix kernels that MKL takes on an AMD processor.
 test-older-cpu:

@@ -6,6 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A source archive has no history; where there is one, it wins.
 os.environ.setdefault("DTR_COMMIT", "of the source archive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Else the compiler starts processes that import torch anew: some to compile in, and one per instruction set to try it.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest
 import torch

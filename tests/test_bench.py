@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 
+import forks
 import pytest
 import torch
 from docs_pages import ROOT, load_script
@@ -86,9 +85,9 @@ def test_sizes():
 
 
 def test_the_verb_prints_a_table_and_one_json_line(place):
-    command = [sys.executable, "-m", "dtr", "bench", "distill", str(place / "model"), "--sizes", "2x24", "--steps", "1"]
+    command = ["-m", "dtr", "bench", "distill", place / "model", "--sizes", "2x24", "--steps", "1"]
     command += ["--device", "cpu", "--slow", "--baseline", "--mixer-option", "head_copies=2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forks.run(*command)
     assert done.returncode == 0, done.stderr
     assert "2 x 24" in done.stdout
     record = json.loads(done.stdout.strip().splitlines()[-1])
@@ -117,29 +116,17 @@ def test_an_option_without_a_value_names_its_flag(place, monkeypatch, capsys):
 
 
 def test_two_processes_are_timed_against_one_in_one_run(place):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [
-        "bench",
-        "distill",
-        str(place / "model"),
-        "--sizes",
-        "2x24",
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-        "--slow",
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, "-m", "dtr", *arguments], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    options = ["--sizes", "2x24", "--steps", "1", "--device", "cpu", "--slow"]
+    first, second = ranks = forks.run_ranks(2, "-m", "dtr", "bench", "distill", place / "model", *options)
+    assert [rank.returncode for rank in ranks] == [0, 0], first.stderr + second.stderr
     # One rank alone prints, and its last line is the record.
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert not second.stdout
+    (line,) = [line for line in first.stdout.splitlines() if line.startswith("{")]
     record = json.loads(line)
     # All say what they are about to do, the plainest step first.
     for rank in range(2):
         # Anywhere in a line, as what libraries print in pieces may come before it.
-        phases = re.findall(rf"\[rank {rank}, \d+ s\] (.*)", done.stderr)
+        phases = re.findall(rf"\[rank {rank}, \d+ s\] (.*)", ranks[rank].stderr)
         assert "neither compiled nor recorded" in phases[2]
         assert "2 x 24: 2 processes together, plain" in phases[-2]
     (size,) = record["sizes"]
@@ -161,8 +148,7 @@ def test_records_are_gathered_part_by_part(tmp_path):
             "sizes": sizes,
         }
         text = "a table\n" + json.dumps(record)
-        command = [sys.executable, str(program), "--out", str(out)]
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
+        done = forks.run(program, "--out", out, text=text)
         assert done.returncode == 0, done.stderr
         return json.loads(out.read_text())
 
@@ -189,7 +175,7 @@ def test_records_are_gathered_part_by_part(tmp_path):
     }
     assert sources["command"] == {"cpu": "dtr on cpu", "two_gpus": "dtr on cuda", "one_gpu": "dtr on cuda"}
     assert json.loads(out.with_name("distil_speed_cpu.json").read_text())["commit"] == "abc"
-    done = subprocess.run([sys.executable, str(program), "--out", str(out)], input="", capture_output=True, text=True)
+    done = forks.run(program, "--out", out)
     assert done.returncode != 0
     assert "nothing was written" in done.stderr
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -62,19 +64,14 @@ def search_path() -> str:
 
 def launch(
     folder: Path, kinds: str, num_processes: int, stop_after: int = 0, teacher: str = "whole"
-) -> subprocess.CompletedProcess:
+) -> list[subprocess.CompletedProcess]:
     script = folder / "worker.py"
     script.write_text(WORKER.replace("{settings}", repr(SETTINGS)))
-    command = [sys.executable]
-    if num_processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    env = os.environ | {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(script), str(folder), kinds, str(stop_after), teacher],
-        capture_output=True,
-        text=True,
-        env=env,
-    )
+    env = os.environ | {"PYTHONPATH": search_path()}
+    arguments = (script, folder, kinds, stop_after, teacher)
+    if num_processes == 1:
+        return [forks.run(*arguments, env=env)]
+    return forks.run_ranks(num_processes, *arguments, env=env)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +80,8 @@ def launch(
 def test_several_ranks_give_the_bank_of_one(kinds, num_processes, teacher, tmp_path):
     # Batches of 5, 4 layers and 2 batches to measure on: no part is the same on all ranks, and some have none.
     alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
-    done = launch(tmp_path, ",".join(kinds), num_processes, teacher=teacher)
-    assert done.returncode == 0, done.stderr
+    for rank in launch(tmp_path, ",".join(kinds), num_processes, teacher=teacher):
+        assert rank.returncode == 0, rank.stderr
     for kind in kinds:
         together = load_file(tmp_path / kind / "mixers.safetensors")
         for layer, mixer in alone.mixers.items():
@@ -95,8 +92,9 @@ def test_several_ranks_give_the_bank_of_one(kinds, num_processes, teacher, tmp_p
 def test_a_killed_rank_ends_all_and_one_goes_on(tmp_path):
     alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
     died = launch(tmp_path, "layers", 2, stop_after=10)
-    assert died.returncode != 0
-    assert "SIGKILL" in died.stderr
+    codes = [rank.returncode for rank in died]
+    assert -signal.SIGKILL in codes
+    assert 0 not in codes
     resumed, steps = resume(tmp_path / "layers.safetensors")
     assert min(steps) > 6
     for layer, mixer in alone.mixers.items():
@@ -109,8 +107,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     torch.set_num_threads(1)
     try:
         alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
-        died = launch(tmp_path, "data", 1, stop_after=10)
-        assert died.returncode != 0
+        (died,) = launch(tmp_path, "data", 1, stop_after=10)
+        assert died.returncode == -signal.SIGKILL
         resumed, steps = resume(tmp_path / "data.safetensors")
     finally:
         torch.set_num_threads(num_threads)
@@ -142,9 +140,11 @@ def test_the_command_line_under_torchrun(place, tmp_path):
     assert len(report["search"]["steps"]) == 4
     assert report["realigned"]["val_before"]["value"] == report["m_opt"]["val"]["value"]
     # A mistake ends all ranks with its message.
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
-    assert done.returncode != 0
-    assert "--overwrite" in done.stderr
+    ranks = forks.run_ranks(2, "-m", "dtr", "run", *arguments)
+    codes = [rank.returncode for rank in ranks]
+    assert 2 in codes
+    assert 0 not in codes
+    assert any("--overwrite" in rank.stderr for rank in ranks)
 
 
 TEXT_WORKER = """
@@ -192,13 +192,9 @@ def test_ranks_share_the_tokenizing_and_get_the_same_blocks(tmp_path):
     source.write_text("\n<|doc|>\n".join(documents))
     script = tmp_path / "worker.py"
     script.write_text(TEXT_WORKER)
-    done = subprocess.run(
-        [*TWO_PROCESSES, str(script), str(source), str(tmp_path / "blocks.pt")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    env = os.environ | {"PYTHONPATH": search_path()}
+    for rank in forks.run_ranks(2, script, source, tmp_path / "blocks.pt", env=env):
+        assert rank.returncode == 0, rank.stderr
     found = torch.load(tmp_path / "blocks.pt")
     tokenizer = CountingTokenizer()
     whole = load_text(str(source), tokenizer=tokenizer, **TEXT_OPTIONS)

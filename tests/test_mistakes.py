@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import subprocess
 import sys
 
+import forks
 import pytest
 
 import dtr
@@ -140,14 +140,14 @@ def test_a_folder_is_not_promised_what_it_cannot_have(place, finished, message, 
 
 def test_a_folder_that_another_process_works_in(place, message, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "dtr", "distill", place / "recipe.yaml", "--out", out, "--progress", "json"]
-    process = subprocess.Popen([*command, "--set", "distill.num_tokens=2000000"], stderr=subprocess.PIPE, text=True)
+    command = ["-m", "dtr", "distill", place / "recipe.yaml", "--out", out, "--progress", "json"]
+    process = forks.start(*command, "--set", "distill.num_tokens=2000000")
     try:
         assert any('"event": "distill"' in line for line in process.stderr)
         for more in ([], ["--resume"], ["--overwrite"]):
             told = message("distill", place / "recipe.yaml", "--out", out, *SHORT, *more)
             assert "got a folder that another process is working in" in told
-        assert process.poll() is None
+        assert process.is_running()
         assert {"recipe.yaml", "events.jsonl"} <= {path.name for path in out.iterdir()}
     finally:
         process.kill()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 
+import forks
 import pytest
 import yaml
 from docs_pages import ROOT, load_script
@@ -73,13 +72,11 @@ def test_bench_search_on_two_processes_finds_what_one_does(dtr, place, bank):
     ]
     _, out, _ = dtr(*arguments)
     alone = json.loads(out.splitlines()[-1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dtr"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    first, second = ranks = forks.run_ranks(2, "-m", "dtr", *arguments)
+    assert [rank.returncode for rank in ranks] == [0, 0], first.stderr + second.stderr
     # The first rank alone speaks.
-    assert done.stdout.count('"strategies"') == 1
-    together = json.loads(done.stdout.splitlines()[-1])
+    assert '"strategies"' not in second.stdout
+    together = json.loads(first.stdout.splitlines()[-1])
     assert list(together["strategies"]) == ["exact", "auto"]
     for name, row in together["strategies"].items():
         for key in ("layers", "order", "val", "test", "at_share"):

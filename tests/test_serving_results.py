@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import forks
 import pytest
 from docs_pages import ROOT, load_script
 from test_export import needs_norms_by_group, save_hybrid
@@ -30,13 +31,14 @@ def test_parts_become_one_result(tmp_path):
     longer = {"decode_speedup": {"2048": {"1": 1.2}, "512": {"16": 1.5}}, "prefill_speedup": {"2048": {"1": 3.0}}}
     longer["fill_batch"] = {}
     (tmp_path / "longer.json").write_text(json.dumps(origin | longer | {"cache_ratio": {"2048": 0.2}}))
-    command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--plot", str(tmp_path / "speed.png")]
+    command = [ROOT / "benchmarks" / "serving.py", "--plot", str(tmp_path / "speed.png")]
     # In any order.
     command += ["--speed", str(tmp_path / "longer.json"), "--speed", str(tmp_path / "speed.json")]
     for name, part in zip("ab", parts):
         (tmp_path / name).write_text(json.dumps(part))
         command += ["--served", str(tmp_path / name)]
-    subprocess.run([*command, "--out", str(tmp_path / "serving.json")], check=True, capture_output=True)
+    done = forks.run(*command, "--out", tmp_path / "serving.json")
+    assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "serving.json").read_text())
     assert set(result) == KEYS
     assert result["decode_speedup"]["512"] == {"1": 1.1, "16": 1.5, "fill": 2.0, "999": 2.0}
@@ -48,7 +50,7 @@ def test_parts_become_one_result(tmp_path):
     assert result["servers"]["vllm"]["target"] == ["granite"]
     assert {key: result[key] for key in origin} == origin
     (tmp_path / "longer.json").write_text(json.dumps(origin | longer | {"cache_ratio": {}, "commit": "b"}))
-    refused = subprocess.run(command, capture_output=True, text=True)
+    refused = forks.run(*command)
     assert "2 machines or commits" in refused.stderr
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 from tiny import pico_teacher
 
@@ -137,26 +135,9 @@ def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     make_task(folder)
     (folder / "worker.py").write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "worker.py"), str(folder)],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    ranks = forks.run_ranks(2, folder / "worker.py", folder, env=env)
+    errors = [rank.stderr for rank in ranks]
     assert (folder / "found.json").exists(), "\n".join(errors)
     return folder, [rank.returncode for rank in ranks], errors
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 def run_in_the_interpreter(file: str) -> None:
     """Run a test file as a program, in a process of its own: Triton decides as it is imported whether it interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
+    done = forks.run(file, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
