@@ -46,7 +46,8 @@ def finished(place):
 def test_a_run_leaves_a_folder_that_explains_itself(finished):
     folder, out = finished
     expected = {"recipe.yaml", "events.jsonl", "bank", "journal.jsonl", "search.json", "hybrid", "hybrid-best"}
-    assert expected | {"report.json", "report.html"} == {p.name for p in folder.iterdir()}
+    expected |= {"report.json", "report.html", "costs.json", "dtr-run.json"}
+    assert expected == {p.name for p in folder.iterdir()}
     report = json.loads((folder / "report.json").read_text())
     assert report["num_layers"] == 4
     assert report["search"]["candidate_evaluations"] == 10
@@ -241,7 +242,13 @@ def test_a_run_that_stops_at_its_teacher_leaves_what_was_there(place, finished, 
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     short = ["--set", "distill.num_tokens=512", "--progress", "quiet"]
     assert dtr("distill", place / "recipe.yaml", "--out", out, "--overwrite", *short)[0] == 0
-    assert sorted(path.name for path in out.iterdir()) == ["bank", "events.jsonl", "recipe.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "bank",
+        "costs.json",
+        "dtr-run.json",
+        "events.jsonl",
+        "recipe.yaml",
+    ]
     # What happened before the folder was opened is in its log too.
     events = [json.loads(line)["event"] for line in (out / "events.jsonl").read_text().splitlines()]
     assert events.index("backend") < events.index("nmse")
@@ -253,7 +260,7 @@ def test_output_folders_are_guarded(finished, place, dtr, tmp_path):
     assert (code, "--resume" in err, "--overwrite" in err) == (2, True, True)
     (tmp_path / "precious.txt").write_text("mine")
     code, _, err = dtr("run", place / "recipe.yaml", "--out", tmp_path, "--overwrite")
-    assert (code, "recipe.yaml" in err) == (2, True)
+    assert (code, "dtr-run.json" in err) == (2, True)
     assert (tmp_path / "precious.txt").read_text() == "mine"
     code, _, err = dtr("run", place / "recipe.yaml", "--out", folder, "--resume", "--set", "seed=7")
     assert (code, "seed=0" in err, "seed=7" in err) == (2, True, True)

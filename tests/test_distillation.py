@@ -130,7 +130,15 @@ def test_a_checkpoint_of_other_settings_is_refused(teacher, blocks, tmp_path):
     distill(teacher, blocks, checkpoint=checkpoint, **settings)
     with pytest.raises(BankError, match=r"learning_rate 0.005.*learning_rate 0.001"):
         distill(teacher, blocks, checkpoint=checkpoint, **settings | {"learning_rate": 1e-3})
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    good = checkpoint.read_bytes()
+    # In the header, in the facts and among the weights: whatever changes is told.
+    for at in [*range(0, 8 * 2000, 1601), *range(8 * 2000, 8 * len(good), len(good))]:
+        damaged = bytearray(good)
+        damaged[at // 8] ^= 1 << at % 8
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(BankError, match="checkpoint"):
+            distill(teacher, blocks, checkpoint=checkpoint, **settings)
+    checkpoint.write_bytes(good[:1000])
     with pytest.raises(BankError, match="checkpoint"):
         distill(teacher, blocks, checkpoint=checkpoint, **settings)
 
@@ -327,7 +335,14 @@ class TestBank:
         with pytest.raises(BankError, match="do not match"):
             load_bank(tmp_path)
         tensors.write_bytes(good)
-        facts = json.loads((tmp_path / "bank.json").read_text())
+        good = (tmp_path / "bank.json").read_text()
+        (tmp_path / "bank.json").write_text(good.replace('"num_tokens": 512', '"num_tokens": 513', 1))
+        with pytest.raises(BankError, match="does not match the checksum"):
+            load_bank(tmp_path)
+        # As an earlier version wrote it, or a later one.
+        facts = {key: value for key, value in json.loads(good).items() if key not in ("sealed", "crc32")}
+        (tmp_path / "bank.json").write_text(json.dumps(facts))
+        assert load_bank(tmp_path).identity == bank.identity
         (tmp_path / "bank.json").write_text(json.dumps(facts | {"format": 99}))
         with pytest.raises(BankError, match="format 99"):
             load_bank(tmp_path)

@@ -128,7 +128,7 @@ def test_banks_written_before_there_were_several_kinds_are_read(teacher, tmp_pat
     bank.save(tmp_path)
     facts = json.loads((tmp_path / "bank.json").read_text())
     assert (facts["format"], facts["kind"], facts["options"]) == (1, "gated_deltanet", {})
-    for new in ("specs", "num_model_layers"):
+    for new in ("specs", "num_model_layers", "sealed", "crc32"):
         del facts[new]
     (tmp_path / "bank.json").write_text(json.dumps(facts))
     loaded = load_bank(tmp_path, teacher=teacher)

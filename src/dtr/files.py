@@ -9,12 +9,15 @@ import os
 import re
 import shutil
 import stat
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dtr.errors import OutputError
+
+_SEAL = re.compile(r',\n "crc32": "([0-9a-f]{8})"\n\}\n')
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,9 +30,41 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Replace a JSON file in one step."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n")
+def write_json(path: Path, data: Any, *, sealed: bool = False) -> None:
+    """Replace a JSON file in one step.
+
+    Args:
+        path: the file.
+        data: plain types; what is no plain type is written as text.
+        sealed: end a dict with a checksum of its text, for `read_json` to compare.
+    """
+    # Said twice, so that no single damage can make a sealed file look like one that never was.
+    text = json.dumps(
+        {"sealed": True, **data} if sealed else data, indent=1, ensure_ascii=False, default=str, allow_nan=False
+    )
+    write_text(path, (_seal(text) if sealed else text) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` has written; a file without a seal, as earlier versions wrote them, is read as it is.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or a sealed file that has changed.
+    """
+    text = path.read_text(encoding="utf-8")
+    data = json.loads(text)
+    if not isinstance(data, dict) or not {"sealed", "crc32"} & set(data):
+        return data
+    found = _SEAL.search(text, max(0, len(text) - 32))
+    if found is None or found.end() != len(text) or _seal(text[: found.start()] + "\n}") + "\n" != text:
+        raise ValueError("its text does not match the checksum at its end")
+    return {key: value for key, value in data.items() if key not in ("sealed", "crc32")}
+
+
+def _seal(text: str) -> str:
+    body = text.removesuffix("\n}")
+    return f'{body},\n "crc32": "{zlib.crc32(body.encode("utf-8")):08x}"\n}}'
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
@@ -46,30 +81,57 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path, expected="a file that can be written", hint="Check the folder's rights and its free space."):
+            beside.touch()
+            # Some writers make files that only their owner can read; ours follow the umask.
+            mode = beside.stat().st_mode & 0o777
             yield beside
+            beside.chmod(mode)
             with beside.open("rb") as file:
                 # Without this a crash of the machine may leave an empty file under the final name.
                 os.fsync(file.fileno())
             os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        # On a disk that can only be read, even a file that is not there cannot be removed.
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """As `replacing`, for a whole folder: an empty one to fill, beside `path`."""
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f".{path.name}.dtr-part")
     try:
         with writing(path):
             # A process that was killed may have left it; folders of models are too large to let them gather.
-            shutil.rmtree(beside, ignore_errors=True)
+            remove(beside)
             beside.mkdir(parents=True)
+            probe = beside / ".mode"
+            probe.touch()
+            mode = probe.stat().st_mode & 0o777
+            probe.unlink()
             yield beside
-            if path.exists():
-                shutil.rmtree(path)
+            for file in beside.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(mode)
+            remove(path)
             os.replace(beside, path)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            remove(beside)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there; of a link only the link."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def is_part_of(name: str, known: Sequence[str]) -> bool:
+    """Whether a name is that of an unfinished file or folder beside one of the known names."""
+    found = re.fullmatch(r"\.(.+?)(?:\.\d+)?\.(?:dtr-)?part", name)
+    return found is not None and found[1] in known
 
 
 @contextmanager

@@ -261,6 +261,18 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of all that turns text into tokens, chat template included, 16 hex digits."""
+    if getattr(tokenizer, "is_fast", False):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # These two are set by whoever pads or cuts a batch.
+        rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+    else:
+        rules = tokenizer.get_vocab()
+    facts = [rules, getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def _is_path(source: Any) -> bool:
     """Whether a source cannot be a hub name, which has one slash at most, and not at its start."""
     return str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1

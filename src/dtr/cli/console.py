@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtr.errors import Interrupted
+from dtr.interrupt import ending_as_ctrl_c
 
 
 class Stopped(Exception):
@@ -24,7 +25,7 @@ def watched(log: str, board: Path | None = None) -> Iterator[Any]:
     # Bars of the library would run across our own, and between the lines of a JSON log.
     logging.disable_progress_bar()
     try:
-        with open_display(log) as show, open_board(board) if board else nullcontext() as draw:
+        with ending_as_ctrl_c(), open_display(log) as show, open_board(board) if board else nullcontext() as draw:
             yield show if draw is None else lambda event: (show(event), draw(event))
     except KeyboardInterrupt as error:
         text = str(error) if isinstance(error, Interrupted) else "Stopped. Every finished candidate is saved."

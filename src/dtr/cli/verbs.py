@@ -8,6 +8,7 @@ import shlex
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -238,7 +239,9 @@ def main() -> None:
     except Stopped as stopped:
         kept = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
         command = shlex.join(["dtr", *kept, "--resume"])
-        print(f"\n{stopped}\nGo on with: {command}", file=sys.stderr)
+        # A terminal that was closed takes no words.
+        with suppress(OSError):
+            print(f"\n{stopped}\nGo on with: {command}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

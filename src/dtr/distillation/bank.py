@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dtr.arch import HeadGeometry
 from dtr.errors import BankError, RecipeError
-from dtr.files import write_json, write_tensors
+from dtr.files import read_json, write_json, write_tensors
 from dtr.mixers import make_mixer, options_of_new
 from dtr.mixers.base import Mixer
 
@@ -166,7 +166,7 @@ class MixerBank:
             facts |= {"format": FORMATS["one kind"], "kind": self.specs[0]["kind"], "options": _options(self.specs[0])}
         else:
             facts |= {"format": FORMATS["several kinds"], "numbers": list(self.mixers)}
-        write_json(folder / "bank.json", facts)
+        write_json(folder / "bank.json", facts, sealed=True)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {
@@ -188,12 +188,12 @@ def load_bank(folder: str | Path, *, teacher: Any = None) -> MixerBank:
     """
     folder = find_bank(folder)
     try:
-        facts = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
+        facts = read_json(folder / "bank.json")
         tensors = load_file(folder / "mixers.safetensors")
         return _assemble(folder, facts, tensors, teacher)
-    except (OSError, json.JSONDecodeError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, BankError):
-            raise
+    except BankError:
+        raise
+    except (OSError, ValueError, SafetensorError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise BankError(
             str(folder),
             got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",

@@ -83,7 +83,7 @@ def train(
             if saving or stopping:
                 state.save(step)
                 saved_at = time.monotonic()
-            if stopping and step < bank.num_steps:
+            if stopping:
                 raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from dtr.errors import BankError
 from dtr.files import write_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CHECKSUM = "crc32"
 
 
 class TrainingState:
@@ -63,7 +66,8 @@ class TrainingState:
             "stopped": self._bank.stopped,
         }
         if self._world.is_first:
-            write_tensors(self._path, tensors, metadata={"state": json.dumps(facts)})
+            state = json.dumps(facts)
+            write_tensors(self._path, tensors, metadata={"state": state, CHECKSUM: _checksum(state, tensors)})
         self._world.wait()
 
     @torch.no_grad()
@@ -98,6 +102,7 @@ class TrainingState:
             return 0
         try:
             with safe_open(self._path, framework="pt") as file:
+                _insist_on_checksum(file)
                 facts = json.loads(file.metadata()["state"])
                 self._check(facts["identity"])
                 self._bank.stopped = {int(k): v for k, v in facts.get("stopped", {}).items()}
@@ -112,7 +117,9 @@ class TrainingState:
                         "exp_avg": file.get_tensor(f"exp_avg.{name}").to(param.device),
                         "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(param.device),
                     }
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except BankError:
+            raise
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise BankError(
                 str(self._path),
                 got=f"{type(error).__name__}: {error}",
@@ -136,3 +143,24 @@ class TrainingState:
                 expected="; ".join(f"{key} {ours[key]}" for key in changed),
                 hint="Go on with the settings it was started with, or use --overwrite.",
             )
+
+
+def _checksum(state: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of the facts and of every tensor's name, type, shape and bytes."""
+    total = zlib.crc32(state.encode("utf-8"))
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        # As bytes, since numpy knows no bfloat16.
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total = zlib.crc32(plain.numpy().data, total)
+    return f"{total:08x}"
+
+
+def _insist_on_checksum(file: Any) -> None:
+    """Raise ValueError where a checkpoint is not what was written; one of an earlier version has the facts alone."""
+    metadata = file.metadata()
+    if set(metadata) == {"state"}:
+        return
+    names = list(file.keys())
+    if _checksum(metadata["state"], {name: file.get_tensor(name) for name in names}) != metadata[CHECKSUM]:
+        raise ValueError("what it holds does not match its checksum")

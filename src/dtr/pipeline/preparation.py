@@ -28,9 +28,9 @@ from dtr.recipe import Recipe, TaskSection
 from dtr.replacement.binding import check_search, check_teacher
 from dtr.replacement.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
-from dtr.tasks.base import Task
+from dtr.tasks.base import Task, fingerprint
 from dtr.tasks.training import training_prompts
-from dtr.teacher import Teacher, load_teacher, pick_device
+from dtr.teacher import Teacher, load_teacher, pick_device, tokenizer_fingerprint
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -93,6 +93,16 @@ def check_training(recipe: Recipe, teacher: Teacher, settings: SearchSettings | 
     check_step(recipe, teacher, specs, len(layers))
     if settings is not None:
         check_budget(teacher, specs, len(layers), settings)
+
+
+def what_was_read(
+    teacher: Teacher, text: Text | None, tasks: Sequence[Task] = (), bank: MixerBank | None = None
+) -> dict[str, str]:
+    """Fingerprints by name, so that a resumed run notices when anything has changed meanwhile."""
+    read = {"teacher": teacher.fingerprint, "tokenizer": tokenizer_fingerprint(teacher.tokenizer)}
+    read |= {} if text is None else {"text": text.fingerprint}
+    read |= {"task" if at == 0 else f"guard {task.name}": fingerprint(task) for at, task in enumerate(tasks)}
+    return read | ({} if bank is None else {"bank": bank.fingerprint})
 
 
 def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:

@@ -18,6 +18,7 @@ from dtr.evaluation.paired import paired_difference
 from dtr.evaluation.score import Score
 from dtr.evaluation.speed import measure_speed
 from dtr.hybrid.cache import decode_cache_bytes
+from dtr.pipeline.costs import Costs
 from dtr.pipeline.preparation import Prepared, mixer_backends
 from dtr.recipe import Recipe
 from dtr.replacement.realigned import Realigned
@@ -59,13 +60,13 @@ def make_record(
     result: SearchResult,
     realigned: Realigned | None,
     looks: CloserLook,
-    seconds: dict[str, float],
+    costs: Costs,
 ) -> dict[str, Any]:
     """Everything a reader needs to judge and to repeat the run; see `docs/report.md` for each field."""
     teacher = ready.teacher
     text = None if ready.bank else ready.text
     return {
-        **_origin(recipe, teacher, seconds),
+        **_origin(recipe, teacher, costs),
         "teacher": _teacher(teacher, result),
         "num_layers": teacher.num_layers,
         "mixer": _mixer(recipe, teacher, bank),
@@ -84,7 +85,7 @@ def make_record(
     }
 
 
-def _origin(recipe: Recipe, teacher: Teacher, seconds: dict[str, float]) -> dict[str, Any]:
+def _origin(recipe: Recipe, teacher: Teacher, costs: Costs) -> dict[str, Any]:
     """Where and how the run was made, and what it took."""
     cuda = teacher.device.type == "cuda"
     return {
@@ -96,7 +97,8 @@ def _origin(recipe: Recipe, teacher: Teacher, seconds: dict[str, float]) -> dict
         "commit": own_commit(),
         "versions": {name: value or "not installed" for name, value in library_versions().items()},
         "seed": recipe.seed,
-        "seconds": {key: round(value, 2) for key, value in seconds.items()},
+        "seconds": {key: round(value, 2) for key, value in costs.seconds().items()},
+        "num_processes": costs.num_processes,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(teacher.device) if cuda else None,
         "recipe": recipe.model_dump(),

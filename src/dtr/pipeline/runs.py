@@ -9,7 +9,7 @@ from dtr.distillation.bank import MixerBank, read_specs
 from dtr.distributed import leave_world
 from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import evaluate
-from dtr.pipeline.costs import Clock, memory_advice
+from dtr.pipeline.costs import Costs, memory_advice
 from dtr.pipeline.folder import RunFolder
 from dtr.pipeline.preparation import (
     Listener,
@@ -21,6 +21,7 @@ from dtr.pipeline.preparation import (
     prepare_teacher,
     prepare_text,
     tell_backends,
+    what_was_read,
 )
 from dtr.pipeline.record import look_closer, make_record
 from dtr.pipeline.stages import join_run, open_run, prepare_bank, prepare_realigned, prepare_search, save
@@ -57,18 +58,26 @@ def run(
             expected="false, as the search needs the whole teacher on one device",
             hint="Distil with 'dtr distill', then give its bank to 'dtr search' on a device that holds the teacher.",
         )
-    folder, clock = RunFolder(out), Clock()
-    world, emit = join_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
+    folder, clock = RunFolder(out, bank=bank), Costs()
+    world, emit = join_run(folder, recipe, clock, resume=resume, overwrite=overwrite, on_event=on_event)
     with clock("load"):
         ready = prepare_run(recipe, bank, emit)
-    open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
+    open_run(
+        folder,
+        recipe,
+        clock,
+        world,
+        what_was_read(ready.teacher, ready.text, ready.tasks, ready.bank),
+        resume=resume,
+        overwrite=overwrite,
+    )
     with clock("distill"), memory_advice("distill.batch_size"):
         mixers = ready.bank
         if mixers is None:
             assert ready.text is not None
             mixers = prepare_bank(recipe, ready.teacher, ready.text, folder, emit)
     with clock("search"), memory_advice("runtime.eval_batch_tokens and runtime.cache_bytes"):
-        result = prepare_search(recipe, ready, mixers, folder, emit)
+        result = clock.add_search(prepare_search(recipe, ready, mixers, folder, emit))
     realigned = None
     if recipe.realign.num_tokens and result.trace.m_opt.layers:
         with clock("realign"), memory_advice("distill.batch_size"):
@@ -82,7 +91,7 @@ def run(
     emit({"event": "stage", "text": "measuring speed, writing samples"})
     with clock("report"):
         looks = look_closer(recipe, ready, result)
-    record = make_record(recipe, ready, mixers, result, realigned, looks, clock.seconds())
+    record = make_record(recipe, ready, mixers, result, realigned, looks, clock)
     save(folder, record, result, realigned)
     emit({"event": "done", "report": str(folder.path / "report.html")})
     return record
@@ -97,16 +106,18 @@ def distill_only(
     on_event: Listener | None = None,
 ) -> MixerBank:
     """The first half of `run`: leaves OUT/bank, with which `run(..., bank=...)` or `--resume` goes on."""
-    folder = RunFolder(out)
-    world, emit = join_run(folder, recipe, resume=resume, overwrite=overwrite, on_event=on_event)
-    check_text(recipe)
-    read_specs(**prepare_mixers(recipe))
-    teacher = prepare_teacher(recipe, emit)
-    check_training(recipe, teacher)
-    tell_backends(recipe, teacher, None, emit)
-    text, _ = prepare_text(recipe, teacher, emit)
-    open_run(folder, recipe, world, resume=resume, overwrite=overwrite)
-    with memory_advice("distill.batch_size"):
+    folder, clock = RunFolder(out), Costs()
+    world, emit = join_run(folder, recipe, clock, resume=resume, overwrite=overwrite, on_event=on_event)
+    with clock("load"):
+        check_text(recipe)
+        read_specs(**prepare_mixers(recipe))
+        teacher = prepare_teacher(recipe, emit)
+        check_training(recipe, teacher)
+        tell_backends(recipe, teacher, None, emit)
+        text, _ = prepare_text(recipe, teacher, emit)
+    read = what_was_read(teacher, text)
+    open_run(folder, recipe, clock, world, read, resume=resume, overwrite=overwrite)
+    with clock("distill"), memory_advice("distill.batch_size"):
         bank = prepare_bank(recipe, teacher, text, folder, emit)
     text.finish()
     return bank

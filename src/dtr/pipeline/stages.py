@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dtr.distillation.realignment import realign
 from dtr.distillation.trainer import distill
 from dtr.distributed import World, current_world, join_world
 from dtr.files import replacing_folder, write_json
+from dtr.pipeline.costs import Costs
 from dtr.pipeline.folder import RunFolder
 from dtr.pipeline.preparation import Listener, Prepared, prepare_mixers
 from dtr.recipe import Recipe
@@ -22,7 +23,7 @@ from dtr.teacher import Teacher, pick_device
 
 
 def join_run(
-    folder: RunFolder, recipe: Recipe, *, resume: bool, overwrite: bool, on_event: Listener | None
+    folder: RunFolder, recipe: Recipe, costs: Costs, *, resume: bool, overwrite: bool, on_event: Listener | None
 ) -> tuple[World, Listener]:
     """Join the other processes if torchrun started some; the first one looks whether the folder may be used.
 
@@ -32,20 +33,32 @@ def join_run(
     if world.is_first:
         folder.check(recipe, resume=resume, overwrite=overwrite)
     world.wait()
-    return world, _to_log_and(folder, on_event) if world.is_first else lambda event: None
+    return world, _to_log_and(folder, costs, on_event) if world.is_first else lambda event: None
 
 
-def open_run(folder: RunFolder, recipe: Recipe, world: World, *, resume: bool, overwrite: bool) -> None:
+def open_run(
+    folder: RunFolder,
+    recipe: Recipe,
+    costs: Costs,
+    world: World,
+    read: Mapping[str, str],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
     """Open the folder, once all that is read is found to be there; the others must not look into it before."""
     if world.is_first:
-        folder.open(recipe, resume=resume, overwrite=overwrite)
+        folder.open(recipe, resume=resume, overwrite=overwrite, read=read)
+        costs.open(folder.costs)
     world.wait()
 
 
 def prepare_bank(recipe: Recipe, teacher: Teacher, text: Text, folder: RunFolder, emit: Listener) -> MixerBank:
     """Distil, or take the bank that an earlier run of this recipe has finished."""
     if (folder.bank / "bank.json").exists():
-        return load_bank(folder.bank, teacher=teacher)
+        bank = load_bank(folder.bank, teacher=teacher)
+        _finish(folder.checkpoint)
+        return bank
     emit({"event": "stage", "text": f"preparing {' and '.join(recipe.mixer.names)} for every layer"})
     settings = recipe.distill.model_dump(exclude={"seq_len_tokens"})
     bank = distill(
@@ -60,9 +73,14 @@ def prepare_bank(recipe: Recipe, teacher: Teacher, text: Text, folder: RunFolder
     )
     if current_world().is_first:
         bank.save(folder.bank)
-        # The bank holds all that is needed from here on.
-        folder.checkpoint.unlink(missing_ok=True)
+        _finish(folder.checkpoint)
     return bank
+
+
+def _finish(checkpoint: Path) -> None:
+    """The bank holds all that is needed from here on; a process that was killed may have left its checkpoint too."""
+    if current_world().is_first:
+        checkpoint.unlink(missing_ok=True)
 
 
 def prepare_search(recipe: Recipe, ready: Prepared, bank: MixerBank, folder: RunFolder, emit: Listener) -> SearchResult:
@@ -106,7 +124,7 @@ def prepare_realigned(
         )
         if current_world().is_first:
             realigned.save(folder.realigned)
-            folder.realign_checkpoint.unlink(missing_ok=True)
+    _finish(folder.realign_checkpoint)
     task, *guards = ready.tasks
     batch_tokens = recipe.runtime.eval_batch_tokens
     found = score_realigned(teacher, bank, realigned, task, layers, guards=guards, batch_tokens=batch_tokens)
@@ -128,11 +146,10 @@ def save(folder: RunFolder, record: dict[str, Any], result: SearchResult, realig
     write_report(folder.path, record)
 
 
-def _to_log_and(folder: RunFolder, listener: Listener | None) -> Listener:
+def _to_log_and(folder: RunFolder, costs: Costs, listener: Listener | None) -> Listener:
     def emit(event: dict[str, Any]) -> None:
-        # Replayed candidates are in the log already, from the run that was interrupted.
-        if not event.get("replayed"):
-            folder.log(event)
+        costs.hear(event)
+        folder.log(event)
         if listener is not None:
             listener(event)
 

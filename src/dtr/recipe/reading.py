@@ -50,9 +50,11 @@ def read_recipe(
     where = str(path) if path else "recipe"
     _check_plain(data, where)
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise as_recipe_error(error, Recipe, where) from None
+    recipe._path = None if path is None else str(path)
+    return recipe
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     ValidationInfo,
     field_validator,
@@ -310,6 +311,15 @@ class Recipe(Section):
     runtime: RuntimeSection = RuntimeSection()
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the order of the text, the draw of items and every tie that likelihood leaves."""
+    _path: str | None = PrivateAttr(default=None)
+
+    @property
+    def path(self) -> str | None:
+        """The file that it was read from, which no run may delete; no part of what a recipe says."""
+        return self._path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
     def to_yaml(self) -> str:
         return dump_yaml(self.model_dump())

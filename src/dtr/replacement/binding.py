@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +150,7 @@ def find_layers(
             seed=settings.seed,
             clock=clock_of(world),
             journal=book,
-            on_event=on_event and _in_words(bank, on_event),
+            on_event=on_event and _in_words(bank, _with_work(validation, guarding, on_event)),
         )
     return Selection(
         trace=trace,
@@ -158,6 +158,20 @@ def find_layers(
         guard_pass_equivalents=sum(score.pass_equivalents() for score in guarding),
         seconds=time.monotonic() - started,
     )
+
+
+def _with_work(
+    validation: SpreadEvaluator, guarding: Sequence[SpreadEvaluator], listener: Callable[[dict[str, Any]], None]
+) -> Callable[[dict[str, Any]], None]:
+    """A listener that hears with each score how much work the search has been so far."""
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["event"] in ("teacher", "candidate"):
+            guards = sum(score.pass_equivalents_about for score in guarding)
+            event = {**event, "pass_equivalents": validation.pass_equivalents_about, "guard_pass_equivalents": guards}
+        listener(event)
+
+    return hear
 
 
 def _in_words(bank: MixerBank, listener: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:

@@ -93,6 +93,11 @@ class SpreadEvaluator:
         """As `Evaluator`; the same on every rank, as all lay out the same pairs."""
         return self._evaluator.pass_share
 
+    @property
+    def pass_equivalents_about(self) -> float:
+        """The same as this rank can tell without asking the others, as if all had worked alike."""
+        return self._evaluator.pass_equivalents * self._world.size
+
     def pass_equivalents(self) -> float:
         """Work of all ranks so far, in full passes over the split; all ranks ask together."""
         return sum(self._world.collect(self._evaluator.pass_equivalents))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from dtr.errors import DataError, OutputError
-from dtr.files import write_json, write_text
+from dtr.files import read_json, write_json, write_text
 from dtr.reporting.page import render_html
 
 FORMAT = 1
@@ -24,7 +24,7 @@ def write_report(folder: str | Path, report: dict) -> Path:
     folder = Path(folder)
     # The page first: if drawing it fails, the folder keeps a pair of files that belong together.
     page = render_html(report)
-    write_json(folder / JSON_NAME, _named_infinities(report))
+    write_json(folder / JSON_NAME, _named_infinities(report), sealed=True)
     write_text(folder / HTML_NAME, page)
     return folder / HTML_NAME
 
@@ -39,16 +39,21 @@ def read_report(folder: str | Path) -> dict:
     path = Path(folder)
     path = path if path.suffix == ".json" else path / JSON_NAME
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
     except OSError:
         hint = "Check the path; a run writes its report at the end."
-        if (path.parent / "recipe.yaml").is_file():
+        if os.path.isfile(path.parent / "recipe.yaml"):
             hint = "The run is not finished: start it again with the same command and --resume."
         raise OutputError(
             str(path), got="no readable report", expected="the folder of a finished run", hint=hint
         ) from None
     except ValueError as error:
-        raise DataError(str(path), got=str(error), expected="JSON", hint="Run again to write it anew.") from None
+        raise DataError(
+            str(path),
+            got=str(error),
+            expected="the report as it was written",
+            hint="Run again with --resume to write it anew.",
+        ) from None
     if not isinstance(report, dict) or "format" not in report or "dtr_version" not in report:
         raise DataError(str(path), got="another kind of JSON", expected="a report with 'format' and 'dtr_version'")
     if report["format"] != FORMAT:
