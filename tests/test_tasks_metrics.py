@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from dtr.evaluation.evaluator import evaluate
 from dtr.tasks import load_task
 from dtr.tasks.base import Generation, Likelihood
 from dtr.tasks.metrics import TEXT_METRICS, f1, find_metric
-from dtr.tasks.sandbox import passes
+from dtr.tasks.sandbox import is_isolated, passes
 
 FUNCTIONS = """
 import math
@@ -148,9 +150,9 @@ def test_a_metric_that_is_no_number_on_a_later_item(functions):
 
 
 def test_code_is_run_with_permission_only_and_with_limits(tmp_path):
-    row = {"prompt": "def double(x):\n", "tests": "assert double(4) == 8"}
     for split in ("validation", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({**row, "number": split}))
+        row = {"prompt": f"def double(x):  # {split}\n", "tests": "assert double(4) == 8"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
     options = {"allow_code_execution": True, "stop": ["\n\n"], "code_seconds": 1}
     task = load_task(str(tmp_path), kind="generation", metric="pass_at_1", options=options)
     assert grade(task, "    return 2 * x") == 1.0
@@ -168,6 +170,43 @@ def test_a_written_program_writes_no_file_and_takes_little_memory(tmp_path):
     assert not passes("x = bytearray(4 << 30)", seconds=2)
     assert not passes("import os\nassert os.environ.get('HOME')", seconds=2)
     assert passes("import json", seconds=2)
+
+
+@pytest.mark.parametrize("code", ["import os; os._exit(0)", "import os; os._exit(42)", "raise SystemExit(0)", "quit()"])
+def test_no_exit_code_passes_for_the_end_of_a_program(code):
+    assert not passes(code, seconds=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("isolate", [True, False])
+def test_nothing_that_a_program_starts_is_left_behind(isolate):
+    mark = f"left-{os.getpid()}-{isolate}"
+    code = (
+        f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.execlp('sleep', {mark!r}, '60')\ntime.sleep(0.2)"
+    )
+    passes(code, seconds=2, isolate=isolate)
+    names = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(mark.encode() in name for name in names)
+
+
+@pytest.mark.skipif(not is_isolated(), reason="needs user namespaces")
+def test_an_isolated_program_reaches_no_file_process_or_network(tmp_path):
+    target = tmp_path / "mine"
+    target.write_text("x")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert not passes(code, seconds=2)
+    for code in (
+        f"open({str(target)!r}, 'w')",
+        f"import os\nos.remove({str(target)!r})",
+        f"import os\nos.mkdir({str(tmp_path / 'new')!r})",
+        f"open('/proc/{os.getpid()}/environ')",
+        f"import os\nos.kill({os.getpid()}, 0)",
+    ):
+        assert not passes(code, seconds=2), code
+    assert target.read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert passes(f"assert open({str(target)!r}).read() == 'x'", seconds=2)
 
 
 def test_metrics_by_name_are_functions():
