@@ -211,7 +211,7 @@ class LinearMixer(Mixer):
         """Queries and keys as `recur` gets them."""
         if self.quadratic:
             if not self.geometry.qk_norm:
-                return self.q_quadratic.rotated(q_BTHK, *angles), self.k_quadratic.rotated(k_BTHK, *angles)
+                return self.q_quadratic(q_BTHK, angles), self.k_quadratic(k_BTHK, angles)
             q_BTHK, k_BTHK = self.q_quadratic(q_BTHK), self.k_quadratic(k_BTHK)
         turn = rotate_to_unit_length if self.has_unit_keys else rotate
         q, k = (turn(x, *angles) for x in self._normed(q_BTHK, k_BTHK))

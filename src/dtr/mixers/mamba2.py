@@ -19,8 +19,16 @@ from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError
-from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, NativeMixer, fit_channel_scales, start_taps
-from dtr.ops.short_convolution import RealTokens, short_convolution
+from dtr.mixers.native import (
+    CONV_TOKENS,
+    SCORE_SCALE,
+    VALUE_SCALE,
+    CausalConv1d,
+    NativeMixer,
+    fit_channel_scales,
+    start_taps,
+)
+from dtr.ops.short_convolution import RealTokens
 from dtr.ops.state_space import chunked
 
 GATE_BIAS = 1.0
@@ -79,7 +87,7 @@ class Mamba2(NativeMixer):
         # Rows: gate, x, B, C, dt. Only the gate's have a bias (apart, as a padded token must send nothing on).
         self.in_proj = nn.Linear(g.hidden_dim, self.inner_dim + self.conv_dim + g.num_heads, bias=False)
         self.gate_bias = nn.Parameter(torch.empty(self.inner_dim))
-        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, CONV_TOKENS, groups=self.conv_dim)
+        self.conv1d = CausalConv1d(self.conv_dim, self.conv_dim, CONV_TOKENS, groups=self.conv_dim)
         self.dt_bias = nn.Parameter(torch.empty(g.num_heads))
         self.A_log = nn.Parameter(torch.empty(g.num_heads))
         self.D = nn.Parameter(torch.empty(g.num_heads))
@@ -152,7 +160,7 @@ class Mamba2(NativeMixer):
         gate, xbc, dt = self.in_proj(hidden_BTD).split([self.inner_dim, self.conv_dim, g.num_heads], dim=-1)
         real = None if token_mask_BT1 is None else RealTokens(token_mask_BT1[..., 0])
         past = None if memory is None else memory.read_conv()
-        xbc, conv_inputs = short_convolution(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, past, real)
+        xbc, conv_inputs = self.conv1d(xbc, past, real)
         xbc = F.silu(xbc)
         widths = [self.inner_dim, self.group_dim, self.group_dim]
         x, b, c = (part.unflatten(-1, (-1, g.head_dim)) for part in xbc.split(widths, dim=-1))

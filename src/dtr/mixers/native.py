@@ -11,12 +11,26 @@ import torch
 from torch import nn
 
 from dtr.mixers.base import Mixer
+from dtr.ops.short_convolution import RealTokens, short_convolution
 
 CONV_TOKENS = 4
 """Tokens that the short convolution sees, the current one among them."""
 VALUE_SCALE, SCORE_SCALE = 0.25, 0.5
 """Size of what SiLU gets at the start for values, and for queries and keys: where it is small, SiLU(u) is nearly u / 2.
 A norm follows on each, so that the size itself has no effect."""
+
+
+class CausalConv1d(nn.Conv1d):
+    """A short depthwise convolution over what has been, with weights as the library names them.
+
+    A module that computes by its own weights, so that hooks which bring them into memory (offloading) are asked.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x_BTC: torch.Tensor, past: torch.Tensor | None, real: RealTokens | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `short_convolution`: the convolved inputs (B, T, C), and the last ones for later tokens."""
+        return short_convolution(x_BTC, self.weight[:, 0], self.bias, past, real)
 
 
 class NativeMixer(Mixer):

@@ -32,12 +32,11 @@ class QuadraticFeatures(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim))
 
-    def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
-        return quadratic_features(x_BTHK, mix_of_heads(x_BTHK, self.weight, step_size=STEP_SIZE))
-
-    def rotated(self, x_BTHK: torch.Tensor, cos_BTK: torch.Tensor, sin_BTK: torch.Tensor) -> torch.Tensor:
-        """The features rotated by their positions' angles and of unit length."""
-        return rotated_quadratic_features(x_BTHK, self.weight, cos_BTK, sin_BTK, step_size=STEP_SIZE)
+    def forward(self, x_BTHK: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """The features; with the cosines and sines of their positions, rotated and of unit length."""
+        if angles is None:
+            return quadratic_features(x_BTHK, mix_of_heads(x_BTHK, self.weight, step_size=STEP_SIZE))
+        return rotated_quadratic_features(x_BTHK, self.weight, *angles, step_size=STEP_SIZE)
 
     @torch.no_grad()
     def joined(self, projection: nn.Linear) -> nn.Linear:

@@ -20,10 +20,18 @@ from torch.nn import functional as F
 
 from dtr.arch import HeadGeometry
 from dtr.mixers.base import HeadNorm
-from dtr.mixers.native import CONV_TOKENS, SCORE_SCALE, VALUE_SCALE, NativeMixer, fit_channel_scales, start_taps
+from dtr.mixers.native import (
+    CONV_TOKENS,
+    SCORE_SCALE,
+    VALUE_SCALE,
+    CausalConv1d,
+    NativeMixer,
+    fit_channel_scales,
+    start_taps,
+)
 from dtr.ops.backend import GATED_DELTA
 from dtr.ops.dispatch import gated_delta_rule
-from dtr.ops.short_convolution import RealTokens, short_convolution
+from dtr.ops.short_convolution import RealTokens
 
 L2_EPS = 1e-6
 """Added to the sum of squares of a query or key, as kernels of this form do."""
@@ -61,7 +69,7 @@ class Qwen35GatedDeltaNet(NativeMixer):
         self.in_proj_z = nn.Linear(g.hidden_dim, inner_dim, bias=False)
         self.in_proj_b = nn.Linear(g.hidden_dim, g.num_heads, bias=False)
         self.in_proj_a = nn.Linear(g.hidden_dim, g.num_heads, bias=False)
-        self.conv1d = nn.Conv1d(3 * inner_dim, 3 * inner_dim, CONV_TOKENS, groups=3 * inner_dim, bias=False)
+        self.conv1d = CausalConv1d(3 * inner_dim, 3 * inner_dim, CONV_TOKENS, groups=3 * inner_dim, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(g.num_heads))
         self.A_log = nn.Parameter(torch.empty(g.num_heads))
         self.norm = HeadNorm(g.head_dim, g.norm_eps)
@@ -127,7 +135,7 @@ class Qwen35GatedDeltaNet(NativeMixer):
         qkv = self.in_proj_qkv(hidden_BTD)
         real = None if token_mask_BT1 is None else RealTokens(token_mask_BT1[..., 0])
         past = None if memory is None else memory.read_conv()
-        qkv, conv_inputs = short_convolution(qkv, self.conv1d.weight[:, 0], None, past, real)
+        qkv, conv_inputs = self.conv1d(qkv, past, real)
         q, k, v = (part.unflatten(-1, (-1, self.geometry.head_dim)) for part in F.silu(qkv).chunk(3, dim=-1))
         write_BTH = torch.sigmoid(self.in_proj_b(hidden_BTD)).float()
         log_decay_BTH = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_BTD).float() + self.dt_bias)
