@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,6 +30,26 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "
 
 HYBRID_PREFIX = "dtr_"
 """What a hybrid's model type puts before that of its family."""
+
+
+TESTED = ("5.17", "5.23")
+"""Oldest and newest transformers that all tests have passed with. Methods that it calls private are overridden here."""
+
+
+def check_library() -> None:
+    """Raise ModelError unless the installed transformers is one that was tested."""
+    # Here, as this file may be imported while that package still is.
+    import transformers
+
+    oldest, newest = (tuple(map(int, version.split("."))) for version in TESTED)
+    installed = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    if not oldest <= installed <= newest:
+        raise ModelError(
+            "transformers",
+            got=f"version {transformers.__version__}",
+            expected=f"{TESTED[0]} to {TESTED[1]}, with which this was tested",
+            hint=f"pip install 'transformers>={TESTED[0]},<{newest[0]}.{newest[1] + 1}', or a newer release of dtr.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +116,39 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def with_mixer(layer: nn.Module, mixer: nn.Module | None) -> nn.Module:
-    """A decoder layer that shares everything with `layer` but its attention; `layer` itself stays as it is."""
+    """A decoder layer that shares everything with `layer` but its attention; `layer` itself stays as it is.
+
+    Raises:
+        ModelError: the layer's forward pass was replaced on this one object, in a way that cannot be moved to a twin.
+    """
     twin = copy.copy(layer)
     # copy.copy shares the dict of submodules, and assigning one would change the original.
     twin._modules = dict(layer._modules)
     twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
+    for name, value in vars(layer).items():
+        # Hooks (accelerate's device_map) put a forward pass of their own on the object, bound to the original.
+        if (bound := _bound_to(twin, layer, value)) is not value:
+            vars(twin)[name] = bound
+    if mixer is not None and "forward" in vars(layer) and vars(twin)["forward"] is vars(layer)["forward"]:
+        raise ModelError(
+            "model",
+            got="a decoder layer whose forward pass was replaced on the object, so that a copy runs the original",
+            expected="layers as their class defines them, or with accelerate's hooks",
+            hint="Load the model without what wraps its layers.",
+        )
     if mixer is not None:
         twin.self_attn = mixer
     return twin
+
+
+def _bound_to(twin: nn.Module, layer: nn.Module, value: Any) -> Any:
+    """A method of `layer`, or a partial call with it, as that of `twin`; anything else as it is."""
+    if isinstance(value, MethodType) and value.__self__ is layer:
+        return MethodType(value.__func__, twin)
+    if isinstance(value, partial) and any(x is layer for x in (*value.args, *value.keywords.values())):
+        args, keywords = [twin if x is layer else x for x in value.args], value.keywords.items()
+        return partial(value.func, *args, **{key: twin if x is layer else x for key, x in keywords})
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,9 @@ class _Bars:
             self._tasks[name] = self._progress.add_task(name, total=total, note="")
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)
 
+    def _on_self_check(self, event: dict[str, Any]) -> None:
+        self._console.print(event["text"], highlight=False)
+
     def _on_backend(self, event: dict[str, Any]) -> None:
         self._console.print(f"backend {event['name']} on {event['device']}: {event['reason']}", highlight=False)
 

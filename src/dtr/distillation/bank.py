@@ -14,9 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from dtr.anatomy import some
 from dtr.arch import HeadGeometry
 from dtr.errors import BankError, RecipeError
 from dtr.files import read_json, write_json, write_tensors
+from dtr.identity import is_earlier
 from dtr.mixers import make_mixer, options_of_new
 from dtr.mixers.base import Mixer
 
@@ -88,6 +90,8 @@ class MixerBank:
     num_tokens: int = 0
     num_steps: int = 0
     seconds: float = 0.0
+    _frozen: dict[Any, dict[int, Mixer]] = field(default_factory=dict, repr=False, compare=False)
+    """What `in_dtype` gave, by type and state of the weights."""
 
     @property
     def layers(self) -> list[int]:
@@ -139,8 +143,18 @@ class MixerBank:
         return self.specs[number // self.num_model_layers]
 
     def in_dtype(self, dtype: torch.dtype) -> dict[int, Mixer]:
-        """Frozen copies of all mixers in the teacher's dtype, as hybrids use them."""
-        return {i: copy.deepcopy(m).to(dtype).requires_grad_(False).eval() for i, m in self.mixers.items()}
+        """Frozen copies of all mixers in the teacher's dtype, as evaluation uses them; all who ask share one set.
+
+        Whoever gives one away, or changes it, copies it first.
+        """
+        # Torch counts what happens to a tensor in place, so a bank that trains on gives copies of what it is now.
+        tensors = [t for m in self.mixers.values() for t in (*m.parameters(), *m.buffers())]
+        key = (dtype, tuple((id(t), t._version) for t in tensors))
+        if key not in self._frozen:
+            self._frozen = {
+                key: {i: copy.deepcopy(m).to(dtype).requires_grad_(False).eval() for i, m in self.mixers.items()}
+            }
+        return dict(self._frozen[key])
 
     @property
     def fingerprint(self) -> str:
@@ -157,7 +171,7 @@ class MixerBank:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "mixers.safetensors", self._tensors())
-        facts = {key: value for key, value in vars(self).items() if key not in ("mixers", "geometry")} | {
+        facts = {key: value for key, value in vars(self).items() if key not in ("mixers", "geometry", "_frozen")} | {
             "geometry": asdict(self.geometry),
             "layers": self.layers,
             "fingerprint": self.fingerprint,
@@ -193,7 +207,7 @@ def load_bank(folder: str | Path, *, teacher: Any = None) -> MixerBank:
         return _assemble(folder, facts, tensors, teacher)
     except BankError:
         raise
-    except (OSError, ValueError, SafetensorError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, SafetensorError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise BankError(
             str(folder),
             got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
@@ -219,13 +233,8 @@ def find_bank(folder: str | Path) -> Path:
 def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor], teacher: Any) -> MixerBank:
     if facts["format"] not in FORMATS.values():
         raise BankError(str(folder), got=f"format {facts['format']}", expected=f"one of {list(FORMATS.values())}")
-    if teacher is not None and facts["teacher_fingerprint"] != teacher.fingerprint:
-        raise BankError(
-            str(folder),
-            got=f"a bank of teacher {facts['teacher_fingerprint']}",
-            expected=f"one of {teacher.source} ({teacher.fingerprint})",
-            hint="Give the teacher that the bank was made from, or distil again.",
-        )
+    if teacher is not None:
+        check_same_teacher(facts["teacher_fingerprint"], teacher, where=str(folder))
     geometry = HeadGeometry(**facts["geometry"])
     device = "cpu" if teacher is None else teacher.device
     numbers = facts.get("numbers", facts["layers"])
@@ -235,9 +244,12 @@ def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tens
     for number in numbers:
         spec = specs[number // num_model_layers]
         mixer = make_mixer(spec["kind"], geometry, number % num_model_layers, _options(spec))
+        mixers[number] = mixer
+    _check_weights(folder, mixers, tensors)
+    for number, mixer in mixers.items():
         prefix = f"layers.{number}."
         mixer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        mixers[number] = mixer.to(device)
+        mixer.to(device)
     errors = ("nmse_before", "nmse_after")
     by_layer: dict[str, Any] = {key: {int(k): v for k, v in facts[key].items()} for key in errors}
     by_layer["stopped"] = {int(k): v for k, v in facts.get("stopped", {}).items()}
@@ -259,6 +271,43 @@ def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tens
             hint="The files are damaged or mixed; distil again.",
         )
     return bank
+
+
+def check_same_teacher(fingerprint: str, teacher: Any, *, where: str) -> None:
+    """Raise BankError unless `teacher` is the one of that fingerprint."""
+    if teacher.is_one_of(fingerprint):
+        return
+    is_old = is_earlier(fingerprint)
+    raise BankError(
+        where,
+        got=f"one of teacher {fingerprint}" + (", as earlier releases put it," if is_old else ""),
+        expected=f"one of {teacher.source} ({teacher.fingerprint})",
+        hint="Give the teacher that the bank was made from, or distil again."
+        + (
+            " Earlier releases also refuse a bank after an upgrade of transformers: use the one before."
+            if is_old
+            else ""
+        ),
+    )
+
+
+def _check_weights(folder: Path, mixers: dict[int, Mixer], tensors: dict[str, torch.Tensor]) -> None:
+    """The file holds the weights of these mixers, all of them, no others, and all of them numbers."""
+    expected = {f"layers.{i}.{name}": t.shape for i, mixer in mixers.items() for name, t in mixer.state_dict().items()}
+    problems = {
+        "lacks {}": [name for name in expected if name not in tensors],
+        "has {} besides": [name for name in tensors if name not in expected],
+        "has another shape in {}": [n for n, t in tensors.items() if n in expected and t.shape != expected[n]],
+        "has NaN or infinity in {}": [n for n, t in tensors.items() if not t.isfinite().all()],
+    }
+    found = [text.format(some(sorted(names))) for text, names in problems.items() if names]
+    if found:
+        raise BankError(
+            str(folder),
+            got=f"a mixers.safetensors that {', '.join(found)}",
+            expected="the weights of the mixers that bank.json names",
+            hint="The files are damaged or mixed; distil again.",
+        )
 
 
 def _options(spec: Spec) -> dict[str, Any]:

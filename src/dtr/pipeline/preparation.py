@@ -120,6 +120,7 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
         trust_remote_code=settings.trust_remote_code,
         shard=recipe.runtime.shard_teacher,
     )
+    emit({"event": "self_check", "text": teacher.self_check})
     # Again, now that it is known what kernels would get.
     dtype = _kernel_dtype(recipe, teacher)
     use_backend(recipe.runtime.backend, device.type, head_dim=teacher.geometry.head_dim, dtype=dtype)

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dtr.distillation.bank import MixerBank
+from dtr.distillation.bank import MixerBank, check_same_teacher
 from dtr.distributed import World, current_world
-from dtr.errors import BankError, RecipeError
+from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import Evaluator, evaluate
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.replacement.settings import SearchSettings
@@ -116,13 +116,7 @@ def find_layers(
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Selection:
     """The search alone, without its test scores; arguments and errors as in `dtr.replacement.search.search`."""
-    if bank.teacher_fingerprint != teacher.fingerprint:
-        raise BankError(
-            "bank",
-            got=f"one of teacher {bank.teacher_fingerprint}",
-            expected=f"one of {teacher.source} ({teacher.fingerprint})",
-            hint="Give the teacher that the bank was made from, or distil again.",
-        )
+    check_same_teacher(bank.teacher_fingerprint, teacher, where="bank")
     check_search(task, settings)
     budget, items = _budget(teacher, bank, settings), _split_items(task, settings)
     started = time.monotonic()
@@ -258,7 +252,8 @@ def _open_journal(
         return nullcontext()
     # P_min and the strategy are not part of it: the same scores serve any.
     identity = {
-        "teacher": teacher.fingerprint,
+        # As the bank has it, which an earlier release may have written.
+        "teacher": bank.teacher_fingerprint,
         "dtype": str(teacher.dtype),
         "bank": bank.fingerprint,
         "task": fingerprint(task),

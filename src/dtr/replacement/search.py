@@ -126,7 +126,8 @@ def _test_scores(
 def hybrid_of(teacher: Teacher, bank: MixerBank, numbers: Sequence[int], *, share_modules: bool = False) -> Any:
     """The Hugging Face model with these mixers of a bank; `share_modules` as for `make_hybrid`."""
     mixers, layer_of = bank.in_dtype(teacher.dtype), bank.layer_of
-    in_place = {layer_of[number]: mixers[number] for number in numbers}
+    # The bank's copies are for all who only look.
+    in_place = {layer_of[n]: mixers[n] if share_modules else copy.deepcopy(mixers[n]) for n in numbers}
     specs = {layer_of[number]: bank.spec(number) for number in numbers}
     model = make_hybrid(teacher.model, in_place, specs, share_modules=share_modules)
     model.tokenizer = teacher.tokenizer if share_modules else copy.deepcopy(teacher.tokenizer)
