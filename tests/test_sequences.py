@@ -236,3 +236,12 @@ def test_a_mixer_cannot_swallow_what_it_is_told(plain):
 def test_a_tokenizers_output_goes_in_as_it_is(plain):
     found = byte_tokenizer()(["red river", "a"], return_tensors="pt", padding=True, padding_side="left")
     assert plain(**found, token_type_ids=torch.zeros_like(found["input_ids"])).logits.shape[:2] == (2, 9)
+
+
+def test_stop_strings_reach_generate_and_not_the_layers(plain):
+    tokenizer = byte_tokenizer()
+    asked = {**tokenizer("hello", return_tensors="pt"), "max_new_tokens": 4, "do_sample": False}
+    free = plain.generate(**asked)[0]
+    first = tokenizer.decode(free[5])
+    stopped = plain.generate(**asked, stop_strings=[first], tokenizer=tokenizer)[0]
+    assert stopped.tolist() == free[:6].tolist()

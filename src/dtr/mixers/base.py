@@ -22,6 +22,8 @@ WITHOUT_EFFECT = {
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
     # Of the loss; and without effect in the families' own layers either.
     *("num_items_in_batch", "shift_labels", "ignore_index", "token_type_ids"),
+    # `generate` hands on what its stop strings and its assistant are read with.
+    *("tokenizer", "assistant_tokenizer"),
 }
 """Arguments of a family's forward that arrive at its layers and need not change what a mixer does."""
 
