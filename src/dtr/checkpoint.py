@@ -18,6 +18,7 @@ from dtr.anatomy import some
 from dtr.arch import check_library, check_supported
 from dtr.devices import pick_device, pick_dtype
 from dtr.errors import DtrError, ModelError
+from dtr.files import CHECKSUMS, changed_since_written
 from dtr.pretrained import PACKAGED_MODELS, fetch_packaged_model
 from dtr.self_check import self_check
 
@@ -90,6 +91,14 @@ def _find(source: str | Path) -> Path:
             got="a folder without config.json",
             expected="a saved model",
             hint=f"Did you mean '{inside}'?" if (inside / "config.json").is_file() else "Check the path.",
+        )
+    # Our hybrids list what each of their files holds; other models have no such list.
+    if changed := changed_since_written(path):
+        raise ModelError(
+            f"teacher.source {source}",
+            got=changed,
+            expected="the files as they were saved",
+            hint=f"Save the hybrid again; if you changed it yourself, delete its {CHECKSUMS}.",
         )
     return path
 

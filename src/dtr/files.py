@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from typing import Any
 
 from dtr.errors import OutputError
 
+CHECKSUMS = "dtr-checksums.json"
+"""Beside the weights of a saved hybrid: what each file holds."""
 _SEAL = re.compile(r',\n "crc32": "([0-9a-f]{8})"\n\}\n')
 
 
@@ -73,6 +76,37 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
 
     with replacing(path) as beside:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+
+
+def write_checksums(folder: Path) -> None:
+    """Say in a file of a model's folder what each of its other files holds, but for the page that people edit."""
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_file() and path.name not in (CHECKSUMS, "README.md")
+    )
+    write_json(folder / CHECKSUMS, {"sha256": {name: sha256_of(folder / name) for name in names}}, sealed=True)
+
+
+def changed_since_written(folder: Path) -> str:
+    """The first file of a model's folder that is not what `write_checksums` saw, with what is wrong; "" if none."""
+    if not os.path.isfile(folder / CHECKSUMS):
+        return ""
+    try:
+        known = read_json(folder / CHECKSUMS)["sha256"]
+        for name, digest in known.items():
+            if sha256_of(folder / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{CHECKSUMS}, {error}"
+    return ""
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in parts."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from dtr.arch import FAMILIES, HYBRID_PREFIX, layer_kind, model_class
 from dtr.errors import DtrError, ModelError
+from dtr.files import changed_since_written
 from dtr.hybrid.modeling import HYBRIDS
 
 WEIGHT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -76,6 +77,8 @@ def read_source(folder: str | Path) -> Source:
         raise ModelError(
             str(folder), got="no such folder", expected="a folder of a saved hybrid", hint="Check the path."
         )
+    if changed := changed_since_written(folder):
+        raise ModelError(str(folder), got=changed, expected="the files as they were saved", hint=AGAIN)
     config = _read_json(folder / "config.json")
     cls = _class_of(folder, config)
     dtype = _weight_type(folder)

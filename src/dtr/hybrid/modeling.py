@@ -7,6 +7,7 @@ weight tying, generation) holds for the hybrid too.
 import copy
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,6 +164,8 @@ class HybridModelMixin(_FamilyModel):
         self.config.auto_map = auto_map(type(self))
         if is_main_process:
             os.makedirs(save_directory, exist_ok=True)
+            # Those of a hybrid that was here before would not fit.
+            Path(save_directory, "dtr-checksums.json").unlink(missing_ok=True)
             beside = [str(file) for file in write_code(save_directory)]
             if getattr(self, "tokenizer", None) is not None:
                 beside += self.tokenizer.save_pretrained(save_directory)

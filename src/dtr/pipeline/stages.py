@@ -11,7 +11,7 @@ from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.realignment import realign
 from dtr.distillation.trainer import distill
 from dtr.distributed import World, current_world, join_world
-from dtr.files import replacing_folder, write_json
+from dtr.files import replacing_folder, write_checksums, write_json
 from dtr.pipeline.costs import Costs
 from dtr.pipeline.folder import RunFolder
 from dtr.pipeline.preparation import Listener, Prepared, prepare_mixers
@@ -143,6 +143,7 @@ def save(folder: RunFolder, record: dict[str, Any], result: SearchResult, realig
         with replacing_folder(path) as beside:
             model.save_pretrained(beside)
             (beside / "README.md").write_text(render_model_card(record, which=which), encoding="utf-8")  # type: ignore[arg-type]
+            write_checksums(beside)
     write_report(folder.path, record)
 
 
