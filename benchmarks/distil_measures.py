@@ -13,7 +13,7 @@ from dtr.distillation.bank import MixerBank
 from dtr.evaluation.encoding import Encoder
 from dtr.evaluation.evaluator import Evaluator
 from dtr.recipe import Recipe
-from dtr.replacement.search import search
+from dtr.selection.search import search
 from dtr.tasks.base import Task
 from dtr.tasks.training import right_answer
 from dtr.teacher import Teacher

@@ -1,15 +1,20 @@
-"""Search strategies side by side on several tasks, and the certificate's error rate by simulation.
+"""Search strategies side by side on several tasks and numbers of items, and the certificate's errors by simulation.
 
-    python benchmarks/search_bench.py --model MODEL --bank BANK --task arc_easy=DATA/arc_easy --task recall=recall
+    python benchmarks/search_bench.py --model MODEL --bank BANK --task arc_easy=DATA/arc_easy --task needle=needle \
+        --items 40,100,250,500 --time-limit 120 --tables TABLES --out results.json
     python benchmarks/search_bench.py --simulate 500
-    python benchmarks/search_bench.py --simulate-stops 240 --simulated-items 500
-    python benchmarks/search_bench.py --simulate-strategies 40 --simulated-items 250 --pass-share 0.33
+    python benchmarks/search_bench.py --simulate-strategies 40 --simulated-items 250 --pass-share 0.45
     python benchmarks/search_bench.py --merge arc_easy.json recall.json
 
+With --items every task is searched with so many validation items, as `needle 40`, where it has them. --tables keeps the
+scores of real models for the development of search: for each task a JSONL of hybrids (teacher, all linear, each layer
+alone, each layer's attention alone given back, beginnings by distillation error, random subsets) with the value and
+the signal of every validation item.
+
 All write into one file: a run with tasks replaces those tasks and keeps the simulations, and the other way round. The
-file is written after every strategy. With several GPUs either give each task to one of them, with an --out of its own,
-and `--merge` the files, or start the program by torchrun. The order in which layers fall is drawn beside the file. The
-last line on stdout is the record as JSON.
+file is written after every strategy, so what a time limit leaves is there. With several GPUs either give each task to
+one of them, with an --out of its own, and `--merge` the files, or start the program by torchrun. The order in which
+layers fall is drawn beside the file. The last line on stdout is the record as JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from typing import Any
 from dtr.environment import command_line, hardware, own_commit
 
 OUT = Path(__file__).parent / "results" / "search.json"
-STRATEGIES = "auto,one_shot,lowest_mse,uniform,random,kl,impact,restore,lazy,exact"
+STRATEGIES = "auto,one_shot,lowest_mse,uniform,random,kl,impact,exact"
 """Those that take long last, for the time limit; each is searched from nothing and paired with `exact` in the end."""
 
 
@@ -33,26 +38,23 @@ def main() -> None:
     record: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     provenance = {"command": command_line(), "commit": own_commit()}
     if args.simulate:
-        from dtr.selection.trials import simulate_certificates
+        from search_trials import SIZES, simulate_certificates
 
         started = time.monotonic()
+        sizes = [args.simulated_items] if args.simulated_items else SIZES
         found = simulate_certificates(
-            args.simulate, num_items=args.simulated_items, confidence=args.confidence or 0.95, p_min=args.p_min
+            args.simulate, sizes=sizes, confidence=args.confidence or 0.95, p_min=args.p_min, signal=args.signal
         )
         found |= {**provenance, "hardware": hardware(), "seconds": round(time.monotonic() - started, 1)}
         record["certificate_simulation"] = found
-    if args.simulate_stops:
-        from dtr.selection.trials import simulate_stops
-
-        started = time.monotonic()
-        found = simulate_stops(args.simulate_stops, num_items=args.simulated_items)
-        found |= {**provenance, "hardware": hardware(), "seconds": round(time.monotonic() - started, 1)}
-        record["stop_simulation"] = found
     if args.simulate_strategies:
-        from dtr.selection.trials import simulate_strategies
+        from search_trials import simulate_strategies
 
         found = simulate_strategies(
-            args.simulate_strategies, num_items=args.simulated_items, pass_share=args.pass_share
+            args.simulate_strategies,
+            num_items=args.simulated_items or 250,
+            pass_share=args.pass_share,
+            signal=args.signal,
         )
         record["strategy_simulation"] = found | {**provenance, "hardware": hardware()}
     if args.task:
@@ -84,19 +86,21 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--task-set", action="append", default=[], metavar="NAME:KEY=VALUE", help="the same, for one of the tasks"
     )
+    parser.add_argument("--shares", default="0.5,0.75,0.9", help="also score so much of each path on test; none by ''")
+    parser.add_argument("--items", default="", help="numbers of validation items, by commas; all when left out")
+    parser.add_argument("--tables", type=Path, help="folder for score tables of the tasks, one JSONL each")
+    parser.add_argument("--num-subsets", type=int, default=60, help="random hybrids in a score table")
     parser.add_argument("--simulate", type=int, default=0, metavar="RUNS", help="simulate the certificate")
-    parser.add_argument(
-        "--simulate-stops", type=int, default=0, metavar="RUNS", help="simulate search.safety and confidences"
-    )
-    parser.add_argument("--simulate-strategies", type=int, default=0, metavar="RUNS", help="simulate auto and exact")
-    parser.add_argument("--pass-share", type=float, default=1.0, help="of a simulated pass, as if prompts were shared")
-    parser.add_argument("--simulated-items", type=int, default=800)
+    parser.add_argument("--simulate-strategies", type=int, default=0, metavar="RUNS", help="simulate the plain limit")
+    parser.add_argument("--simulated-items", type=int, help="validation items of simulated tasks")
+    parser.add_argument("--pass-share", type=float, default=1.0, help="what a simulated pass costs; prompts are shared")
+    parser.add_argument("--signal", choices=("margin", "likelihood", "none"), default="margin", help="of simulations")
     parser.add_argument(
         "--merge", type=Path, nargs="+", default=[], metavar="FILE", help="add the tasks of these files"
     )
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    is_asked = args.simulate or args.simulate_stops or args.simulate_strategies or args.merge or args.task
+    is_asked = args.simulate or args.simulate_strategies or args.merge or args.task
     if not is_asked or (args.task and not (args.model and args.bank)):
         parser.error("give a --simulate... RUNS, --merge FILES, or --model, --bank and some --task")
     if missing := [str(path) for path in args.merge if not path.is_file()]:
@@ -125,17 +129,27 @@ def measure(args: argparse.Namespace, record: dict[str, Any]) -> bool:
 
     record.setdefault("tasks", {})
     teacher = None
-    for named in args.task:
+    counts = [int(one) for one in args.items.split(",") if one] or [None]
+    for named, count in [(named, count) for named in args.task for count in counts]:
         name, _, source = named.partition("=")
         settings = [*args.set, *(one.partition(":")[2] for one in args.task_set if one.startswith(f"{name}:"))]
+        settings += [f"task.num_validation={count}"] if count else []
         base = {"teacher": {"source": args.model}, "task": {"source": source or name}, "search": {"p_min": args.p_min}}
+        base["search"]["p_min_confidence"] = None
         recipe = read_recipe(None, settings, base)
         teacher = teacher or prepare_teacher(recipe, report_steps)
+        label = f"{name} {count}" if count else name
         try:
-            measure_task(args, record, recipe, teacher, name)
+            if args.tables and count == counts[-1]:
+                from score_tables_of_models import write_table
+
+                write_table(
+                    args.tables / f"{label.replace(' ', '_')}.jsonl", recipe, args.bank, teacher, args.num_subsets
+                )
+            measure_task(args, record, recipe, teacher, label)
         except DtrError as error:
             # The other tasks are worth having.
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            print(f"{label}: {error}", file=sys.stderr, flush=True)
     is_first = current_world().is_first
     leave_world()
     return is_first
@@ -157,6 +171,7 @@ def measure_task(args: argparse.Namespace, record: dict[str, Any], recipe: Any, 
         [strategy for strategy in args.strategies.split(",") if strategy],
         teacher=teacher,
         confidence=args.confidence,
+        shares=[float(one) for one in args.shares.split(",") if one],
         time_limit_seconds=args.time_limit,
         on_event=report_steps,
         on_row=keep,
@@ -164,10 +179,11 @@ def measure_task(args: argparse.Namespace, record: dict[str, Any], recipe: Any, 
     if found:
         # Also what has no row, and why.
         record["tasks"][name] = {**found, "command": record["command"]}
+        write(args.out, record)
 
 
 def report_steps(event: dict[str, Any]) -> None:
-    if event["event"] in ("teacher", "stop", "certificate", "left_out"):
+    if event["event"] in ("teacher", "stop", "certificate", "warning", "left_out"):
         print(json.dumps(event), file=sys.stderr, flush=True)
 
 

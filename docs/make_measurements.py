@@ -243,7 +243,7 @@ def _shares(task: str, name: str, row: dict[str, Any]) -> list[str]:
 
 def _certified(found: dict[str, Any], task: str, row: dict[str, Any]) -> list[str]:
     items, verdict = str(found["num_validation"]), row["certificate"]
-    numbers = str(verdict["num_selected"]), str(verdict["num_certified"])
+    numbers = str(verdict.get("num_selected", verdict.get("num_proposed"))), str(verdict["num_certified"])
     return [task, items, *numbers, _drop(row), f"{row['pass_equivalents']:.1f}", f"{row['seconds']:.1f}"]
 
 

@@ -22,6 +22,14 @@ def _one_thread_and_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_looks_of_other_tests(tmp_path, monkeypatch):
+    """Certificates count searches on this machine; a test must not see those of another one."""
+    from dtr.selection import looks
+
+    monkeypatch.setattr(looks, "open_cache", lambda name: tmp_path)
+
+
 WORDS = ["red", "green", "blue", "stone", "river", "tree", "cloud", "bird", "fish", "lamp", "door", "road"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dtr.evaluation.score import Score
 from dtr.selection.criteria import Limits
-from dtr.selection.strategies import select_layers
+from dtr.selection.select import select_layers
 from dtr.selection.trace import SearchTrace
 
 
@@ -46,7 +46,13 @@ def table(**values: float | Score) -> Table:
 
 
 def search(score: Table, *, layers=(0, 1, 2), p_min=0.5, p_min_kind="absolute", **options: Any) -> SearchTrace:
-    return select_layers(score, layers=layers, limits=Limits(p_min=p_min, p_min_kind=p_min_kind), **options)
+    return select_layers(
+        score,
+        layers=layers,
+        strategy=options.pop("strategy", "exact"),
+        limits=Limits(p_min=p_min, p_min_kind=p_min_kind),
+        **options,
+    )
 
 
 def random_table(seed: int, num_layers: int, num_values: int = 6) -> Table:

@@ -21,7 +21,7 @@ from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import mixer_from_teacher
 from dtr.pipeline import run
 from dtr.recipe import read_recipe
-from dtr.replacement.search import search
+from dtr.selection.search import search
 from dtr.tasks import load_task
 from dtr.teacher import as_teacher, load_teacher
 

@@ -26,7 +26,6 @@ ROOMS = (
     ["tasks"],
     ["evaluation"],
     ["selection"],
-    ["replacement"],
     ["reporting"],
     ["environment"],
     ["pipeline"],

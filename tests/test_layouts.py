@@ -17,8 +17,8 @@ from dtr.evaluation.evaluator import Evaluator
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import mixer_from_teacher
 from dtr.ops.float32_linear import BLOCK_ROWS, linear_in_float32
-from dtr.replacement.binding import find_layers
-from dtr.replacement.settings import SearchSettings
+from dtr.selection.binding import find_layers
+from dtr.selection.settings import SearchSettings
 from dtr.tasks import load_task
 from dtr.teacher import as_teacher
 

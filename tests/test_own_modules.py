@@ -74,7 +74,7 @@ def state_of(teacher, bank):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_done_to_a_hybrid_stays_with_it(found, change):
-    from dtr.replacement.search import hybrid_of as hand_out
+    from dtr.selection.search import hybrid_of as hand_out
 
     teacher, bank = found
     ids = torch.arange(1, 10)[None]

@@ -6,11 +6,12 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from dtr.evaluation.paired import _t_quantile, mean_confidence_interval, paired_difference, relative_drop
-from dtr.evaluation.score import Grade, Score, mean_score, perplexity_score
+from dtr.evaluation.paired import mean_confidence_interval, paired_difference, relative_drop
+from dtr.evaluation.score import Grade, Score, in_groups, mean_score, perplexity_score
 
 
 def accuracy(items: Sequence[float]) -> Score:
@@ -81,10 +82,17 @@ def test_perplexity_direction():
     assert low * high == pytest.approx(hybrid.value**2)
 
 
-# Two-sided 95 % quantiles from printed tables.
-@pytest.mark.parametrize(("degrees", "table", "rel"), [(2, 4.303, 0.01), (5, 2.571, 3e-4), (30, 2.042, 3e-4)])
-def test_t_quantile(degrees: int, table: float, rel: float):
-    assert _t_quantile(0.975, degrees) == pytest.approx(table, rel=rel)
+def test_groups_and_weights_widen_the_interval_as_they_should():
+    """Twins tell as much as one item, and a window counts by its tokens."""
+    ours, theirs = [1, 0, 1, 1, 0, 1], [1, 1, 0, 1, 1, 1]
+    once = paired_difference(accuracy(ours), accuracy(theirs))
+    names = [str(index) for index in range(6) for _ in range(2)]
+    twice = [in_groups(accuracy([x for x in items for _ in range(2)]), names) for items in (ours, theirs)]
+    twins = paired_difference(*twice)
+    assert (twins.mean, twins.stderr, twins.ci95_low) == pytest.approx((once.mean, once.stderr, once.ci95_low))
+    long, short = Grade(value=2.5, weight=300), Grade(value=1.0, weight=100)
+    found = paired_difference(*(perplexity_score([replace(long, value=v), short]) for v in (2.5, 2.1)))
+    assert found.mean == pytest.approx(0.3)
 
 
 # Newcombe (1998), Table I: Wilson's interval for 81/263, 15/148, 0/20 and 1/29.

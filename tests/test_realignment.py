@@ -16,8 +16,8 @@ from dtr.distillation.trainer import distill
 from dtr.errors import Interrupted
 from dtr.pipeline import run
 from dtr.recipe import read_recipe
-from dtr.replacement.search import hybrid_of
 from dtr.reporting import render_html, summary_table
+from dtr.selection.search import hybrid_of
 
 SETTINGS = {"num_tokens": 24 * 4 * 32, "batch_size": 4, "learning_rate": 5e-3, "seed": 3}
 

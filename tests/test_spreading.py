@@ -14,8 +14,8 @@ from tiny import pico_teacher
 from dtr.arch import decoder_layers
 from dtr.distillation.bank import MixerBank
 from dtr.mixers import mixer_from_teacher
-from dtr.replacement.search import search
-from dtr.replacement.settings import GuardFloor
+from dtr.selection.search import search
+from dtr.selection.settings import GuardFloor
 from dtr.tasks import load_task
 
 NUM_LAYERS = 9

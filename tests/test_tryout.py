@@ -18,7 +18,7 @@ from dtr.pipeline.costs import memory_advice
 from dtr.pipeline.preparation import check_training
 from dtr.pipeline.tryout import try_task, try_text
 from dtr.recipe import read_recipe
-from dtr.replacement.settings import SearchSettings
+from dtr.selection.settings import SearchSettings
 
 
 @pytest.fixture(scope="module")

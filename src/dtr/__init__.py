@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from dtr.inference.generate import fast_generate
     from dtr.pipeline import run
     from dtr.recipe import Recipe, read_recipe
-    from dtr.replacement.search import SearchResult, search
-    from dtr.replacement.settings import GuardFloor, SearchSettings
+    from dtr.selection.search import SearchResult, search
+    from dtr.selection.settings import GuardFloor, SearchSettings
     from dtr.tasks import load_task
     from dtr.teacher import Teacher, as_teacher, load_teacher
 
 _HOMES = {
     "Decoder": "dtr.inference.decoder",
     "DtrError": "dtr.errors",
-    "GuardFloor": "dtr.replacement.settings",
+    "GuardFloor": "dtr.selection.settings",
     "MixerBank": "dtr.distillation.bank",
     "Recipe": "dtr.recipe",
     "Score": "dtr.evaluation.score",
-    "SearchResult": "dtr.replacement.search",
-    "SearchSettings": "dtr.replacement.settings",
+    "SearchResult": "dtr.selection.search",
+    "SearchSettings": "dtr.selection.settings",
     "Teacher": "dtr.teacher",
     "TokenBlocks": "dtr.corpus",
     "as_teacher": "dtr.teacher",
@@ -52,7 +52,7 @@ _HOMES = {
     "load_text": "dtr.corpus",
     "read_recipe": "dtr.recipe",
     "run": "dtr.pipeline",
-    "search": "dtr.replacement.search",
+    "search": "dtr.selection.search",
 }
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from dtr.bench.distillation import bench_distill
 from dtr.bench.generation import bench_generate
 from dtr.bench.speedups import speedups
-from dtr.bench.strategies import compare_strategies
+from dtr.bench.strategies import SHARES, compare_strategies
 from dtr.bench.subjects import load_subjects
 from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distributed import join_world, leave_world
@@ -29,7 +29,7 @@ from dtr.pipeline.preparation import (
     tell_backends,
 )
 from dtr.recipe import Recipe
-from dtr.replacement.binding import check_search
+from dtr.selection.binding import check_search
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher, load_teacher, pick_device
 
@@ -85,6 +85,7 @@ def bench_strategies(
     *,
     teacher: Teacher | None = None,
     confidence: float | None = None,
+    shares: Sequence[float] = SHARES,
     time_limit_seconds: float | None = None,
     on_event: Listener | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
@@ -99,7 +100,7 @@ def bench_strategies(
         bank: folder of the bank.
         strategies: names.
         teacher: one that is loaded already, to compare on several tasks.
-        confidence, time_limit_seconds: as in `compare_strategies`.
+        confidence, shares, time_limit_seconds: as in `compare_strategies`.
         on_event: called with the events of every search.
         on_row: called with the record so far after every strategy.
 
@@ -135,6 +136,7 @@ def bench_strategies(
         settings,
         strategies=strategies,
         confidence=confidence,
+        shares=shares,
         time_limit_seconds=time_limit_seconds,
         on_event=emit,
     ):

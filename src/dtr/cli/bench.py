@@ -111,7 +111,7 @@ def bench_search(
     p_min: PMinOpt = None,
     strategies: Annotated[
         str, typer.Option("--strategies", help="Names, by commas.")
-    ] = "exact,auto,lazy,restore,one_shot,lowest_mse,kl,impact,uniform,random",
+    ] = "exact,auto,one_shot,lowest_mse,kl,impact,uniform,random",
     settings: SetOpt = None,
     log: LogOpt = "quiet",
     debug: DebugOpt = False,

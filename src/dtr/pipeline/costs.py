@@ -14,7 +14,7 @@ import torch
 
 from dtr.errors import DeviceError, OutputError
 from dtr.files import read_json, write_json
-from dtr.replacement.search import SearchResult
+from dtr.selection.search import SearchResult
 
 SAVE_SECONDS = 5.0
 """What of its costs a process that is killed may lose."""

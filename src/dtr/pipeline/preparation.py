@@ -25,8 +25,8 @@ from dtr.ops.backend import Backend, backend_of
 from dtr.ops.dispatch import use_backend
 from dtr.pipeline.tryout import check_budget, check_step, try_task, try_text
 from dtr.recipe import Recipe, TaskSection
-from dtr.replacement.binding import check_search, check_teacher
-from dtr.replacement.settings import GuardFloor, SearchSettings
+from dtr.selection.binding import check_search, check_teacher
+from dtr.selection.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
 from dtr.tasks.base import Task, fingerprint
 from dtr.tasks.training import training_prompts

@@ -14,15 +14,15 @@ from dtr.corpus.mixing import MixedBlocks, Text
 from dtr.distillation.bank import MixerBank
 from dtr.environment import command_line, hardware, library_versions, own_commit, own_version, peak_rss_bytes
 from dtr.evaluation.examples import differing_items, write_sample
-from dtr.evaluation.paired import paired_difference
+from dtr.evaluation.paired import kept_against, paired_difference
 from dtr.evaluation.score import Score
 from dtr.evaluation.speed import measure_speed
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.pipeline.costs import Costs
 from dtr.pipeline.preparation import Prepared, mixer_backends
 from dtr.recipe import Recipe
-from dtr.replacement.realigned import Realigned
-from dtr.replacement.search import SearchResult
+from dtr.selection.realigned import Realigned
+from dtr.selection.search import SearchResult
 from dtr.selection.trace import Chosen
 from dtr.tasks.base import Task, fingerprint
 from dtr.tasks.long_context import score_map
@@ -77,8 +77,8 @@ def make_record(
         "speed": looks.speed,
         "memory": _memory(teacher, bank, result.trace.m_opt.layers),
         "length_by_depth": _length_by_depth(ready.task, result),
-        "m_opt": _model(teacher, bank, result.trace.m_opt, result.m_opt_test, result.teacher_test),
-        "m_best": _model(teacher, bank, result.trace.m_best, result.m_best_test, result.teacher_test),
+        "m_opt": _model(teacher, bank, result.trace.m_opt, result.m_opt_test, result),
+        "m_best": _model(teacher, bank, result.trace.m_best, result.m_best_test, result),
         "realigned": None if realigned is None else _realigned(teacher, realigned, result),
         "sample": looks.sample,
         "differences": looks.differences,
@@ -226,7 +226,7 @@ def _realigned(teacher: Teacher, realigned: Realigned, result: SearchResult) -> 
     """As M_opt's entry, with what the stage took and what it changed."""
     bank, chosen = realigned.bank, Chosen(layers=realigned.layers, score=realigned.val)
     return {
-        **_model(teacher, bank, chosen, realigned.test, result.teacher_test),
+        **_model(teacher, bank, chosen, realigned.test, result),
         "kept": realigned.is_kept,
         "lost_guards": list(realigned.lost_guards),
         "val_before": realigned.val_before.to_dict(),
@@ -255,7 +255,6 @@ def _search(bank: MixerBank, result: SearchResult) -> dict[str, Any]:
         "p_min": trace["p_min"],
         "p_min_kind": trace["p_min_kind"],
         "p_min_value": trace["p_min_value"],
-        "safety": trace["safety"],
         "candidate_evaluations": trace["num_candidate_evaluations"],
         "pass_equivalents": round(result.pass_equivalents, 2),
         "guard_pass_equivalents": round(result.guard_pass_equivalents, 2),
@@ -269,8 +268,9 @@ def _search(bank: MixerBank, result: SearchResult) -> dict[str, Any]:
     }
 
 
-def _model(teacher: Teacher, bank: MixerBank, chosen: Chosen, test: Score, teacher_test: Score) -> dict[str, Any]:
-    paired = paired_difference(test, teacher_test)
+def _model(teacher: Teacher, bank: MixerBank, chosen: Chosen, test: Score, result: SearchResult) -> dict[str, Any]:
+    paired, trace = paired_difference(test, result.teacher_test), result.trace
+    promise = kept_against(test, result.teacher_test, p_min=trace.p_min, p_min_kind=trace.p_min_kind)
     return {
         "num_replaced": len(chosen.layers),
         "layers": [bank.layer_of[number] for number in chosen.layers],
@@ -279,5 +279,6 @@ def _model(teacher: Teacher, bank: MixerBank, chosen: Chosen, test: Score, teach
         "test": test.to_dict(),
         "relative_test_drop": paired.relative_drop,
         "paired": paired.to_dict(),
+        "promise": None if promise is None else promise.to_dict(),
         "cache": _cache(teacher, bank, chosen.layers, CACHE_CONTEXT_TOKENS),
     }

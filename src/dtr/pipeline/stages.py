@@ -16,9 +16,9 @@ from dtr.pipeline.costs import Costs
 from dtr.pipeline.folder import RunFolder
 from dtr.pipeline.preparation import Listener, Prepared, prepare_mixers
 from dtr.recipe import Recipe
-from dtr.replacement.realigned import Realigned, score_realigned
-from dtr.replacement.search import SearchResult, search
 from dtr.reporting import render_model_card, write_report
+from dtr.selection.realigned import Realigned, score_realigned
+from dtr.selection.search import SearchResult, search
 from dtr.teacher import Teacher, pick_device
 
 

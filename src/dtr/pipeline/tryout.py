@@ -20,8 +20,8 @@ from dtr.evaluation.evaluator import Evaluator, evaluate
 from dtr.evaluation.score import Grade, Score
 from dtr.mixers import make_mixer
 from dtr.recipe import Recipe
-from dtr.replacement.binding import cache_sizes
-from dtr.replacement.settings import SearchSettings
+from dtr.selection.binding import cache_sizes
+from dtr.selection.settings import SearchSettings
 from dtr.tasks.base import GenerationRequest, Item, Response, Task
 from dtr.teacher import Teacher
 

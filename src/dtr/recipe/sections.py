@@ -233,24 +233,21 @@ class GuardSection(Section):
     """relative: a share of the teacher's score; absolute: a value of that task's metric."""
 
 
+GONE_STRATEGIES = ("lazy", "restore")
+
+
 class SearchSection(Section):
-    strategy: Literal[
-        "auto", "exact", "lazy", "restore", "uniform", "random", "lowest_mse", "one_shot", "kl", "impact"
-    ] = "exact"
-    """How to find the layers. exact: Algorithm 1, every layer at every step; auto: a tenth of that work, in simulation
-    as good; lazy: exact with stale scores; restore: from all layers linear downwards; the others are baselines that
-    follow a fixed order."""
+    strategy: Literal["auto", "exact", "uniform", "random", "lowest_mse", "one_shot", "kl", "impact"] = "exact"
+    """How to find the layers. exact: Algorithm 1, every layer at every step; auto: a tenth of that work, ranks by a
+    continuous signal and cuts by the metric; the others are baselines that follow a fixed order."""
     p_min: float = Field(default=0.95, gt=0, le=1e9)
-    """How much of the score must be kept on validation."""
+    """How much of the score must be kept."""
     p_min_kind: Literal["relative", "absolute"] = "relative"
     """relative: a share of the teacher's score; absolute: a value of the metric itself."""
-    safety: float = Field(default=0.0, ge=0, le=10)
-    """Distance that a hybrid must keep from p_min on validation, in standard errors of its paired difference to it. The
-    plain limit breaks its promise on test about every second time; 1.5 or 2 seldom, for some layers less."""
     p_min_confidence: float | None = Field(default=None, gt=0.5, lt=1)
     """Commit only what validation items that selection never saw certify at this confidence, as 0.95; the plain
     comparison with p_min when left out."""
-    confirmation_share: float = Field(default=0.7, gt=0, lt=1)
+    confirmation_share: float = Field(default=0.8, gt=0, lt=1)
     """Share of the validation items kept for that certificate; nothing is kept without p_min_confidence."""
     guards: list[GuardSection] = Field(default_factory=list)
     """Other tasks with a floor; a swap that breaks one is refused."""
@@ -266,6 +263,18 @@ class SearchSection(Section):
     """Go on below p_min until every layer is linear, to draw the whole curve; M_opt is not affected."""
     test_curve: bool = False
     """After the search, score every step of its path on test as well, for the report's curve."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_gone(cls, values: Any) -> Any:
+        """Recipes of older versions: what changes nothing is passed over, what would is refused with what to write."""
+        if not isinstance(values, dict):
+            return values
+        if values.get("strategy") in GONE_STRATEGIES:
+            raise ValueError(f"no '{values['strategy']}' any more, which auto surpassed: write strategy: auto")
+        if values.get("safety"):
+            raise ValueError("no safety any more, which did not keep its word: write p_min_confidence: 0.95")
+        return {key: value for key, value in values.items() if key != "safety"}
 
 
 class RealignSection(Section):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from dtr.reporting.formats import change, dig, is_number, metric, percent, signed
 
@@ -12,6 +12,8 @@ Which = Literal["m_opt", "m_best", "realigned"]
 Status = Literal["held", "not held", "within noise", "nothing replaced", "not measured"]
 
 _Z95 = 1.96
+MORE_MAY_GO = "more layers may go"
+"""What a search says that a budget ended (`dtr.selection.auto`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +27,16 @@ class Kept:
     is_share: bool
     """True: hybrid divided by teacher. False: values of the metric itself."""
     higher_is_better: bool = True
+    held: bool | None = None
+    """Tested at 2.5 % on each side: True where it is above the limit, False below, None where the items cannot tell."""
 
-    @property
-    def held(self) -> bool | None:
-        """True or False when the whole interval lies on one side of the limit, None when it holds the limit."""
-        low, high = (self.low, self.high) if self.higher_is_better else (-self.high, -self.low)
-        limit = self.limit if self.higher_is_better else -self.limit
-        return True if low >= limit else False if high < limit else None
+    @staticmethod
+    def from_interval(**fields: Any) -> Kept:
+        """By an interval alone: on one side of the limit, or around it."""
+        found = Kept(**fields)
+        low, high = (found.low, found.high) if found.higher_is_better else (-found.high, -found.low)
+        limit = found.limit if found.higher_is_better else -found.limit
+        return replace(found, held=True if low >= limit else False if high < limit else None)
 
     def show(self, value: float) -> str:
         """One of the values with its unit."""
@@ -69,18 +74,19 @@ def p_min_on_validation(report: dict) -> float | None:
 def verdict(report: dict, which: Which = "m_opt") -> Verdict:
     """Judge one hybrid of a report by its test score.
 
-    The promise held when the whole 95 % interval clears the limit and did not hold when none of it does. Between the
-    two the test set is too small to tell, an answer of its own, as search always ends at a hybrid near the limit.
+    The promise held where a test at 2.5 % says so (`dtr.evaluation.paired.kept_against`, worked out when the record was
+    made), and did not hold where the opposite one does. Between the two the test set is too small to tell, an answer
+    of its own, as search always ends at a hybrid near the limit.
     """
     num_replaced, num_layers = dig(report, f"{which}.num_replaced"), report.get("num_layers")
     promise = _promise(report)
     kept = _kept(report, which)
     if num_replaced == 0:
-        reason = (
-            "The first replacement already missed the limit on validation"
-            if which == "m_opt"
-            else ("No replacement kept the teacher's full score on validation")
-        )
+        reason = "No replacement kept the teacher's full score on validation"
+        if which == "m_opt":
+            reason = "The first replacement already missed the limit on validation"
+            if dig(report, "search.certificate"):
+                reason = "Nothing could be certified (the search says what that takes)"
         return Verdict(
             held=kept.held if kept else None,
             status="nothing replaced",
@@ -90,6 +96,8 @@ def verdict(report: dict, which: Which = "m_opt") -> Verdict:
             kept=kept,
         )
     headline = f"{_known(num_replaced)} of {_known(num_layers)} layers are linear"
+    if MORE_MAY_GO in str(dig(report, "search.stop_reason")):
+        headline += "; search budget exhausted, more layers may go"
     if kept is None:
         return Verdict(
             held=None,
@@ -100,6 +108,8 @@ def verdict(report: dict, which: Which = "m_opt") -> Verdict:
         )
     status: Status = "within noise" if kept.held is None else "held" if kept.held else "not held"
     sentence = f"{_cost(report, which)} {_judgement(kept, status, promise)}"
+    if which != "m_opt" and dig(report, "search.certificate"):
+        sentence += " The certificate is of M_opt, not of this hybrid."
     return Verdict(held=kept.held, status=status, headline=headline, promise=promise, sentence=sentence, kept=kept)
 
 
@@ -109,23 +119,29 @@ def _kept(report: dict, which: Which) -> Kept | None:
     if not (is_number(h) and is_number(p_min)):
         return None
     higher = hybrid.get("higher_is_better") is not False
+    promise = dig(report, f"{which}.promise")
+    if promise and is_number(promise.get("low")) and is_number(promise.get("high")):
+        return Kept(**promise)
+    # Reports of older versions, and scores without items, have an interval by their standard errors alone.
     if dig(report, "search.p_min_kind") == "absolute":
         half = _Z95 * (hybrid.get("stderr") or 0.0)
-        return Kept(measured=h, low=h - half, high=h + half, limit=p_min, is_share=False, higher_is_better=higher)
+        return Kept.from_interval(
+            measured=h, low=h - half, high=h + half, limit=p_min, is_share=False, higher_is_better=higher
+        )
     if not is_number(t) or t <= 0 or h < 0 or (h == 0 and not higher):
         return None
     if dig(report, f"{which}.num_replaced") == 0:
         limit = p_min if higher else 1 / p_min
-        return Kept(measured=1.0, low=1.0, high=1.0, limit=limit, is_share=True, higher_is_better=higher)
+        return Kept.from_interval(measured=1.0, low=1.0, high=1.0, limit=limit, is_share=True, higher_is_better=higher)
     if higher:
         half = _half_width_of_share(report, which, p_min)
-        return Kept(measured=h / t, low=h / t - half, high=h / t + half, limit=p_min, is_share=True)
+        return Kept.from_interval(measured=h / t, low=h / t - half, high=h / t + half, limit=p_min, is_share=True)
     # Ratios of perplexities are differences of log-losses, which is also what is paired.
     se = dig(report, f"{which}.paired.stderr")
     if not is_number(se):
         se = math.hypot((base.get("stderr") or 0.0) / t, (hybrid.get("stderr") or 0.0) / h)
     ratio, spread = h / t, math.exp(_Z95 * se)
-    return Kept(
+    return Kept.from_interval(
         measured=ratio,
         low=ratio / spread,
         high=ratio * spread,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dtr.errors import DataError, ModelError, RecipeError, with_article
-from dtr.evaluation.paired import lowest_margin, margins_over_limit, score_statistic
+from dtr.errors import ModelError, RecipeError, with_article
 from dtr.evaluation.score import Score
 
 PMinKind = Literal["relative", "absolute"]
@@ -48,8 +47,6 @@ class Limits:
     """`relative` or `absolute`."""
     p_min_confidence: float | None = None
     """Commit only what the confirmation items certify, as 0.95; None for the plain limit."""
-    safety: float = 0.0
-    """Standard errors of the paired difference by which a hybrid must lie above P_min; see `with_safety`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +57,20 @@ class Threshold:
     """In the metric's own unit: the lowest accuracy, or the highest perplexity, that is still accepted."""
     goodness: float
     """The same bound as `Score.goodness` compares it."""
-    safety: float = 0.0
-    """How many standard errors of the paired difference a score must lie above the bound as well."""
-    standing: Callable[[Score], float] | None = None
-    """How many it does lie above; there with a safety."""
 
     def is_met_by(self, score: Score) -> bool:
         """Whether the score, over the same items as the teacher's, is high enough."""
-        if not at_least(score.goodness, self.goodness):
-            return False
-        return self.standing is None or self.standing(score) >= self.safety
+        return at_least(score.goodness, self.goodness)
+
+    def may_be_met(self, score: Score, num_items: int) -> bool:
+        """Whether a score over some of `num_items` items can still reach the bound over all of them.
+
+        Only where no item adds more than 1, as with accuracy; else nothing is known before the end.
+        """
+        if not score.higher_is_better or score.weights or not all(0 <= x <= 1 for x in score.per_item):
+            return True
+        most = math.fsum(score.per_item) + num_items - len(score.per_item)
+        return at_least(most / num_items, self.goodness)
 
 
 def check_p_min(p_min: float, p_min_kind: str, *, where: str = "search") -> None:
@@ -89,34 +90,6 @@ def check_p_min(p_min: float, p_min_kind: str, *, where: str = "search") -> None
             expected="a share of at most 1",
             hint=f"Write 0.95 to keep 95 %, or set {where}.p_min_kind to absolute to give a value of the metric.",
         )
-
-
-def with_safety(threshold: Threshold, limits: Limits, teacher: Score) -> Threshold:
-    """The threshold with a distance to keep, in standard errors of the paired difference to the bound.
-
-    The standard error is the one of the score test (`dtr.evaluation.paired.score_statistic`), from the items on which
-    hybrid and teacher differ; so the distance shrinks with the number of items, and a hybrid that answers like the
-    teacher needs little.
-
-    Raises:
-        DataError: so few items that even a hybrid with exactly the teacher's answers would not be far enough.
-    """
-    safety, p_min = limits.safety, limits.p_min
-    if not safety:
-        return threshold
-
-    def standing(score: Score) -> float:
-        margins = margins_over_limit(score, teacher, p_min=p_min, p_min_kind=limits.p_min_kind)
-        return score_statistic(margins, lowest=lowest_margin(score, p_min))
-
-    if standing(teacher) < safety:
-        raise DataError(
-            "search.safety",
-            got=f"{teacher.num_items} validation items, too few for {safety:g} standard errors even if nothing changed",
-            expected=f"a safety of at most {max(0.0, standing(teacher)):.2g} with these items",
-            hint="Give more validation items, a lower search.safety or a lower search.p_min.",
-        )
-    return replace(threshold, safety=safety, standing=standing)
 
 
 def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str = "search") -> Threshold:

@@ -6,19 +6,18 @@ own, so the same hybrid has the same score, bit for bit, whatever the strategy.
 
 from __future__ import annotations
 
-import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-RACE_SHARE = 0.1
-"""Each of the first two blocks, as a share of the items that search may look at; the third completes half of them and
-the fourth is the other half. Few, as every block is batched on its own."""
-MIN_RACE_ITEMS = 20
-"""Smaller blocks say nothing; with fewer than six times as many items all stay together. So they do beside
-confirmation items, which leave so few that ranking layers on all of them costs little and orders the path better."""
-CONFIRMATION_SHARE = 0.7
-"""Of the validation items, where a certificate is asked for. Selection ranks by likelihoods, which say much on few
-items, while the power of a test on 0/1 scores grows only with their number (`dtr.selection.trials`; dev/LOG.md)."""
+SHARES = (0.1, 1 / 3, 2 / 3)
+"""Where the items are cut, as shares of all. The first portion is a sample on which what layers do together is tried;
+a share of a third, two thirds or all ranks single layers, whichever the passes allow (`dtr.selection.auto`)."""
+MIN_PORTION = 6
+"""Items; no portion is smaller, as every one is batched on its own."""
+CONFIRMATION_SHARE = 0.8
+"""Of the validation items, where a certificate is asked for. Selection ranks by a continuous signal, which says much on
+few items, while the power of a test on 0/1 scores grows only with their number (dev/LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,28 +35,46 @@ class ItemSplit:
         return tuple(sorted(item for block in self.blocks for item in block))
 
     @property
+    def confirmation_share(self) -> float:
+        """Confirmation items as a share of all."""
+        return len(self.confirmation) / (len(self.confirmation) + sum(map(len, self.blocks)))
+
+    @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Every part there is, for an evaluator that batches each on its own."""
         return self.blocks + ((self.confirmation,) if self.confirmation else ())
 
 
-def split_items(num_items: int, *, confirmation_share: float = 0.0, seed: int = 0) -> ItemSplit:
+def split_items(
+    num_items: int, *, confirmation_share: float = 0.0, names: Sequence[str | None] = (), seed: int = 0
+) -> ItemSplit:
     """A seeded draw of the confirmation items, and of blocks among the others.
 
     Args:
         num_items: items of the validation split.
         confirmation_share: share of them to keep for confirmation, rounded; selection keeps at least one.
+        names: the group of each item (`Item.group`); items of one group stay together.
         seed: of the draw.
     """
-    items = list(range(num_items))
-    random.Random(f"items {seed}").shuffle(items)
-    num_confirmation = min(round(num_items * confirmation_share), num_items - 1)
-    confirmation, selection = items[:num_confirmation], items[num_confirmation:]
-    num_race = max(MIN_RACE_ITEMS, round(RACE_SHARE * len(selection)))
-    ends = [0, num_race, 2 * num_race, len(selection) // 2, len(selection)]
-    if confirmation or len(selection) < 6 * MIN_RACE_ITEMS:
-        ends = [0, len(selection)]
-    return ItemSplit(
-        blocks=tuple(tuple(sorted(selection[start:end])) for start, end in itertools.pairwise(ends)),
-        confirmation=tuple(sorted(confirmation)),
-    )
+    groups: dict[object, list[int]] = {}
+    for item in range(num_items):
+        name = names[item] if names else None
+        groups.setdefault(name if name is not None else item, []).append(item)
+    units = list(groups.values())
+    random.Random(f"items {seed}").shuffle(units)
+    num_selected = max(1, num_items - round(num_items * confirmation_share))
+    wanted = [round(share * num_items) for share in SHARES]
+    blocks: list[list[int]] = [[]]
+    confirmation: list[int] = []
+    num_taken = 0
+    for unit in units:
+        if num_taken >= num_selected:
+            confirmation += unit
+            continue
+        is_full = len(blocks) <= len(wanted) and num_taken >= wanted[len(blocks) - 1]
+        if is_full and len(blocks[-1]) >= MIN_PORTION and num_selected - num_taken >= MIN_PORTION:
+            blocks.append([])
+        blocks[-1] += unit
+        num_taken += len(unit)
+    assert num_taken + len(confirmation) == num_items
+    return ItemSplit(blocks=tuple(tuple(sorted(block)) for block in blocks), confirmation=tuple(sorted(confirmation)))

@@ -167,6 +167,13 @@ class Journal(ScoreBook):
             raise self._damaged(1, f"something other than the header of a search journal of format {FORMAT}")
         theirs, ours = _flatten(recorded), _flatten(identity)
         differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+        if differing == ["search"]:
+            raise OutputError(
+                str(self.path),
+                got="the journal of an older version's search, which scored and chose in another way",
+                expected="a journal of this version",
+                hint="Delete that file to search anew; the bank stays as it is.",
+            )
         if differing:
             raise OutputError(
                 str(self.path),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 
 class PassMeter:
@@ -21,8 +21,13 @@ class PassMeter:
         num_items: int,
         layer_of: Mapping[int, int] | None = None,
         pass_share: float = 1.0,
+        writing: float = 0.0,
     ) -> None:
-        self.passes = 0.0
+        """Args:
+
+        writing: passes for what a hybrid writes to all items, where the task asks for text; no base saves any of it.
+        """
+        self.passes, self._writing = 0.0, writing
         self._pass_share = pass_share
         self._layer_of = layer_of or {}
         self._num_layers, self._num_items = num_layers, num_items
@@ -49,10 +54,18 @@ class PassMeter:
             num_run += max(0, start - depth) + self._num_layers - start
             self._depths[item] = max(depth, start)
         self.passes += self._pass_share * num_run / (self._num_layers * self._num_items)
+        self.passes += self._writing * len(new) / self._num_items
+
+    def add_ranking(self, linear: frozenset[int], *, base: frozenset[int], items: Collection[int]) -> None:
+        """Count a score of another kind over these items, from the first change on; its base is taken to be there."""
+        num_run = self._num_layers - self._lowest(linear ^ base)
+        self.passes += self._pass_share * num_run / self._num_layers * len(items) / self._num_items
 
     def price(self, linear: frozenset[int], *, base: frozenset[int]) -> float:
-        """What `linear` costs on all items, once the base has been run up to the first change."""
-        return self._pass_share * (1 - self._lowest(linear ^ base) / self._num_layers)
+        """What `linear` costs on all items, with what of its base has to be run anew."""
+        start, known = self._lowest(linear ^ base), self._lowest(base ^ self._base)
+        num_run = max(0, start - known) + self._num_layers - start
+        return self._pass_share * num_run / self._num_layers + self._writing
 
     def _lowest(self, changed: frozenset[int]) -> int:
         return min((self._layer_of.get(number, number) for number in changed), default=self._num_layers)

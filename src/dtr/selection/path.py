@@ -41,6 +41,7 @@ class Path:
         candidates: Mapping[int, Score],
         *,
         is_ranked: bool,
+        is_certified: bool = False,
     ) -> Path:
         """One step further. Once the path has ended, M_opt and M_best stay as they are."""
         order = (*self.order, *layers)
@@ -50,7 +51,7 @@ class Path:
             layer=layers[-1],
             linear=tuple(sorted(order)),
             score=score,
-            accepted=goes_on and threshold.is_met_by(score),
+            accepted=goes_on and (is_certified or threshold.is_met_by(score)),
             candidates={layer: candidates[layer] for layer in sorted(candidates)},
             added=tuple(layers),
             is_ranked=is_ranked,
@@ -65,11 +66,3 @@ class Path:
     def ended(self, reason: StopReason, text: str) -> Path:
         """The same path with a reason to end; the first one stands."""
         return self if self.stop_reason is not None else replace(self, stop_reason=reason, stop_text=text)
-
-    def is_better_than(self, other: Path) -> bool:
-        """Whether its M_opt has more linear layers, or as many and the better score."""
-        ours, theirs = (
-            (len(path.m_opt.layers), path.m_opt.score.goodness, path.m_opt.score.log_likelihood)
-            for path in (self, other)
-        )
-        return ours > theirs

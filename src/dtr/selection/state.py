@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dtr.evaluation.score import Score
-from dtr.selection.criteria import Threshold, argmax, at_least
+from dtr.selection.criteria import Threshold, argmax
 from dtr.selection.meter import PassMeter
 from dtr.selection.path import Path
 from dtr.selection.scorer import Scorer
-from dtr.selection.trace import SearchStep, StopReason
+from dtr.selection.trace import Chosen, SearchStep, StopReason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,9 @@ class Search:
         layer_of: the layer that each candidate makes linear, where a layer has several; itself when left out.
         pass_share: what one pass over the items that search may look at costs, in pass equivalents; below 1 where
             choices share prompts, or where other items are kept for confirmation.
-        reserved_passes: work that is to come after the search, in the same unit.
+        ranker: cheaper scores that say how much a layer matters, as likelihoods of reference answers where the task's
+            own score is of written text; the scorer itself when left out.
+        is_certified: whether other items will decide how far the proposed order goes; see `propose`.
     """
 
     def __init__(
@@ -86,7 +88,8 @@ class Search:
         clock: Callable[[], float] = time.monotonic,
         layer_of: Mapping[int, int] | None = None,
         pass_share: float = 1.0,
-        reserved_passes: float = 0.0,
+        ranker: Scorer | None = None,
+        is_certified: bool = False,
     ) -> None:
         self.layer_of = layer_of or {number: number for number in layers}
         self.layers, self.teacher, self.threshold, self.scorer = tuple(layers), teacher, threshold, scorer
@@ -95,10 +98,16 @@ class Search:
         self.facts = facts
         self.blocks = tuple(tuple(sorted(block)) for block in blocks)
         self._items = tuple(sorted(item for block in self.blocks for item in block))
-        self.pass_share, self._reserved_passes = pass_share, reserved_passes
+        self.pass_share, self._ranker, self.is_certified = pass_share, ranker or scorer, is_certified
         self._meter = PassMeter(
-            num_layers=num_model_layers, num_items=teacher.num_items, layer_of=layer_of, pass_share=pass_share
+            num_layers=num_model_layers,
+            num_items=teacher.num_items,
+            layer_of=layer_of,
+            pass_share=pass_share,
+            writing=0.0 if ranker is None else 1.0,
         )
+        self.proposal: tuple[int, ...] = ()
+        """Candidates in the order in which they may go, for the certificate to cut off."""
         # The teacher has been scored already.
         self._meter.add(frozenset(), base=frozenset(), items=self._items or range(teacher.num_items))
         self._clock = clock
@@ -113,8 +122,8 @@ class Search:
 
     @property
     def passes(self) -> float:
-        """Estimated work so far and what is reserved, in pass equivalents over all items of the split."""
-        return self._meter.passes + self._reserved_passes
+        """Estimated work so far, in pass equivalents over all items of the split."""
+        return self._meter.passes
 
     @property
     def num_layers(self) -> int:
@@ -145,16 +154,9 @@ class Search:
             self.stop("budget", f"{len(self.path.order)} layers are linear, {why}.")
         return bool(self.remaining()) and (self.run_to_end or self.path.stop_reason is None)
 
-    def affordable(self, layers: Sequence[int], max_passes: float) -> list[int]:
-        """Those of the candidates, in this order, that can be scored on all items within so much work in all."""
-        left = max_passes - self.passes - self.pass_share  # The base may have to be run once.
-        chosen = []
-        for layer in layers:
-            price = self._meter.price(self.linear | {layer}, base=self.linear)
-            if price <= left:
-                chosen.append(layer)
-                left -= price
-        return chosen
+    def price(self, linear: frozenset[int], *, base: frozenset[int]) -> float:
+        """What a score over all items costs, in pass equivalents."""
+        return self._meter.price(linear, base=base)
 
     def score(
         self, linear: Iterable[int], *, base: frozenset[int] | None = None, blocks: Sequence[int] | None = None
@@ -164,9 +166,33 @@ class Search:
         Raises:
             OutOfTime: the budget of seconds is spent.
         """
+        self._check_time()
+        return self._score(frozenset(linear), self.linear if base is None else base, blocks)
+
+    def _check_time(self) -> None:
         if self._deadline is not None and self._clock() > self._deadline:
             raise OutOfTime
-        return self._score(frozenset(linear), self.linear if base is None else base, blocks)
+
+    def signals(self, linear: frozenset[int], *, base: frozenset[int], num_blocks: int) -> Score:
+        """The ranker's score of a hybrid over the first blocks; raises OutOfTime as `score`."""
+        self._check_time()
+        if self._ranker is self.scorer:
+            return self._score(linear, base, range(num_blocks))
+        items = self._items_of(range(num_blocks))
+        self._meter.add_ranking(linear, base=base, items=range(self.teacher.num_items) if items is None else items)
+        return self._ranker.look_up_or_score(linear, base=base, items=items)[0]
+
+    def expect_signals(self, hybrids: Sequence[frozenset[int]], *, base: frozenset[int], num_blocks: int) -> None:
+        """Announce a round of `signals`."""
+        self._ranker.expect(hybrids, base=base, items=self._items_of(range(num_blocks)))
+
+    def score_while_open(self, linear: frozenset[int], *, base: frozenset[int] | None = None) -> Score | None:
+        """The score over all items, or None as soon as no outcome of the other items could bring it to P_min."""
+        for num_blocks in range(1, len(self.blocks)):
+            part = self.score(linear, base=base, blocks=range(num_blocks))
+            if not self.threshold.may_be_met(part, self.teacher.num_items):
+                return None
+        return self.score(linear, base=base)
 
     def expect(
         self,
@@ -209,12 +235,6 @@ class Search:
             self.scorer.emit("refused", layers=list(layers), guard=broken.name, num_linear=len(linear))
         return broken is None
 
-    def refuse_guilty(self, layers: Sequence[int]) -> list[int]:
-        """Those of the layers that break a guard's floor when they are added alone, which are not tried again."""
-        guilty = [layer for layer in layers if not self.keeps_guards(self.linear | {layer}, [layer])]
-        self.path = replace(self.path, refused=self.path.refused.union(guilty))
-        return guilty
-
     def take_best(self, candidates: Mapping[int, Score]) -> int | None:
         """Take the best candidate, or the next best where a guard refuses; None where all are refused."""
         left = dict(candidates)
@@ -255,15 +275,28 @@ class Search:
         if not step.accepted:
             self.stop("p_min", self._below_p_min(step))
 
-    def start_over(self, layers: Sequence[int]) -> bool:
-        """Begin a new path with these layers at once, in a measured order, if that hybrid keeps all limits."""
-        linear = frozenset(layers)
-        score = self.score(linear, base=linear)
-        if not self.threshold.is_met_by(score) or not self.keeps_guards(linear, layers):
-            return False
-        self.path = Path.of(self.teacher)
-        self.take(layers, score)
-        return True
+    def propose(self, order: Sequence[int]) -> None:
+        """Hand over an order of layers that search itself does not cut off; only where `is_certified`."""
+        self.proposal = tuple(order)[: self.budget.num_linear]
+
+    def end_with(self, layers: Sequence[int], score: Score, text: str | None) -> None:
+        """Make these layers, a beginning of the proposal or of the path, the result that a certificate allows.
+
+        Args:
+            layers: in the order of replacement.
+            score: over the items that search may look at.
+            text: why no more, if that is the certificate's doing.
+        """
+        if self.proposal and layers:
+            self.path = self.path.with_step(layers, score, self.threshold, {}, is_ranked=True, is_certified=True)
+        self.path = replace(self.path, m_opt=Chosen(layers=tuple(layers), score=score))
+        if len(self.path.m_best.layers) > len(layers):
+            self.path = replace(self.path, m_best=self.path.m_opt)
+        if text is not None:
+            if self.path.stop_reason != "guard":
+                self.path = replace(self.path, stop_reason="certificate", stop_text=text)
+        elif self.budget.num_linear is not None and self.proposal and len(layers) >= self.budget.num_linear:
+            self.goes_on()
 
     def stop(self, reason: StopReason, text: str) -> None:
         """End Algorithm 1; the first reason stands."""
@@ -282,13 +315,6 @@ class Search:
     def _below_p_min(self, step: SearchStep) -> str:
         metric, value = step.score.metric, step.score.value
         side = "below" if step.score.higher_is_better else "above"
-        threshold = self.threshold
-        if threshold.standing is not None and at_least(step.score.goodness, threshold.goodness):
-            return (
-                f"Step {step.index}: the best candidate, layer {self.layer_of[step.layer]}, has {metric} {value:.6g}, "
-                f"{threshold.standing(step.score):.2g} standard errors from the limit of {threshold.value:.6g}; "
-                f"search.safety asks for {threshold.safety:g}."
-            )
         return (
             f"Step {step.index}: the best candidate, layer {self.layer_of[step.layer]}, has {metric} {value:.6g}, "
             f"{side} the limit of {self.threshold.value:.6g}."

@@ -102,8 +102,6 @@ class SearchTrace:
     all that was left broke a guard's floor, or the certificate reached less far than the search."""
     stop_text: str
     """The same as a sentence with numbers."""
-    safety: float = 0.0
-    """Standard errors by which hybrids had to lie above P_min."""
     strategy: str = "exact"
     """Name of the strategy that made the path."""
     reason: str = ""
@@ -131,7 +129,6 @@ class SearchTrace:
             "num_candidate_evaluations": self.num_candidate_evaluations,
             "stop_reason": self.stop_reason,
             "stop_text": self.stop_text,
-            "safety": self.safety,
             "strategy": self.strategy,
             "reason": self.reason,
             "guards": [guard.to_dict() for guard in self.guards],

@@ -18,6 +18,7 @@ from dtr.errors import DeviceError
 from dtr.evaluation.evaluator import Evaluator
 from dtr.evaluation.score import Score
 from dtr.selection.journal import Journal, ScoreBook
+from dtr.tasks.base import Response
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ class SpreadEvaluator:
     def __init__(self, evaluator: Evaluator, world: World) -> None:
         self._evaluator, self._world = evaluator, world
         self._known: dict[tuple[frozenset[int], tuple[int, ...] | None], Score] = {}
+        self.ranking: SpreadEvaluator | None = None
+        """Cheaper scores that rank layers, where the task's own are of written text (`dtr.selection.ranking`)."""
 
     def expect(
         self,
@@ -99,8 +102,13 @@ class SpreadEvaluator:
         return self._evaluator.pass_equivalents * self._world.size
 
     def pass_equivalents(self) -> float:
-        """Work of all ranks so far, in full passes over the split; all ranks ask together."""
-        return sum(self._world.collect(self._evaluator.pass_equivalents))
+        """Work of all ranks so far, in full passes over the split, rankings included; all ranks ask together."""
+        ranking = self.ranking.pass_equivalents() if self.ranking is not None else 0.0
+        return ranking + sum(self._world.collect(self._evaluator.pass_equivalents))
+
+    def respond(self) -> list[list[Response]]:
+        """What the teacher answers to every item, worked out by this rank itself."""
+        return self._evaluator.respond()
 
 
 @contextmanager

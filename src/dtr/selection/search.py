@@ -13,8 +13,8 @@ from typing import Any, Literal
 from dtr.distillation.bank import MixerBank
 from dtr.evaluation.score import Score
 from dtr.hybrid.modeling import make_hybrid
-from dtr.replacement.binding import find_layers, make_evaluator
-from dtr.replacement.settings import SearchSettings
+from dtr.selection.binding import find_layers, make_evaluator
+from dtr.selection.settings import SearchSettings
 from dtr.selection.trace import SearchTrace
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher

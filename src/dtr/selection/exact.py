@@ -6,9 +6,11 @@ tie rule and a tolerance against rounding (`dtr.selection.criteria`), a journal,
 
 from __future__ import annotations
 
+from dtr.selection.registry import strategy
 from dtr.selection.state import Search
 
 
+@strategy("exact")
 def exact(search: Search) -> None:
     """Replace one layer after another, always the one whose replacement scores best."""
     while search.goes_on():

@@ -8,8 +8,8 @@ from typing import Any
 
 from dtr.distillation.bank import MixerBank
 from dtr.evaluation.score import Score
-from dtr.replacement.binding import make_evaluator
-from dtr.replacement.search import hybrid_of
+from dtr.selection.binding import make_evaluator
+from dtr.selection.search import hybrid_of
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from dtr.distillation.bank import MixerBank, check_same_teacher
@@ -15,17 +14,22 @@ from dtr.distributed import World, current_world
 from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import Evaluator, evaluate
 from dtr.hybrid.cache import decode_cache_bytes
-from dtr.replacement.settings import SearchSettings
-from dtr.replacement.spreading import SpreadEvaluator, clock_of, shared_journal
-from dtr.selection.certificate import check_num_items
-from dtr.selection.criteria import resolve_p_min
+from dtr.selection.criteria import check_p_min, resolve_p_min
 from dtr.selection.items import ItemSplit, split_items
 from dtr.selection.journal import Journal
+from dtr.selection.looks import count_look
+from dtr.selection.ranking import likelihood_task
+from dtr.selection.select import GuardTask, select_layers
+from dtr.selection.settings import SearchSettings
+from dtr.selection.spreading import SpreadEvaluator, clock_of, shared_journal
 from dtr.selection.state import Budget
-from dtr.selection.strategies import STRATEGIES, GuardTask, check_limits, select_layers
+from dtr.selection.strategies import STRATEGIES
 from dtr.selection.trace import SearchTrace
 from dtr.tasks.base import Task, fingerprint
 from dtr.teacher import Teacher
+
+SEARCH_VERSION = 2
+"""Changes with what is scored, so that a journal of an older search is not mixed with this one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +49,9 @@ def check_search(task: Task, settings: SearchSettings) -> None:
 
     Raises:
         RecipeError: an unknown strategy, or a P_min that no teacher reaches.
-        DataError: too few validation items for the confidence asked for.
     """
     STRATEGIES[settings.strategy]
-    check_limits(settings.limits, num_confirmation=len(_split_items(task, settings).confirmation))
+    check_p_min(settings.p_min, settings.p_min_kind)
 
 
 def check_teacher(teacher: Teacher, task: Task, settings: SearchSettings) -> None:
@@ -59,24 +62,12 @@ def check_teacher(teacher: Teacher, task: Task, settings: SearchSettings) -> Non
     Raises:
         ModelError: log-probabilities that are no numbers.
         RecipeError: a P_min or floor that the teacher itself does not reach, or a share of a score of 0.
-        DataError: too few validation items for the confidence asked for, as this teacher answers them.
     """
     limits = [(task, settings.p_min, settings.p_min_kind, "search")]
     limits += [(x.task, x.p_min, x.p_min_kind, f"search.guards ({x.task.name})") for x in settings.guards]
-    confirmation = _split_items(task, settings).confirmation
     for one, p_min, kind, where in limits:
-        is_confirmed = one is task and len(confirmation) > 0
         score = evaluate(teacher, one, split="validation", batch_tokens=settings.batch_tokens)
         resolve_p_min(p_min, kind, score, where=where)
-        if is_confirmed and settings.p_min_confidence is not None:
-            value = fmean(score.per_item[index] for index in confirmation)
-            check_num_items(
-                len(confirmation),
-                confidence=settings.p_min_confidence,
-                p_min=p_min,
-                p_min_kind=kind,
-                teacher=replace(score, value=value),
-            )
 
 
 def make_evaluator(teacher: Teacher, bank: MixerBank, task: Task, split: str, **options: Any) -> SpreadEvaluator:
@@ -94,16 +85,17 @@ def make_evaluator(teacher: Teacher, bank: MixerBank, task: Task, split: str, **
 
 
 def make_validation(teacher: Teacher, bank: MixerBank, task: Task, settings: SearchSettings) -> SpreadEvaluator:
-    """The evaluator that a search with these settings asks, batched as it batches."""
-    return make_evaluator(
-        teacher,
-        bank,
-        task,
-        "validation",
-        batch_tokens=settings.batch_tokens,
-        cache_bytes=settings.cache_bytes,
-        blocks=_split_items(task, settings).groups,
-    )
+    """The evaluator that a search with these settings asks, batched as it batches; with its `ranking`."""
+    options = {
+        "batch_tokens": settings.batch_tokens,
+        "cache_bytes": settings.cache_bytes,
+        "blocks": _split_items(task, settings).groups,
+    }
+    found = make_evaluator(teacher, bank, task, "validation", **options)
+    ranked_by = likelihood_task(task, found.respond)
+    if ranked_by is not None:
+        found.ranking = make_evaluator(teacher, bank, ranked_by, "validation", **options)
+    return found
 
 
 def find_layers(
@@ -115,7 +107,7 @@ def find_layers(
     journal: str | Path | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Selection:
-    """The search alone, without its test scores; arguments and errors as in `dtr.replacement.search.search`."""
+    """The search alone, without its test scores; arguments and errors as in `dtr.selection.search.search`."""
     check_same_teacher(bank.teacher_fingerprint, teacher, where="bank")
     check_search(task, settings)
     budget, items = _budget(teacher, bank, settings), _split_items(task, settings)
@@ -145,6 +137,7 @@ def find_layers(
             clock=clock_of(world),
             journal=book,
             on_event=on_event and _in_words(bank, _with_work(validation, guarding, on_event)),
+            earlier_looks=lambda: world.collect(_count_look(teacher, bank, task, settings) if world.is_first else 0)[0],
         )
     return Selection(
         trace=trace,
@@ -182,8 +175,10 @@ def _in_words(bank: MixerBank, listener: Callable[[dict[str, Any]], None]) -> Ca
 
 
 def _split_items(task: Task, settings: SearchSettings) -> ItemSplit:
+    items = task.splits["validation"]
     return split_items(
-        len(task.splits["validation"]),
+        len(items),
+        names=[item.group for item in items] if any(item.group for item in items) else (),
         confirmation_share=settings.confirmation_share if settings.p_min_confidence is not None else 0.0,
         seed=settings.seed,
     )
@@ -228,6 +223,11 @@ def _budget(teacher: Teacher, bank: MixerBank, settings: SearchSettings) -> Budg
     return Budget(num_linear=num_wanted, num_linear_text=text, seconds=settings.max_seconds)
 
 
+def _count_look(teacher: Teacher, bank: MixerBank, task: Task, settings: SearchSettings) -> int:
+    asked = asdict(replace(settings, guards=(), batch_tokens=0, cache_bytes=0))
+    return count_look({"teacher": teacher.fingerprint, "task": fingerprint(task)}, {"bank": bank.fingerprint, **asked})
+
+
 def _facts(bank: MixerBank, validation: SpreadEvaluator, items: ItemSplit) -> Callable[[str], Mapping[int, float]]:
     def facts(name: str) -> Mapping[int, float]:
         if name == "nmse":
@@ -252,6 +252,7 @@ def _open_journal(
         return nullcontext()
     # P_min and the strategy are not part of it: the same scores serve any.
     identity = {
+        "search": SEARCH_VERSION,
         # As the bank has it, which an earlier release may have written.
         "teacher": bank.teacher_fingerprint,
         "dtype": str(teacher.dtype),

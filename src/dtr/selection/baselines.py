@@ -6,9 +6,11 @@ import random
 from collections.abc import Mapping, Sequence
 
 from dtr.errors import RecipeError
+from dtr.selection.registry import strategy
 from dtr.selection.state import Search
 
 
+@strategy("uniform")
 def uniform(search: Search) -> None:
     """Evenly spread over the depth at every number of layers: positions in bit-reversed order."""
     layers = search.one_per_layer()
@@ -17,6 +19,7 @@ def uniform(search: Search) -> None:
     follow(search, [layers[i] for i in reversed_bits if i < len(layers)])
 
 
+@strategy("random")
 def random_order(search: Search) -> None:
     """A seeded shuffle."""
     order = list(search.layers)
@@ -24,21 +27,25 @@ def random_order(search: Search) -> None:
     follow(search, order)
 
 
+@strategy("lowest_mse")
 def lowest_mse(search: Search) -> None:
     """Best copied layers first, by held-out NMSE after distillation."""
     follow(search, ascending(_fact(search, "nmse"), search.layers))
 
 
+@strategy("kl")
 def kl(search: Search) -> None:
     """Least change of the model's output first: mean KL(teacher || teacher with that layer linear) in nats."""
     follow(search, ascending(_fact(search, "kl"), search.layers))
 
 
+@strategy("impact")
 def impact(search: Search) -> None:
     """Least impact first, the paper's score from linear probes: 1 - (A_linear + A_cross) / (2 A_full)."""
     follow(search, ascending(_fact(search, "impact"), search.layers))
 
 
+@strategy("one_shot")
 def one_shot(search: Search) -> None:
     """By the score of each layer alone in the teacher: the first step of `exact`, never updated."""
     search.expect_candidates(search.layers)

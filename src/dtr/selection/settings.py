@@ -24,13 +24,11 @@ class SearchSettings:
     """Settings of `search`; each can also be given to it by name."""
 
     strategy: str = "exact"
-    """auto, exact, lazy, restore, or a baseline: uniform, random, lowest_mse, one_shot, kl, impact."""
+    """auto, exact, or a baseline: uniform, random, lowest_mse, one_shot, kl, impact."""
     p_min: float = 0.95
     """Share of the teacher's validation score to keep, or a value of the metric (`p_min_kind`)."""
     p_min_kind: PMinKind = "relative"
     """`relative` or `absolute`."""
-    safety: float = 0.0
-    """Standard errors of the paired difference to P_min by which a hybrid must lie above it."""
     p_min_confidence: float | None = None
     """Commit only what is certified at this confidence on items that selection never saw, as 0.95."""
     confirmation_share: float = CONFIRMATION_SHARE
@@ -48,7 +46,7 @@ class SearchSettings:
     run_to_end: bool = False
     """Go on below P_min to draw the whole curve; M_opt and M_best are not affected."""
     seed: int = 0
-    """Draws the confirmation items, the portions for races, and the random baseline."""
+    """Draws the confirmation items, the portions that rank, and the random baseline."""
     batch_tokens: int = 16_384
     """Padded tokens per evaluation batch."""
     cache_bytes: int = 4_000_000_000
@@ -61,5 +59,4 @@ class SearchSettings:
             p_min=self.p_min,
             p_min_kind=self.p_min_kind,
             p_min_confidence=self.p_min_confidence,
-            safety=self.safety,
         )
