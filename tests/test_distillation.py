@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import byte_tokenizer, pico_teacher, token_blocks
 
 from dtr.arch import FAMILIES, capture_attention, decoder_layers
@@ -192,7 +194,7 @@ def weights_at(teacher, blocks, layer, step):
     ids=["not a number", "diverged"],
 )
 def test_a_layer_that_goes_wrong_is_stopped_alone(damage, stopped_after, why, teacher, blocks, monkeypatch, tmp_path):
-    monkeypatch.setattr("dtr.distillation.watch.PATIENCE", 2)
+    monkeypatch.setattr("dtr.distillation.divergence_guard.PATIENCE", 2)
     # Losses are looked at after steps 10 and 12; the second proves the weights of the first.
     clean, good = distill(teacher, blocks, **SETTINGS), weights_at(teacher, blocks, 1, 10)
     events, checkpoint = [], tmp_path / "state.safetensors"
@@ -235,6 +237,45 @@ def test_a_layer_that_was_stopped_stays_so_after_an_interruption(teacher, blocks
     resumed = distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
     assert list(whole.stopped) == list(resumed.stopped) == [2]
     assert same_weights(whole, resumed)
+
+
+def test_what_the_guard_has_seen_is_resumed_too(teacher, blocks, monkeypatch, tmp_path):
+    """Stopped between a layer's first bad look and the one that gives it up: its best loss, count and weights go on."""
+    monkeypatch.setattr("dtr.distillation.divergence_guard.PATIENCE", 2)
+    checkpoint = tmp_path / "state.safetensors"
+    damage = lambda mixers: mixers[1].o_proj.weight.mul_(100)  # noqa: E731
+
+    def spoiled(last=99):
+        text = spoil(blocks, teacher, monkeypatch, damage, at_step=12)
+        batch = text.batch
+
+        def until(step, **options):
+            if step > last:
+                raise KeyboardInterrupt
+            return batch(step, **options)
+
+        object.__setattr__(text, "batch", until)
+        return text
+
+    whole = distill(teacher, spoiled(), **SETTINGS)
+    # Losses are looked at after steps 15 and 18.
+    assert whole.stopped[1]["num_tokens"] == 18 * 8 * 32
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher, spoiled(last=16), checkpoint=checkpoint, checkpoint_every_steps=16, **SETTINGS)
+    saved = checkpoint.read_bytes()
+    resumed = distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
+    assert resumed.stopped == whole.stopped
+    assert same_weights(resumed, whole)
+
+    # A checkpoint of an earlier version has nothing of this; what is then kept are the weights in it.
+    checkpoint.write_bytes(saved)
+    with safe_open(checkpoint, framework="pt") as file:
+        facts = json.loads(file.metadata()["state"])
+        assert facts.pop("guard")["1"]["num_bad"] == 1
+        old = {n: file.get_tensor(n) for n in file.keys() if not n.startswith(("proved.", "on_trial."))}  # noqa: SIM118
+    save_file(old, checkpoint, metadata={"state": json.dumps(facts)})
+    resumed = distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
+    assert all(torch.equal(w, whole.mixers[2].get_parameter(n)) for n, w in resumed.mixers[2].named_parameters())
 
 
 def test_nothing_is_made_where_every_layer_fails(teacher, blocks, monkeypatch):

@@ -12,9 +12,9 @@ import torch
 
 from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank
+from dtr.distillation.divergence_guard import CHECK_EVERY_STEPS, DivergenceGuard
 from dtr.distillation.state import TrainingState
 from dtr.distillation.students import Students
-from dtr.distillation.watch import CHECK_EVERY_STEPS, Watch
 from dtr.distributed import World
 from dtr.errors import DeviceError, Interrupted, RecipeError
 from dtr.interrupt import stop_at_safe_point
@@ -53,8 +53,8 @@ def train(
         Interrupted: Ctrl-C; the state was saved.
     """
     identity, started = bank.identity, time.monotonic()
-    step = state.restore()
-    watch = Watch({index: bank.mixers[index] for index in students.active})
+    guard = DivergenceGuard({index: bank.mixers[index] for index in students.active})
+    step = state.restore(guard)
     spent_before = bank.seconds
     measure_every = max(1, bank.num_steps // NUM_MEASURES)
     saved_at = started
@@ -70,10 +70,13 @@ def train(
             stopping, saving = (wish and world.size == 1 for wish in (stop.requested, is_due))
             measuring = step % measure_every == 0 or step == bank.num_steps
             saving |= step == bank.num_steps or bool(checkpoint_every_steps and step % checkpoint_every_steps == 0)
+            checking = step % CHECK_EVERY_STEPS == 0 or measuring
             # Reading the loss waits for the device, and asking all ranks waits for them; not at every step.
-            if step % CHECK_EVERY_STEPS == 0 or measuring or saving or stopping:
+            if checking or saving or stopping:
                 emit(_progress(step, bank.num_steps, batch, losses))
-                _give_up_lost_layers(bank, students, watch, losses, step * batch.numel(), world, emit)
+                if checking:
+                    # Never for the sake of a checkpoint alone: when those are written must not change the result.
+                    _give_up_lost_layers(bank, students, guard, losses, step * batch.numel(), world, emit)
                 # Clocks differ, and all ranks save together.
                 wishes = world.collect((stop.requested, is_due))
                 stopping, saving = any(stop for stop, _ in wishes), saving or any(due for _, due in wishes)
@@ -81,7 +84,7 @@ def train(
                 _measure(bank, students, text, step, emit)
             bank.seconds = spent_before + time.monotonic() - started
             if saving or stopping:
-                state.save(step)
+                state.save(step, guard)
                 saved_at = time.monotonic()
             if stopping:
                 raise Interrupted(f"Stopped after step {step} of {bank.num_steps}; {state.how_to_go_on()}")
@@ -123,7 +126,7 @@ def memory_advice(batch_size: int, seq_len_tokens: int) -> Iterator[None]:
 def _give_up_lost_layers(
     bank: MixerBank,
     students: Students,
-    watch: Watch,
+    guard: DivergenceGuard,
     losses: torch.Tensor,
     num_tokens: int,
     world: World,
@@ -134,7 +137,7 @@ def _give_up_lost_layers(
     Raises:
         RecipeError: there is no layer left.
     """
-    for lost in world.collect(watch.check(students.active, losses)):
+    for lost in world.collect(guard.check(students.active, losses)):
         for index, why in lost.items():
             if index not in bank.stopped:
                 bank.stopped[index] = {"num_tokens": num_tokens, "why": why}

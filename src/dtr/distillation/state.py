@@ -13,17 +13,21 @@ from safetensors import SafetensorError, safe_open
 
 from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank
+from dtr.distillation.divergence_guard import DivergenceGuard
 from dtr.distillation.students import Students
 from dtr.distributed import World
 from dtr.errors import BankError
 from dtr.files import write_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KEPT = ("proved", "on_trial")
+"""Weights that the divergence guard keeps."""
 CHECKSUM = "crc32"
 
 
 class TrainingState:
-    """Students, optimizer moments, step, curve and place in the text: one safetensors file, written by the first rank.
+    """Students, optimizer moments, what the divergence guard keeps, step, curve and place in the text: one safetensors
+    file, written by the first rank.
 
     Any number of processes may go on with it, whatever the number that wrote it.
     """
@@ -45,16 +49,21 @@ class TrainingState:
     def how_to_go_on(self) -> str:
         return "go on with --resume." if self._path else "nothing was saved, as no checkpoint was asked for."
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, guard: DivergenceGuard) -> None:
         """Write the state after `step` steps; all ranks call this together."""
         if self._path is None:
             return
         self.share_weights()
         tensors: dict[str, torch.Tensor] = {f"param.{name}": param for name, param in self._named.items()}
-        for name in self._named:
-            if int(name.partition(".")[0]) in self._bank.stopped:
+        for name, param in self._named.items():
+            index, _, weight = name.partition(".")
+            if int(index) in self._bank.stopped:
                 continue
-            tensors |= {f"{moment}.{name}": self._moment(name, moment) for moment in MOMENTS}
+            moments = self._students.optimizer.state.get(param, {})
+            tensors |= {f"{moment}.{name}": self._from_owner(name, moments.get(moment)) for moment in MOMENTS}
+            for kept in KEPT:
+                mine = getattr(guard, kept).get(int(index), {}).get(weight)
+                tensors[f"{kept}.{name}"] = self._from_owner(name, mine)
         facts = {
             "step": step,
             "identity": self._bank.identity,
@@ -64,6 +73,7 @@ class TrainingState:
             "seconds": self._bank.seconds,
             "text": self._text.position(),
             "stopped": self._bank.stopped,
+            "guard": {index: counts for part in self._world.collect(guard.counts()) for index, counts in part.items()},
         }
         if self._world.is_first:
             state = json.dumps(facts)
@@ -83,21 +93,19 @@ class TrainingState:
             return None
         return self._world.owner(self._layers.index(int(name.partition(".")[0])))
 
-    def _moment(self, name: str, moment: str) -> torch.Tensor:
-        """A moment of the optimizer, from the rank that has it."""
-        param = self._named[name]
-        mine = self._students.optimizer.state[param].get(moment) if param in self._students.optimizer.state else None
+    def _from_owner(self, name: str, mine: torch.Tensor | None) -> torch.Tensor:
+        """What belongs to a parameter, from the rank that trains it."""
         owner = self._owner(name)
         if owner is None:
-            assert mine is not None, f"the optimizer has not seen {name}"
+            assert mine is not None, f"nothing is known of {name}"
             return mine
-        tensor = mine if mine is not None else torch.empty_like(param)
+        tensor = mine if mine is not None else torch.empty_like(self._named[name])
         self._world.send_from(owner, tensor)
         return tensor
 
     @torch.no_grad()
-    def restore(self) -> int:
-        """Load the state if there is one; returns the step to go on with."""
+    def restore(self, guard: DivergenceGuard) -> int:
+        """Load the state if there is one, that of the guard too; returns the step to go on with."""
         if self._path is None or not self._path.exists():
             return 0
         try:
@@ -108,6 +116,7 @@ class TrainingState:
                 self._bank.stopped = {int(k): v for k, v in facts.get("stopped", {}).items()}
                 for index in [i for i in self._students.active if i in self._bank.stopped]:
                     self._students.stop(index)
+                    guard.drop(index)
                 for name, param in self._named.items():
                     param.copy_(file.get_tensor(f"param.{name}"))
                     if int(name.partition(".")[0]) not in self._students.active:
@@ -117,6 +126,7 @@ class TrainingState:
                         "exp_avg": file.get_tensor(f"exp_avg.{name}").to(param.device),
                         "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(param.device),
                     }
+                self._restore_guard(guard, facts.get("guard"), file)
         except BankError:
             raise
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -132,6 +142,16 @@ class TrainingState:
         self._bank.seconds = facts["seconds"]
         self._text.seek(facts.get("text"))
         return facts["step"]
+
+    def _restore_guard(self, guard: DivergenceGuard, counts: dict[str, Any] | None, file: Any) -> None:
+        """What was kept of each layer in training; checkpoints of earlier versions hold none of it."""
+        for index in self._students.active:
+            if counts is None:
+                guard.restore(index, None, {}, {})
+                continue
+            names = [name for name, _ in self._bank.mixers[index].named_parameters()]
+            kept = ({name: file.get_tensor(f"{prefix}.{index}.{name}") for name in names} for prefix in KEPT)
+            guard.restore(index, counts[str(index)], *kept)
 
     def _check(self, identity: dict[str, Any]) -> None:
         ours = json.loads(json.dumps(self._bank.identity))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -16,20 +17,25 @@ PATIENCE = 3
 """Bad checks in a row until a layer is given up: single batches may be odd, and a spike may heal."""
 
 
-class Watch:
+class DivergenceGuard:
     """Keeps a copy of the weights that each layer had when it was last in order.
 
     A loss is that of the weights before the update that followed it, and that update may have ruined them. So weights
     are kept on trial until a later loss, computed with what has become of them, is found in order.
+
+    All that it knows is saved with a checkpoint, and what it looks at depends on the step alone, so that a run that
+    was interrupted gives up the same layers, with the same weights.
 
     Args:
         mixers: those that this process trains.
     """
 
     def __init__(self, mixers: Mapping[int, Mixer]) -> None:
-        self._params: dict[int, list[torch.Tensor]] = {i: list(mixer.parameters()) for i, mixer in mixers.items()}
-        self._good = {index: [p.detach().clone() for p in params] for index, params in self._params.items()}
-        self._on_trial = {index: [p.clone() for p in params] for index, params in self._good.items()}
+        self._params = {i: dict(mixer.named_parameters()) for i, mixer in mixers.items()}
+        self.proved = {i: {n: p.detach().clone() for n, p in params.items()} for i, params in self._params.items()}
+        """Weights that a layer gets back, by number and name."""
+        self.on_trial = {i: {n: p.clone() for n, p in params.items()} for i, params in self.proved.items()}
+        """Weights of the last check that was in order; the next one decides about them."""
         self._best = dict.fromkeys(mixers, math.inf)
         self._num_bad = dict.fromkeys(mixers, 0)
 
@@ -47,7 +53,7 @@ class Watch:
         if not layers:
             return {}
         # A loss may be finite while its gradient was not; one reading of the device serves both.
-        norms = [torch.stack(torch._foreach_norm(self._params[index])).sum() for index in layers]
+        norms = [torch.stack(torch._foreach_norm(list(self._params[index].values()))).sum() for index in layers]
         readings = torch.stack([losses.float(), torch.stack(norms).float()]).tolist()
         lost: dict[int, str] = {}
         for index, loss, norm in zip(layers, *readings, strict=True):
@@ -59,11 +65,44 @@ class Watch:
                     lost[index] = f"its loss of {loss:.3g} has left its best of {self._best[index]:.3g} far behind"
             else:
                 if not self._num_bad[index]:
-                    self._good[index], self._on_trial[index] = self._on_trial[index], self._good[index]
+                    self.proved[index], self.on_trial[index] = self.on_trial[index], self.proved[index]
                 # After a bad loss what was on trial is given up, though the layer has come round.
-                torch._foreach_copy_(self._on_trial[index], self._params[index])
+                _copy(self._params[index], to=self.on_trial[index])
                 self._best[index], self._num_bad[index] = min(loss, self._best[index]), 0
         for index in lost:
-            torch._foreach_copy_(self._params[index], self._good.pop(index))
-            del self._on_trial[index]
+            _copy(self.proved[index], to=self._params[index])
+            self.drop(index)
         return lost
+
+    def drop(self, index: int) -> None:
+        """Forget a layer that is trained no more."""
+        del self.proved[index], self.on_trial[index]
+
+    def counts(self) -> dict[int, dict[str, Any]]:
+        """What is kept of each layer beside weights, for JSON; a best of None is that of a layer not looked at yet."""
+        return {
+            index: {"best": best if math.isfinite(best) else None, "num_bad": self._num_bad[index]}
+            for index, best in self._best.items()
+            if index in self.proved
+        }
+
+    @torch.no_grad()
+    def restore(
+        self,
+        index: int,
+        counts: dict[str, Any] | None,
+        proved: Mapping[str, torch.Tensor],
+        on_trial: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Go on from what was saved of a layer; without `counts` from the weights that it has now."""
+        if counts is None:
+            proved = on_trial = self._params[index]
+        else:
+            self._best[index] = math.inf if counts["best"] is None else float(counts["best"])
+            self._num_bad[index] = int(counts["num_bad"])
+        _copy(proved, to=self.proved[index])
+        _copy(on_trial, to=self.on_trial[index])
+
+
+def _copy(weights: Mapping[str, torch.Tensor], *, to: Mapping[str, torch.Tensor]) -> None:
+    torch._foreach_copy_(list(to.values()), [weights[name] for name in to])

@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 
-from dtr.distillation.watch import PATIENCE, Watch
+from dtr.distillation.divergence_guard import PATIENCE, DivergenceGuard
 
 
 def played(weights_and_losses):
     """What a layer is left with, and why it was stopped, after checks with these weights and the losses before them."""
     layer = torch.nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(0.0)
-    watch = Watch({3: layer})
+    guard = DivergenceGuard({3: layer})
     for weight, loss in weights_and_losses:
         layer.weight.data.fill_(weight)
-        lost = watch.check([3], torch.tensor([loss]))
+        lost = guard.check([3], torch.tensor([loss]))
         if lost:
             return layer.weight.item(), lost[3]
     return layer.weight.item(), None
