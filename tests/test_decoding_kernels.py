@@ -49,6 +49,30 @@ def check_delta_step(case: Case, norms: HeadNorms | None, tolerance: float, *, q
     close(ours, plain, 1e-5)
 
 
+def check_shared_step(case: Case, norms: HeadNorms | None, tolerance: float) -> None:
+    """States at slots of a cache with room for more, some of new sequences, whose slots hold what must not be read."""
+    from dtr.ops.gpu import decoding_triton
+
+    rows = case.randn(case.batch, 6 * case.heads * case.dim + 2 * case.heads)
+    # Slots lie further apart than a state is wide.
+    wide = case.randn(9, case.heads + 1, case.dim, case.dim, dtype=torch.float32)
+    wide[4] = float("inf")
+    tables = case.randn(50, case.dim), case.randn(50, case.dim)
+    slots = torch.tensor([7, 4, 2]).to(case.device)
+    shared = decoding.SharedStates(
+        slot_B=slots, is_new_B=slots == 4, position_B=torch.tensor([3, 49, 0]).to(case.device)
+    )
+    plain = wide.cpu().clone()
+    out = decoding_triton.delta_step(rows, *tables, wide[:, : case.heads], norms, True, shared)
+    on_the_cpu = decoding.SharedStates(**{name: x.cpu() for name, x in vars(shared).items()})
+    tables = tuple(x.cpu() for x in tables)
+    want = decoding.delta_step(
+        rows.cpu(), *tables, plain[:, : case.heads], on_cpu(norms), quadratic=True, shared=on_the_cpu
+    )
+    close(out, want, tolerance)
+    close(wide, plain, 1e-5)
+
+
 def check_plain_step(case: Case, tolerance: float) -> None:
     from dtr.ops.gpu.gated_delta_step_triton import step
 
@@ -211,6 +235,7 @@ def check_all(case: Case, tolerance: float) -> None:
     for norms in (None, case.norms):
         for quadratic in (False, True):
             check_delta_step(case, norms, tolerance, quadratic=quadratic)
+        check_shared_step(case, norms, tolerance)
         check_rotate_and_store(case, norms, tolerance)
     for last in (0, 63, 200, case.slots - 1):
         check_attend(case, last, tolerance)
@@ -321,6 +346,10 @@ def run_interpreted() -> None:
     few.heads = 2
     check_delta_prompt(few, num_tokens=150, segments=2, tolerance=1e-5)
     check_delta_prompt(few, num_tokens=40, tolerance=1e-5)
+    from test_packed_prompts import check_packed
+
+    check_packed(few, (1, 700, 65), 1e-5)
+    check_packed(few, (3, 40), 1e-5)
 
 
 if __name__ == "__main__":

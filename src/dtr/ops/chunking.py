@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, H heads, G = B * H sequences, N chunks, C tokens of a
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -73,6 +75,7 @@ def pair_decays(g: torch.Tensor) -> torch.Tensor:
     return differences.exp_().tril_()
 
 
-def full_precision(x: torch.Tensor) -> torch.autocast:
+def full_precision(x: torch.Tensor) -> contextlib.AbstractContextManager[None] | torch.autocast:
     """Context without autocast, which would otherwise run the matmuls on states and inverses in 16 bits."""
-    return torch.autocast(x.device.type, enabled=False)
+    # On the device "meta", where shapes are all there is, autocast does not exist.
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ from dtr.ops.quadratic_features import quadratic_features
 from dtr.ops.rotary import rotate
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedStates:
+    """Where the sequences of a step have their states in a cache that holds those of others too."""
+
+    slot_B: torch.Tensor
+    """int64, each sequence's place in the cache."""
+    is_new_B: torch.Tensor
+    """bool, whether the sequence starts here, so that what its slot holds counts for nothing."""
+    position_B: torch.Tensor
+    """int64, each token's place in its sequence."""
+
+
 def delta_step(
     rows: torch.Tensor,
     cos_BK: torch.Tensor,
@@ -32,6 +45,7 @@ def delta_step(
     norms: HeadNorms | None = None,
     *,
     quadratic: bool = False,
+    shared: SharedStates | None = None,
 ) -> torch.Tensor:
     """One token of a `GatedDeltaNet` layer between its input projections and its output projection.
 
@@ -42,12 +56,19 @@ def delta_step(
         state_BHKV: float32; replaced in place.
         norms: norms of queries and keys, where the family has them.
         quadratic: whether queries and keys have quadratic features.
+        shared: of a cache with slots for more sequences; cosines and sines are then those of all positions.
 
     Returns:
         (B, H K), the gated heads, in the type of `rows`.
     """
     if kernels := _kernels(rows):
-        return kernels.delta_step(rows, cos_BK, sin_BK, state_BHKV, norms, quadratic)
+        return kernels.delta_step(rows, cos_BK, sin_BK, state_BHKV, norms, quadratic, shared)
+    if shared is not None:
+        cos_BK, sin_BK = cos_BK[shared.position_B], sin_BK[shared.position_B]
+        own = state_BHKV[shared.slot_B].masked_fill(shared.is_new_B[:, None, None, None], 0.0)
+        out = delta_step(rows, cos_BK, sin_BK, own, norms, quadratic=quadratic)
+        state_BHKV[shared.slot_B] = own
+        return out
     batch, heads, dim, _ = state_BHKV.shape
     wide, narrow = rows.float().split([rows.shape[1] - 2 * heads, 2 * heads], dim=1)
     q, k, v, gate, *mixes = wide.view(batch, -1, heads, dim).unbind(1)

@@ -17,6 +17,7 @@ import triton.language as tl
 from dtr.ops.quadratic_features import EPS
 
 if TYPE_CHECKING:
+    from dtr.ops.decoding import SharedStates
     from dtr.ops.projections import HeadNorms
 
 QUADRATIC_EPS = tl.constexpr(EPS)
@@ -60,18 +61,25 @@ def _unit(x):
 
 @triton.jit
 def _delta_step(
-    rows_ptr, cos_ptr, sin_ptr, state_ptr, out_ptr, q_norm_ptr, k_norm_ptr, eps, rows_stride, H: tl.constexpr,
-    K: tl.constexpr, BV: tl.constexpr, HAS_NORM: tl.constexpr, QUADRATIC: tl.constexpr,
+    rows_ptr, cos_ptr, sin_ptr, state_ptr, slot_ptr, new_ptr, position_ptr, out_ptr, q_norm_ptr, k_norm_ptr, eps,
+    rows_stride, state_stride, H: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, HAS_NORM: tl.constexpr,
+    QUADRATIC: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H, K / BV): read and write BV columns of one head's state once."""
+    """Grid (B H, K / BV): read and write BV columns of one head's state once.
+
+    SHARED: the state is that of a slot, angles those of a position, and a new sequence's state is taken for zero.
+    """
     b, h, first = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H, tl.program_id(1) * BV
     row = rows_ptr + b * rows_stride
     width: tl.constexpr = H * K
     # Mixes of q and k follow the output gate.
     mix: tl.constexpr = 4 * width if QUADRATIC else 0
     gates: tl.constexpr = 6 * width if QUADRATIC else 4 * width
-    cos_ptr += b * K
-    sin_ptr += b * K
+    slot, position = b, b
+    if SHARED:
+        slot, position = tl.load(slot_ptr + b).to(tl.int64), tl.load(position_ptr + b).to(tl.int64)
+    cos_ptr += position * K
+    sin_ptr += position * K
     q = _unit(_rotated_head(row + h * K, cos_ptr, sin_ptr, q_norm_ptr, eps, K, HAS_NORM, mix))
     k = _unit(_rotated_head(row + width + h * K, cos_ptr, sin_ptr, k_norm_ptr, eps, K, HAS_NORM, mix))
     j = first + tl.arange(0, BV)
@@ -80,8 +88,13 @@ def _delta_step(
     decay = tl.exp(-_softplus(tl.load(row + gates + h).to(tl.float32)))
     write = _sigmoid(tl.load(row + gates + H + h).to(tl.float32))
 
-    tile = state_ptr + (b * H + h) * K * K + tl.arange(0, K)[:, None] * K + j[None, :]
-    state = tl.load(tile) * decay
+    tile = state_ptr + slot * state_stride + h * K * K + tl.arange(0, K)[:, None] * K + j[None, :]
+    if SHARED:
+        # Not multiplied: what an earlier sequence left there may be infinite.
+        goes_on = tl.load(new_ptr + b).to(tl.int32) == 0
+        state = tl.where(goes_on, tl.load(tile), 0.0) * decay
+    else:
+        state = tl.load(tile) * decay
     # Both sums over the state as it came in, so that neither waits for the other: q (S + k w^T) = q S + (q k) w^T.
     read, out = tl.sum(k[:, None] * state, axis=0), tl.sum(q[:, None] * state, axis=0)
     written = write * (v - read)
@@ -161,18 +174,24 @@ def delta_step(
     state_BHKV: torch.Tensor,
     norms: HeadNorms | None,
     quadratic: bool,
+    shared: SharedStates | None = None,
 ) -> torch.Tensor:
-    B, H, K, _ = state_BHKV.shape
-    assert state_BHKV.is_contiguous(), "the state is changed in place"
+    B, (_, H, K, _) = len(rows), state_BHKV.shape
+    assert state_BHKV.stride()[1:] == (K * K, K, 1), "the state is changed in place"
     assert rows.stride(1) == 1, "a row's projections lie side by side"
     out = rows.new_empty(B, H * K)
+    # Without slots nothing is read there.
+    places = (rows, rows, rows)
+    if shared is not None:
+        places = (shared.slot_B, shared.is_new_B.view(torch.uint8), shared.position_B)
     # The fewer sequences there are to fill the GPU, the finer the split.
     BV = K if B * H >= 1024 else max(16, K // 4)
     q_norm, k_norm, eps = _norm_arguments(norms, rows)
     with torch.cuda.device_of(rows):
         _delta_step[(B * H, K // BV)](
-            rows, cos_BK.contiguous(), sin_BK.contiguous(), state_BHKV, out, q_norm, k_norm, eps, rows.stride(0),
-            H=H, K=K, BV=BV, HAS_NORM=norms is not None, QUADRATIC=quadratic, num_warps=4,
+            rows, cos_BK.contiguous(), sin_BK.contiguous(), state_BHKV, *places, out, q_norm, k_norm, eps,
+            rows.stride(0), state_BHKV.stride(0), H=H, K=K, BV=BV, HAS_NORM=norms is not None, QUADRATIC=quadratic,
+            SHARED=shared is not None, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -161,16 +161,17 @@ def chunk_maps(
 
 @triton.jit(do_not_specialize=["T", "N", "segment_chunks"])
 def prompt_scan(
-    rows_ptr, bias_ptr, scale_ptr, p_ptr, n_ptr, x_ptr, y_ptr, total_ptr, initial_ptr, final_ptr, out_ptr, T, N,
-    segment_chunks, H: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr, AFFINE: tl.constexpr,
-    QUADRATIC: tl.constexpr,
+    rows_ptr, bias_ptr, scale_ptr, p_ptr, n_ptr, x_ptr, y_ptr, total_ptr, initial_ptr, final_ptr, out_ptr, bounds_ptr,
+    T, N, segment_chunks, H: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    AFFINE: tl.constexpr, QUADRATIC: tl.constexpr, HAS_BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """Grid (V / BV, B H, segments of `segment_chunks` chunks): carry BV columns of a state, and write their outputs.
 
     The state lies on its side, (BV, K), so that it is the left operand of its products and stays in registers. What is
     added to it and to the outputs comes through a product with the identity too, and so do the gates: exact in any
     type, and the compiler then fetches them as early as every other operand, straight into the layout of a product.
-    AFFINE, grid ((V + K) / BV, B H, segments): only what a segment makes of its first state, as in `state_scan`.
+    AFFINE, grid ((V + K) / BV, B H, segments): only what a segment makes of its first state, as in `state_scan`, as is
+    HAS_BOUNDS.
     """
     first, bh, segment = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
     b, h = (bh // H).to(tl.int64), bh % H
@@ -189,6 +190,8 @@ def prompt_scan(
         state = tl.zeros([BV, K], dtype=tl.float32)
     begin = segment * segment_chunks
     end = tl.minimum(begin + segment_chunks, N)
+    if HAS_BOUNDS:
+        begin, end = tl.load(bounds_ptr + segment), tl.load(bounds_ptr + segment + 1)
     chunk, token = bh.to(tl.int64) * N + begin, b * T + begin * 64
     at_p = p_ptr + chunk * (K * K) + f[:, None] * K + f[None, :]
     at_n = n_ptr + chunk * (K * K) + f[:, None] * K + column[None, :]

@@ -17,7 +17,7 @@ import triton
 from torch.nn import functional as F
 
 from dtr.ops.gpu.delta_prompt_kernels import chunk_maps, prompt_scan, token_gates
-from dtr.ops.gpu.gated_delta_kernels import carry_segments
+from dtr.ops.gpu.segments import PackedStates, Segments, scan_segments
 
 if TYPE_CHECKING:
     from dtr.ops.projections import DeltaProjection
@@ -149,31 +149,30 @@ def scan_chunks(
     maps: list[torch.Tensor],
     projection: DeltaProjection,
     tuning: Tuning = DEFAULT,
+    packed: PackedStates | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gated outputs (B, T, H K) and the last state (B, H, K, K) in float32, from a state of zeros."""
+    """Gated outputs (B, T, H K) and the last state (B, H, K, K) in float32, from a state of zeros.
+
+    With `packed`, B is 1 and the tokens are those of several sequences, whose last states (P, H, K, K) are given.
+    """
     (B, T), H, (_, N, K, _) = rows_BTC.shape[:2], projection.num_heads, maps[0].shape
     out = rows_BTC.new_empty(B, T, H * K)
-    length = triton.cdiv(N, tuning.segments or _num_segments(B * H, N, tuning.full))
-    P = triton.cdiv(N, length)
-    columns = min(K, tuning.scan_columns)
+    cut = packed.segments if packed is not None else None
+    if cut is None:
+        cut = Segments.of_chunks(N, tuning.segments or _num_segments(B * H, N, tuning.full))
+    columns, bounds = min(K, tuning.scan_columns), cut.bounds
 
     def scan(initial: torch.Tensor | None, last: torch.Tensor) -> None:
-        prompt_scan[(last.shape[-1] // columns, B * H, P)](
-            rows_BTC, projection.bias, gates.scale_BT, *maps, last if initial is None else initial, last, out, T, N,
-            length, H=H, K=K, BV=columns, HAS_INITIAL=initial is not None, AFFINE=last.shape[-1] > K,
-            QUADRATIC=projection.quadratic,
+        prompt_scan[(last.shape[-1] // columns, B * H, cut.num_segments)](
+            rows_BTC, projection.bias, gates.scale_BT, *maps, last if initial is None else initial, last, out,
+            bounds, T, N, cut.length_chunks, H=H, K=K, BV=columns, HAS_INITIAL=initial is not None,
+            AFFINE=last.shape[-1] > K, QUADRATIC=projection.quadratic, HAS_BOUNDS=bounds is not None,
             num_warps=tuning.scan_warps, num_stages=tuning.scan_stages,
         )  # fmt: skip
 
     with torch.cuda.device_of(rows_BTC):
-        initial = None
-        if P > 1:
-            initial, affine = (rows_BTC.new_empty(B * H, P, K, w, dtype=torch.float32) for w in (K, 2 * K))
-            scan(None, affine)
-            carry_segments[(B * H, K // 16)](affine, initial, P, K=K, V=K, BV=16, num_warps=4, num_stages=1)
-        last = rows_BTC.new_empty(B * H, P, K, K, dtype=torch.float32)
-        scan(initial, last)
-    return out, last[:, -1].reshape(B, H, K, K)
+        last = scan_segments(scan, cut, rows_BTC.new_empty(B * H, K, K, dtype=torch.float32), packed)
+    return out, last.reshape(-1, H, K, K)
 
 
 def _num_segments(num_sequences: int, num_chunks: int, full: int) -> int:

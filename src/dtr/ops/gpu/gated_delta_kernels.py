@@ -142,13 +142,14 @@ def chunk_inverse(
 
 @triton.jit(do_not_specialize=["T", "segment_chunks"])
 def state_scan(
-    k_ptr, v_ptr, beta_ptr, cum_ptr, inverse_ptr, initial_ptr, update_ptr, state_ptr, final_ptr, T, segment_chunks,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    AFFINE: tl.constexpr,
+    k_ptr, v_ptr, beta_ptr, cum_ptr, inverse_ptr, initial_ptr, update_ptr, state_ptr, final_ptr, bounds_ptr, T,
+    segment_chunks, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, AFFINE: tl.constexpr, HAS_BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """Carry the state over the chunks of one head and BV value columns; store each chunk's first state and its u.
 
     Grid (B H, V / BV, segments of `segment_chunks` chunks), each segment with a first and a last state of its own.
+    HAS_BOUNDS: segment p is the chunks from bounds[p] to before bounds[p + 1].
     AFFINE, grid (B H, (V + K) / BV, segments): only what a segment makes of its first state is stored, last states
     (K, V + K). The first V columns start from zero, the others from the identity with all values zero.
     """
@@ -164,7 +165,10 @@ def state_scan(
         state = tl.where(tl.arange(0, K)[:, None] == column[None, :], 1.0, 0.0)
     else:
         state = tl.zeros([K, BV], dtype=tl.float32)
-    for n in range(segment * segment_chunks, tl.minimum((segment + 1) * segment_chunks, num_chunks)):
+    begin, end = segment * segment_chunks, tl.minimum((segment + 1) * segment_chunks, num_chunks)
+    if HAS_BOUNDS:
+        begin, end = tl.load(bounds_ptr + segment), tl.load(bounds_ptr + segment + 1)
+    for n in range(begin, end):
         index = bh * num_chunks + n
         row = _head(bh, n * C, T, H)
         valid = n * C + i < T
@@ -194,11 +198,19 @@ def state_scan(
 
 
 @triton.jit
-def carry_segments(affine_ptr, first_ptr, P, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    """Grid (B H, V / BV): from what each of P segments makes of its first state to all first states (K, V)."""
+def carry_segments(
+    affine_ptr, first_ptr, start_ptr, P, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, HAS_STARTS: tl.constexpr,
+):  # fmt: skip
+    """Grid (B H, V / BV): from what each of P segments makes of its first state to all first states (K, V).
+
+    HAS_STARTS: where start[p] is not 0 the first state of segment p is there already.
+    """
     bh, first = tl.program_id(0), tl.program_id(1) * BV
     state = tl.zeros([K, BV], dtype=tl.float32)
     for p in range(P):
+        if HAS_STARTS:
+            given = tl.load(_tile(first_ptr, bh * P + p, K, V, 0, K, first, BV))
+            state = tl.where(tl.load(start_ptr + p) != 0, given, state)
         tl.store(_tile(first_ptr, bh * P + p, K, V, 0, K, first, BV), state)
         kept = tl.load(_tile(affine_ptr, bh * P + p, K, V + K, 0, K, V, K))
         state = tl.load(_tile(affine_ptr, bh * P + p, K, V + K, 0, K, first, BV)) + _dot(kept, state)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 import triton
 
-from dtr.ops.gpu.gated_delta_kernels import carry_segments, chunk_inverse, chunk_output, state_scan
+from dtr.ops.gpu.gated_delta_kernels import chunk_inverse, chunk_output, state_scan
 from dtr.ops.gpu.gated_delta_triton import CHUNK_TOKENS, check_inputs, inverse_warps, num_stages, scan_block
+from dtr.ops.gpu.segments import PackedStates, Segments, scan_segments
 
 _MIN_SEGMENT_CHUNKS = 8
 _MAX_SEGMENTS = 16
@@ -37,39 +38,36 @@ def prefill(
     *,
     scale: float,
     segments: int | None = None,
+    packed: PackedStates | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `gated_delta_triton.chunked` from a state of zeros; `segments` defaults to `num_segments`."""
+    """As `gated_delta_triton.chunked` from a state of zeros; `segments` defaults to `num_segments`.
+
+    With `packed`, B is 1 and the tokens are those of several sequences, whose last states (P, H, K, V) are given.
+    """
     check_inputs(q_BTHK, k_BTHK, v_BTHV)
     q, k, v, g, beta = (x.contiguous() for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
     (B, T, H, K), V = q.shape, v.shape[-1]
     BH, N = B * H, triton.cdiv(T, CHUNK_TOKENS)
-    length = triton.cdiv(N, segments or num_segments(BH, N))
-    P = triton.cdiv(N, length)
+    cut = Segments.of_chunks(N, segments or num_segments(BH, N)) if packed is None else packed.segments
     inverses = q.new_empty(BH, N, CHUNK_TOKENS, CHUNK_TOKENS)
     cum = q.new_empty(BH, N, CHUNK_TOKENS, dtype=torch.float32)
     o, updates, states = torch.empty_like(v), torch.empty_like(v), q.new_empty(BH, N, K, V)
 
-    def scan(initial: torch.Tensor | None, *, columns: int, affine: bool) -> torch.Tensor:
-        """One pass over all segments at once; the last states (BH, P, K, columns)."""
-        last = q.new_empty(BH, P, K, columns, dtype=torch.float32)
-        BV = min(V, K, scan_block(BH * P, columns))
-        state_scan[(BH, columns // BV, P)](
-            k, v, beta, cum, inverses, initial, updates, states, last, T, length, H, K=K, V=V, C=CHUNK_TOKENS, BV=BV,
-            HAS_INITIAL=initial is not None, AFFINE=affine, num_warps=4, num_stages=num_stages(q),
+    def scan(initial: torch.Tensor | None, last: torch.Tensor) -> None:
+        columns = last.shape[-1]
+        BV = min(V, K, scan_block(BH * cut.num_segments, columns))
+        state_scan[(BH, columns // BV, cut.num_segments)](
+            k, v, beta, cum, inverses, initial, updates, states, last, cut.bounds, T, cut.length_chunks, H, K=K, V=V,
+            C=CHUNK_TOKENS, BV=BV, HAS_INITIAL=initial is not None, AFFINE=columns > V,
+            HAS_BOUNDS=cut.bounds is not None, num_warps=4, num_stages=num_stages(q),
         )  # fmt: skip
-        return last
 
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(q):
         chunk_inverse[(BH, N)](k, g, beta, cum, inverses, T, H, K=K, num_warps=inverse_warps(k))
-        initial = None
-        if P > 1:
-            initial = q.new_empty(BH, P, K, V, dtype=torch.float32)
-            affine = scan(None, columns=V + K, affine=True)
-            carry_segments[(BH, V // 16)](affine, initial, P, K=K, V=V, BV=16, num_warps=4, num_stages=1)
-        last = scan(initial, columns=V, affine=False)[:, -1]
+        last = scan_segments(scan, cut, q.new_empty(BH, K, V, dtype=torch.float32), packed)
         BO = min(V, 64)
         chunk_output[(BH, N, V // BO)](
             q, k, updates, cum, states, o, scale, T, H, K=K, V=V, C=CHUNK_TOKENS, BV=BO, num_warps=4
         )
-    return o, last.reshape(B, H, K, V)
+    return o, last.reshape(-1, H, K, V)
