@@ -21,7 +21,7 @@ ROOMS = (
     ["checkpoint"],
     ["teacher"],
     ["corpus"],
-    ["distillation", "export", "inference"],
+    ["distillation", "export", "inference", "serving"],
     ["evaluation.score", "evaluation.paired"],
     ["tasks"],
     ["evaluation"],

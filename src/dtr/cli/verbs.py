@@ -205,6 +205,25 @@ def export(
     print(json.dumps(export_hybrid(hybrid, out, to=to, layer_types=layer_types)))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    hybrid: Annotated[Path, typer.Argument(help="Folder of a saved hybrid, as RUN/hybrid.")],
+    port: Annotated[int, typer.Option("--port", help="Port on this machine.", min=1, max=65535)] = 8000,
+    show: Annotated[bool, typer.Option("--print", help="Print the command and leave.")] = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Serve a hybrid with vLLM, or transformers where vLLM is not installed; other options go to the server."""
+    from dtr.serving.command import serve_command
+
+    command = serve_command(hybrid, port=port, extra=tuple(context.args))
+    say(f"Health: {command.health_check}")
+    say(f"Ask:    {command.example}")
+    print(command.shell)
+    if not show:
+        raise typer.Exit(command.run())
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: DebugOpt = False

@@ -17,6 +17,8 @@ class HybridConfigMixin:
         config: Any = self
         if config.mixers is None:
             config.mixers = [None] * config.num_hidden_layers
+        # Servers choose their class by this name, and other packages have theirs under the name that ours has here.
+        config.architectures = [name.replace("Hybrid", "Dtr", 1) for name in config.architectures or ()] or None
         # Whoever makes a hybrid's config is about to look up its model class.
         register_models()
 

@@ -36,6 +36,8 @@ class DecayingMixer(LinearMixer):
         **shape: Any,
     ) -> None:
         super().__init__(geometry, layer_idx, **shape)
+        # Those kept here, where a server shares a layer's heads out over devices.
+        self.heads = slice(None)
         self.half_lives = (min_half_life_tokens, max_half_life_tokens)
         shortest = self.shortest_half_life_tokens
         if not shortest < min_half_life_tokens <= max_half_life_tokens:
@@ -52,4 +54,4 @@ class DecayingMixer(LinearMixer):
         """
         fast, slow = (math.log2(x) for x in self.half_lives)
         one = math.log(2) / torch.logspace(fast, slow, self.geometry.num_heads, base=2.0, device=device)
-        return torch.cat([one.roll(i * len(one) // self.head_copies) for i in range(self.head_copies)])
+        return torch.cat([one.roll(i * len(one) // self.head_copies) for i in range(self.head_copies)])[self.heads]

@@ -1,0 +1,245 @@
+"""Is what vLLM answers what our decoder answers, and how fast are teacher and hybrid in it? On one GPU.
+
+    python benchmarks/serve_vllm.py --out vllm.json                                   # a pico model, in a minute
+    python benchmarks/serve_vllm.py --out vllm.json --teacher smollm2-demo --num-linear 24
+    python benchmarks/serve_vllm.py --out vllm.json --teacher TEACHER --hybrid RUN/hybrid
+
+Without --hybrid the layers are made on the spot: untrained, which speed does not depend on. Each engine runs in a
+process of its own, eagerly first, so that what is missing is seen early. Rows are written as they come; after --limit
+seconds no new part begins, and one that runs is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS = (1, 2, 3, 17, 64, 65, 100, 150, 200, 333, 1, 40)
+NEW_TOKENS = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON of all rows")
+    parser.add_argument("--teacher", help="hub name, folder, GGUF file or smollm2-demo; else a pico model alone")
+    parser.add_argument("--hybrid", type=Path, help="a saved hybrid; else made from the teacher")
+    parser.add_argument("--num-linear", type=int, help="layers that are made linear; three in four by default")
+    parser.add_argument("--contexts", default="2048,8192,32768", help="tokens of a prompt, by commas")
+    parser.add_argument("--work", type=Path, default=Path("serve-vllm"), help="folder for models that are made")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds in all")
+    parser.add_argument("--graphs", action="store_true", help="speeds with compiled steps and CUDA graphs, as served")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps(run_part(json.loads(args.part))))
+        return
+    deadline = time.monotonic() + args.limit
+    folders = make_models(args)
+    record: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "rows": []} | environment()
+    for part in plan(args, folders):
+        seconds = deadline - time.monotonic()
+        if seconds < 20:
+            print(f"left out, as the time is up: {part}", flush=True)
+            continue
+        record["rows"].append(in_a_process(part, seconds))
+        print(json.dumps(record["rows"][-1]), flush=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def plan(args: argparse.Namespace, folders: dict[str, str]) -> list[dict[str, Any]]:
+    """The parts in order: equality before speed, eager before graphs."""
+    parts = [{"kind": "agree", "folder": folders["pico"], "model": "pico", "eager": eager} for eager in (True, False)]
+    if "hybrid" not in folders:
+        return parts
+    parts.append({"kind": "agree", "folder": folders["hybrid"], "model": "hybrid", "eager": not args.graphs})
+    for context in map(int, args.contexts.split(",")):
+        for model in ("hybrid", "teacher"):
+            one = {"kind": "speed", "folder": folders[model], "model": model, "eager": not args.graphs}
+            parts.append(one | {"context": context})
+    return parts
+
+
+def in_a_process(part: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The part's row; an engine that fails or hangs costs its own part alone."""
+    command = [sys.executable, __file__, "--out", "-", "--part", json.dumps(part)]
+    # One process with the engine in it: what it has allocated can be asked for.
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, env=os.environ | variables, capture_output=True, text=True, timeout=seconds, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        return part | {"error": f"stopped after {seconds:.0f} s"}
+    row = {"seconds_in_all": round(time.monotonic() - begin, 1)}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return part | row | {"error": (done.stderr or done.stdout)[-3000:]}
+    return part | row | json.loads(lines[-1])
+
+
+def environment() -> dict[str, Any]:
+    import torch
+
+    from dtr.environment import own_commit
+    from dtr.serving.plugin import installed_version
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"vllm": installed_version(), "torch": torch.__version__, "hardware": device, "commit": own_commit()}
+
+
+def make_models(args: argparse.Namespace) -> dict[str, str]:
+    """Folders by name: pico, and with a teacher, teacher and hybrid."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    # Heads and widths that all kernels take, weights large enough that no two tokens are nearly as likely.
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    folders = {"pico": str(args.work / "pico")}
+    as_hybrid(LlamaForCausalLM(config).eval(), 3, shake=0.1).bfloat16().save_pretrained(folders["pico"])
+    if args.teacher is None:
+        return folders
+    import dtr
+
+    teacher = dtr.load_teacher(args.teacher)
+    longest = max(map(int, args.contexts.split(","))) + 4096
+    teacher.model.config.max_position_embeddings = max(teacher.model.config.max_position_embeddings, longest)
+    folders |= {"teacher": str(args.work / "teacher"), "hybrid": str(args.hybrid or args.work / "hybrid")}
+    teacher.model.bfloat16().save_pretrained(folders["teacher"])
+    teacher.tokenizer.save_pretrained(folders["teacher"])
+    if args.hybrid is None:
+        num_layers = teacher.model.config.num_hidden_layers
+        hybrid = as_hybrid(teacher.model.float(), args.num_linear or num_layers * 3 // 4)
+        hybrid.tokenizer = teacher.tokenizer
+        hybrid.bfloat16().save_pretrained(folders["hybrid"])
+    return folders
+
+
+def as_hybrid(model: Any, num_linear: int, shake: float = 0.0) -> Any:
+    """A hybrid whose kept layers are spread evenly; with `shake` its gates are random."""
+    import torch
+
+    from dtr.arch import read_geometry
+    from dtr.hybrid.modeling import make_hybrid
+    from dtr.mixers import mixer_from_teacher
+
+    options = {"head_copies": 2, "quadratic": True, "exact_first": True}
+    num_layers, geometry = model.config.num_hidden_layers, read_geometry(model.config)
+    num_kept = num_layers - num_linear
+    kept = {round((i + 1) * num_layers / num_kept) - 1 for i in range(num_kept)}
+    mixers = {}
+    for index in set(range(num_layers)) - kept:
+        mixer = mixer_from_teacher("gated_deltanet", geometry, index, model.model.layers[index].self_attn, options)
+        with torch.no_grad():
+            for name, weight in mixer.named_parameters():
+                if shake and any(part in name for part in ("gate", "decay", "write", "quadratic")):
+                    weight.add_(shake * torch.randn_like(weight))
+        mixers[index] = mixer
+    return make_hybrid(model, mixers, {index: {"kind": "gated_deltanet"} | options for index in mixers})
+
+
+def run_part(part: dict[str, Any]) -> dict[str, Any]:
+    return agree(part) if part["kind"] == "agree" else speed(part)
+
+
+def engine(part: dict[str, Any], **settings: Any) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model=part["folder"], dtype="bfloat16", enforce_eager=part["eager"], skip_tokenizer_init=True,
+        enable_prefix_caching=False, **settings,
+    )  # fmt: skip
+
+
+def answers(llm: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    done = llm.generate([{"prompt_token_ids": ids} for ids in prompts], greedy, use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in done]
+
+
+def random_prompts(lengths: list[int], vocabulary: int) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(5, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+def agree(part: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens by vLLM, of all prompts together and in chunks of 64, and by our decoder, prompt by prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import dtr
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(part["folder"], dtype=torch.bfloat16, device_map=device).eval()
+    prompts = random_prompts([*PROMPT_TOKENS] * 4, model.config.vocab_size)
+    wanted = []
+    for ids in prompts:
+        given = torch.tensor([ids], device=device)
+        limits = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = dtr.fast_generate(model, given, attention_mask=torch.ones_like(given), **limits)
+        wanted.append(out[0, len(ids) :].tolist())
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    llm = engine(part, max_model_len=1024, max_num_batched_tokens=64, max_num_seqs=8, gpu_memory_utilization=0.5)
+    got = answers(llm, prompts, NEW_TOKENS)
+    places = [next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), NEW_TOKENS) for a, b in zip(wanted, got)]
+    return {"num_prompts": len(prompts), "num_equal": places.count(NEW_TOKENS), "first_difference": places}
+
+
+def speed(part: dict[str, Any]) -> dict[str, Any]:
+    """Time to first token, tokens and requests per second of as many sequences as fit, up to 256."""
+    context, new_tokens = part["context"], 128
+    llm = engine(part, max_model_len=context + new_tokens, max_num_seqs=256, gpu_memory_utilization=0.9)
+    vocabulary = llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
+    capacity = most_sequences(llm)
+    num = int(min(256, capacity, max(16, 2**22 // context)))
+    one = random_prompts([context], vocabulary)
+    answers(llm, one, 4)
+    first = statistics.median(timed(lambda: answers(llm, one, 1)) for _ in range(3))
+    prompts = random_prompts([context] * num, vocabulary)
+    reading = timed(lambda: answers(llm, prompts, 1))
+    whole = timed(lambda: answers(llm, prompts, new_tokens))
+    return {
+        "most_sequences": capacity,
+        "num_sequences": num,
+        "new_tokens": new_tokens,
+        "time_to_first_token_seconds": round(first, 4),
+        "requests_per_second": round(num / whole, 3),
+        "prompt_tokens_per_second": round(num * context / reading),
+        "decode_tokens_per_second": round(num * (new_tokens - 1) / max(1e-9, whole - reading)),
+    }
+
+
+def most_sequences(llm: Any) -> float:
+    """Sequences of full length whose cache fits."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    config = llm.llm_engine.vllm_config
+    core = llm.llm_engine.engine_core.engine_core
+    return round(get_max_concurrency_for_kv_cache_config(config, core.scheduler.kv_cache_config), 2)
+
+
+def timed(work: Any) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main()
