@@ -185,7 +185,7 @@ def agree(part: dict[str, Any]) -> dict[str, Any]:
     import dtr
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(part["folder"], dtype=torch.bfloat16, device_map=device).eval()
+    model = AutoModelForCausalLM.from_pretrained(part["folder"], dtype=torch.bfloat16).eval().to(device)
     prompts = random_prompts([*PROMPT_TOKENS] * 4, model.config.vocab_size)
     wanted = []
     for ids in prompts:
