@@ -71,7 +71,8 @@ class DtrLinearAttention(nn.Module, MambaBase):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        return MambaAttentionBackendEnum.LINEAR
+        # One kind for each number of states, as vLLM asks by kind how to copy them.
+        return MambaAttentionBackendEnum.LINEAR if len(self._form.shapes) == 1 else MambaAttentionBackendEnum.SHORT_CONV
 
     def get_attn_backend(self) -> type[StateBackend]:
         return StateBackend

@@ -17,6 +17,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from dtr.arch import HYBRID_PREFIX, model_class
 from dtr.errors import ModelError
@@ -69,7 +70,8 @@ class HybridMixin:
     @classmethod
     def get_mamba_state_copy_funcs(cls, mamba_types: set[Any]) -> dict[Any, tuple[Any, ...]]:
         """What later versions ask instead."""
-        return dict.fromkeys(mamba_types, cls.get_mamba_state_copy_func())
+        both = cls.get_mamba_state_copy_func()
+        return {kind: both[:1] if kind is MambaAttentionBackendEnum.LINEAR else both for kind in mamba_types}
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         ours = {
