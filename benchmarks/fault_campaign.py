@@ -177,7 +177,7 @@ def make_place(folder: Path) -> Path:
         "text": {"source": str(folder / "text.txt"), "num_held_out_tokens": 512},
         "distill": {"num_tokens": 2048, "seq_len_tokens": 64, "batch_size": 4, "checkpoint_every_steps": 2},
         "task": {"source": str(folder / "task")},
-        "search": {"p_min": 0.5, "run_to_end": True},
+        "search": {"strategy": "exact", "p_min": 0.5, "p_min_confidence": None, "run_to_end": True},
         "runtime": {"device": "cpu", "num_threads": 1},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

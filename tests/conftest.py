@@ -65,7 +65,14 @@ def place(tmp_path_factory):
             "checkpoint_every_steps": 5,
         },
         "task": {"source": str(folder / "task")},
-        "search": {"p_min": 0.8, "run_to_end": True, "test_curve": True},
+        # The plain limit, as nothing could be certified with so few items.
+        "search": {
+            "strategy": "exact",
+            "p_min": 0.8,
+            "p_min_confidence": None,
+            "run_to_end": True,
+            "test_curve": True,
+        },
         "runtime": {"device": "cpu", "num_threads": 1},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -179,15 +179,8 @@ def test_every_strategy_replaces_a_layer_once(strategy):
     assert "All 3 candidate layers" in trace.stop_text or trace.stop_reason == "p_min"
 
 
-@pytest.mark.parametrize(
-    ("p_min", "most", "num_opt", "reason"),
-    [
-        (0.76, None, 16, "every layer linear reaches P_min"),
-        (0.772, None, 14, "attention was given back"),
-        (0.772, 5, 5, "both ends"),
-    ],
-)
-def test_auto_settles_the_kind_of_each_layer_in_company(p_min, most, num_opt, reason):
+@pytest.mark.parametrize(("p_min", "most", "num_opt"), [(0.76, None, 16), (0.772, None, 14), (0.772, 5, 5)])
+def test_auto_takes_the_kind_of_each_layer_that_costs_least(p_min, most, num_opt):
     """Sixteen layers of two kinds: the kind with the higher error on text is the better one for the task."""
     num, better = 16, {layer: layer + 100 * (layer % 2) for layer in range(16)}
     layer_of = {n: n % 100 for layer in range(num) for n in (layer, layer + 100)}
@@ -204,7 +197,7 @@ def test_auto_settles_the_kind_of_each_layer_in_company(p_min, most, num_opt, re
     trace = search(score, layers=list(layer_of), p_min=p_min, budget=Budget(num_linear=most), **options)
     assert len(trace.m_opt.layers) == num_opt
     assert set(trace.m_opt.layers) <= set(better.values())
-    assert reason in trace.reason
+    assert f"found {num_opt} of them to go together" in trace.reason
 
 
 def test_work_is_counted_by_layers():

@@ -201,3 +201,26 @@ def test_reporting_needs_no_torch() -> None:
     code = "import sys, dtr.reporting; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_verdict_is_the_test_of_the_record() -> None:
+    """Not the interval by standard errors, which is narrower with one lost item than with none."""
+    report = fake_report(num_replaced=20)
+    report["m_opt"]["promise"] = {
+        "measured": 0.97, "low": 0.951, "high": 0.99, "limit": 0.95, "is_share": True, "higher_is_better": True,
+        "held": None,
+    }  # fmt: skip
+    assert (verdict(report).status, verdict(report).kept.low) == ("within noise", 0.951)
+    report["m_opt"]["promise"]["held"] = True
+    assert verdict(report).status == "held"
+
+
+def test_what_is_not_certified_says_so_and_a_spent_budget_too() -> None:
+    report = fake_report(num_replaced=20)
+    report["search"]["certificate"] = {"is_certified": True, "text": "Certified."}
+    report["search"]["stop_reason"] = "Search budget exhausted after 25.0 passes; more layers may go."
+    assert "The certificate is of M_opt, not of this hybrid." in verdict(report, "m_best").sentence
+    assert "certificate" not in verdict(report).sentence
+    assert verdict(report).headline.endswith("search budget exhausted, more layers may go")
+    report["m_opt"]["num_replaced"] = 0
+    assert "Nothing could be certified" in verdict(report).sentence

@@ -38,7 +38,7 @@ def labels(tmp_path):
 def study_of(place: Path, labels: Path, folder: Path) -> Path:
     base = yaml.safe_load((place / "recipe.yaml").read_text())
     base["distill"]["num_tokens"] = 2048
-    base["search"] = {"p_min": 0.5}
+    base["search"] = {"p_min": 0.5, "p_min_confidence": None}
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     teacher = {"source": base["teacher"]["source"]}
     study = {

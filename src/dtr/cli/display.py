@@ -136,8 +136,16 @@ class _Bars:
         layers = ", ".join(map(str, event["layers"]))
         self._console.print(f"refused for {event['guard']}: layers {layers}", highlight=False)
 
-    def _on_stop(self, event: dict[str, Any]) -> None:
+    def _on_warning(self, event: dict[str, Any]) -> None:
         self._console.print(event["text"], highlight=False)
+
+    def _on_certificate(self, event: dict[str, Any]) -> None:
+        self._console.print(event["text"], highlight=False)
+
+    def _on_stop(self, event: dict[str, Any]) -> None:
+        # What a certificate says has been told.
+        if event["reason"] != "certificate":
+            self._console.print(event["text"], highlight=False)
 
 
 def _by_kind(event: dict[str, Any]) -> str:

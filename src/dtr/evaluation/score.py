@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 LOST_NATS = 1e4
 """Stands for minus a log-probability that is no finite number: worse than any that is, and still finite, so that means,
@@ -131,6 +132,28 @@ def in_groups(score: Score, names: Sequence[str | None]) -> Score:
     numbers: dict[object, int] = {}
     keys = [name if name else ("alone", index) for index, name in enumerate(names)]
     return replace(score, groups=tuple(numbers.setdefault(key, len(numbers)) for key in keys))
+
+
+def part_of(score: Score, items: Sequence[int]) -> Score:
+    """The score over some of its items, by position; without a standard error."""
+
+    def pick(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values[index] for index in items) if values else ()
+
+    per_item, weights = pick(score.per_item), pick(score.weights)
+    mean = math.fsum(w * x for w, x in zip(weights or (1.0,) * len(items), per_item)) / (
+        math.fsum(weights) if weights else len(items)
+    )
+    return replace(
+        score,
+        value=mean if score.higher_is_better else math.exp(mean),
+        stderr=0.0,
+        num_items=len(items),
+        per_item=per_item,
+        signals=pick(score.signals),
+        weights=weights,
+        groups=pick(score.groups),
+    )
 
 
 def _signals(grades: Sequence[Grade]) -> tuple[float, ...]:

@@ -237,20 +237,22 @@ GONE_STRATEGIES = ("lazy", "restore")
 
 
 class SearchSection(Section):
-    strategy: Literal["auto", "exact", "uniform", "random", "lowest_mse", "one_shot", "kl", "impact"] = "exact"
-    """How to find the layers. exact: Algorithm 1, every layer at every step; auto: a tenth of that work, ranks by a
-    continuous signal and cuts by the metric; the others are baselines that follow a fixed order."""
+    strategy: Literal["auto", "exact", "uniform", "random", "lowest_mse", "one_shot", "kl", "impact"] = "auto"
+    """How to find the layers. auto: ranks them by a continuous signal and cuts by the metric; exact: Algorithm 1, every
+    layer at every step, ten times the work; the others are baselines that follow a fixed order."""
     p_min: float = Field(default=0.95, gt=0, le=1e9)
     """How much of the score must be kept."""
     p_min_kind: Literal["relative", "absolute"] = "relative"
     """relative: a share of the teacher's score; absolute: a value of the metric itself."""
-    p_min_confidence: float | None = Field(default=None, gt=0.5, lt=1)
-    """Commit only what validation items that selection never saw certify at this confidence, as 0.95; the plain
-    comparison with p_min when left out."""
+    p_min_confidence: float | None = Field(default=0.95, gt=0.5, lt=1)
+    """Commit only what validation items that selection never saw certify at this confidence. null: the plain comparison
+    with p_min on all items, whose hybrid is truly below p_min about every second time."""
     confirmation_share: float = Field(default=0.8, gt=0, lt=1)
     """Share of the validation items kept for that certificate; nothing is kept without p_min_confidence."""
     guards: list[GuardSection] = Field(default_factory=list)
     """Other tasks with a floor; a swap that breaks one is refused."""
+    hold_each: str | None = Field(default=None, min_length=1)
+    """A field of the rows, as length_tokens of needle: the limit must hold over the items of each of its values."""
     max_linear_layers: int | None = Field(default=None, ge=1, le=10**6)
     """Stop once so many layers are linear."""
     max_cache_bytes: int | None = Field(default=None, ge=1, le=10**15)

@@ -52,6 +52,7 @@ def check_search(task: Task, settings: SearchSettings) -> None:
     """
     STRATEGIES[settings.strategy]
     check_p_min(settings.p_min, settings.p_min_kind)
+    _parts(task, settings)
 
 
 def check_teacher(teacher: Teacher, task: Task, settings: SearchSettings) -> None:
@@ -130,6 +131,7 @@ def find_layers(
                 GuardTask(name=guard.task.name, score=score, p_min=guard.p_min, p_min_kind=guard.p_min_kind)
                 for guard, score in zip(settings.guards, guarding)
             ],
+            parts=_parts(task, settings),
             budget=budget,
             facts=_facts(bank, validation, items),
             run_to_end=settings.run_to_end,
@@ -172,6 +174,21 @@ def _in_words(bank: MixerBank, listener: Callable[[dict[str, Any]], None]) -> Ca
         listener(event)
 
     return hear
+
+
+def _parts(task: Task, settings: SearchSettings) -> list[Any]:
+    """What `hold_each` names of every validation item."""
+    field, items = settings.hold_each, task.splits["validation"]
+    if field is None:
+        return []
+    if missing := next((item for item in items if field not in item.row), None):
+        raise RecipeError(
+            "search.hold_each",
+            got=f"'{field}', which validation item {missing.id} does not have",
+            expected="a field that every item has",
+            hint=f"It has {', '.join(map(str, missing.row)) or 'none'}.",
+        )
+    return [item.row[field] for item in items]
 
 
 def _split_items(task: Task, settings: SearchSettings) -> ItemSplit:

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dtr.evaluation.paired import margins_over_limit, num_items_needed, p_value
-from dtr.evaluation.score import Score
+from dtr.evaluation.score import Score, part_of
 
 MAX_TESTS = 15
 """Every second layer of 30."""
@@ -108,6 +108,7 @@ def confirm_path(
     p_min_kind: str,
     num_earlier_looks: int = 0,
     share: float = 1.0,
+    parts: Sequence[Sequence[int]] = (),
 ) -> Certificate:
     """Test hybrids of a path in the order of their size until one fails.
 
@@ -118,6 +119,8 @@ def confirm_path(
         confidence: as 0.95.
         p_min: as the search had it; with `p_min_kind`.
         num_earlier_looks: other searches that have looked at these items.
+        parts: items, by position, over which P_min must hold as well; a hybrid passes where it passes in each of them,
+            which needs no stricter test (an intersection-union test, Berger 1982).
         share: confirmation items as a share of the validation items, to say how many of these are needed.
     """
     level = level_of_look(confidence, num_earlier_looks)
@@ -125,11 +128,17 @@ def confirm_path(
     num_needed: int | None = None
     for num_linear in sizes:
         hybrid = score(num_linear)
-        margins = margins_over_limit(hybrid, teacher, p_min=p_min, p_min_kind=p_min_kind)
-        p = p_value(margins)
+        margins = [
+            margins_over_limit(ours, theirs, p_min=p_min, p_min_kind=p_min_kind)
+            for ours, theirs in [(hybrid, teacher), *((part_of(hybrid, x), part_of(teacher, x)) for x in parts)]
+        ]
+        weakest = max(margins, key=p_value)
+        p = p_value(weakest)
         tests.append(ConfirmedHybrid(num_linear=num_linear, value=hybrid.value, p_value=p, passed=p <= level))
         if p > level:
-            num_needed = num_items_needed(margins, level=level, power=POWER)
+            num_needed = num_items_needed(weakest, level=level, power=POWER)
+            if num_needed is not None:
+                num_needed = math.ceil(num_needed * teacher.num_items / len(weakest.per_item))
             break
     least = num_items_for_teacher(level=level, p_min=p_min, p_min_kind=p_min_kind, teacher=teacher)
     if num_needed is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from dtr.errors import ModelError, RecipeError, with_article
-from dtr.evaluation.score import Score
+from dtr.evaluation.score import Score, part_of
 
 PMinKind = Literal["relative", "absolute"]
 
@@ -57,10 +57,13 @@ class Threshold:
     """In the metric's own unit: the lowest accuracy, or the highest perplexity, that is still accepted."""
     goodness: float
     """The same bound as `Score.goodness` compares it."""
+    parts: tuple[tuple[tuple[int, ...], float], ...] = ()
+    """Items, by position in a score over all, that must reach a bound of their own as well, and that goodness."""
 
     def is_met_by(self, score: Score) -> bool:
-        """Whether the score, over the same items as the teacher's, is high enough."""
-        return at_least(score.goodness, self.goodness)
+        """Whether the score, over the same items as the teacher's, is high enough, in all and in each part."""
+        whole = at_least(score.goodness, self.goodness)
+        return whole and all(at_least(part_of(score, items).goodness, bound) for items, bound in self.parts)
 
     def may_be_met(self, score: Score, num_items: int) -> bool:
         """Whether a score over some of `num_items` items can still reach the bound over all of them.
@@ -138,3 +141,24 @@ def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str =
             hint=f"{change} {where}.p_min, or give a share of the teacher's score with {where}.p_min_kind=relative.",
         )
     return threshold
+
+
+def parts_of(values: Sequence[Any], items: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Positions among `items` (indices into the split) that share a value, by that value."""
+    found: dict[str, list[int]] = {}
+    for position, item in enumerate(items if values else ()):
+        found.setdefault(str(values[item]), []).append(position)
+    return {value: tuple(positions) for value, positions in found.items()}
+
+
+def hold_each(threshold: Threshold, limits: Limits, teacher: Score, parts: Mapping[str, tuple[int, ...]]) -> Threshold:
+    """The threshold that must also be met by each part of the items, measured by the teacher's score there.
+
+    Raises:
+        RecipeError: as `resolve_p_min`, of a part.
+    """
+    bounds = [
+        (items, resolve_p_min(limits.p_min, limits.p_min_kind, part_of(teacher, items), where=f"search ({value})"))
+        for value, items in parts.items()
+    ]
+    return replace(threshold, parts=tuple((items, bound.goodness) for items, bound in bounds))

@@ -17,7 +17,7 @@ from dtr.selection.certificate import (
     num_items_for_teacher,
     sizes_to_test,
 )
-from dtr.selection.criteria import Limits, PMinKind, check_p_min, resolve_p_min
+from dtr.selection.criteria import Limits, PMinKind, check_p_min, hold_each, parts_of, resolve_p_min
 from dtr.selection.items import ItemSplit
 from dtr.selection.journal import ScoreBook
 from dtr.selection.scorer import EventListener, ScoreFunction, Scorer
@@ -50,6 +50,7 @@ def select_layers(
     layer_of: Mapping[int, int] | None = None,
     items: ItemSplit | None = None,
     guards: Sequence[GuardTask] = (),
+    parts: Sequence[Any] = (),
     budget: Budget | None = None,
     facts: Callable[[str], Mapping[int, float]] | None = None,
     seed: int = 0,
@@ -74,6 +75,7 @@ def select_layers(
         items: blocks of items that `score` can be asked for alone, and items kept for confirmation; without it `score`
             is only asked for all items.
         guards: floors on other tasks; a swap that breaks one is refused.
+        parts: a value of each item of the split, as its length; the limit must hold over the items of each value.
         budget: other reasons to stop.
         facts: numbers per layer by name, asked for by the baselines.
         seed: for strategies that draw.
@@ -94,7 +96,9 @@ def select_layers(
     scorer = Scorer(score, max_candidates=num_candidates, journal=journal, on_event=on_event)
     teacher = scorer.teacher(items.selection if items else None)
     threshold = resolve_p_min(limits.p_min, limits.p_min_kind, teacher)
-    confirmation = _Confirmation(scorer, items, limits, earlier_looks) if items and items.confirmation else None
+    selected = items.selection if items else range(teacher.num_items)
+    threshold = hold_each(threshold, limits, teacher, parts_of(parts, selected))
+    confirmation = _Confirmation(scorer, items, limits, parts, earlier_looks) if items and items.confirmation else None
     ranking = getattr(score, "ranking", None)
     search = Search(
         layers=layers,
@@ -164,7 +168,9 @@ def _trace(search: Search, certificate: Certificate | None, limits: Limits, stra
 class _Confirmation:
     """Scores over the confirmation items, asked for only once the order is settled."""
 
-    def __init__(self, scorer: Scorer, items: ItemSplit, limits: Limits, earlier_looks: Callable[[], int]) -> None:
+    def __init__(
+        self, scorer: Scorer, items: ItemSplit, limits: Limits, parts: Sequence[Any], earlier_looks: Callable[[], int]
+    ) -> None:
         self._scorer, self._items, self._earlier_looks = scorer, items, earlier_looks
         assert limits.p_min_confidence is not None
         self._limit: dict[str, Any] = {
@@ -172,6 +178,7 @@ class _Confirmation:
             "p_min": limits.p_min,
             "p_min_kind": limits.p_min_kind,
             "share": items.confirmation_share,
+            "parts": list(parts_of(parts, items.confirmation).values()),
         }
         self._teacher = self._score(frozenset())
         level = level_of_look(limits.p_min_confidence, 0)
@@ -189,8 +196,9 @@ class _Confirmation:
     def __call__(self, search: Search) -> Certificate:
         """Test beginnings of the order, and end the path with the largest that is certified and keeps all floors."""
         order = search.proposal or search.path.m_opt.layers
+        sizes = sizes_to_test(len(order))
         certificate = confirm_path(
-            sizes_to_test(len(order)),
+            sizes,
             lambda num_linear: self._score(frozenset(order[:num_linear])),
             self._teacher,
             num_earlier_looks=self._earlier_looks(),
@@ -204,9 +212,7 @@ class _Confirmation:
         num_kept = passed[-1] if passed else 0
         certificate = replace(certificate, num_certified=num_kept)
         self._scorer.emit("certificate", text=certificate.text, num_certified=num_kept)
-        kept = order[:num_kept]
-        score = search.score_untimed(kept) if kept else search.teacher
-        search.end_with(kept, score, None if num_kept == len(order) else certificate.text)
+        search.end_with(num_kept, sizes, None if num_kept == len(order) else certificate.text)
         return certificate
 
     def _score(self, linear: frozenset[int]) -> Score:

@@ -35,6 +35,8 @@ class SearchSettings:
     """Share of the validation items that are kept for that."""
     guards: Sequence[GuardFloor] = ()
     """Tasks with a floor; a swap that breaks one is refused."""
+    hold_each: str | None = None
+    """A field of the rows, as length_tokens: the limit must hold over the items of each of its values."""
     max_linear_layers: int | None = None
     """Stop once so many layers are linear."""
     max_cache_bytes: int | None = None

@@ -279,24 +279,39 @@ class Search:
         """Hand over an order of layers that search itself does not cut off; only where `is_certified`."""
         self.proposal = tuple(order)[: self.budget.num_linear]
 
-    def end_with(self, layers: Sequence[int], score: Score, text: str | None) -> None:
-        """Make these layers, a beginning of the proposal or of the path, the result that a certificate allows.
+    def end_with(self, num_layers: int, sizes: Sequence[int], text: str | None) -> None:
+        """End with as many layers of the proposal, or else of the path, as a certificate allows.
 
         Args:
-            layers: in the order of replacement.
-            score: over the items that search may look at.
+            num_layers: that number.
+            sizes: beginnings of a proposal that become steps; those beyond only to draw the curve.
             text: why no more, if that is the certificate's doing.
         """
-        if self.proposal and layers:
-            self.path = self.path.with_step(layers, score, self.threshold, {}, is_ranked=True, is_certified=True)
-        self.path = replace(self.path, m_opt=Chosen(layers=tuple(layers), score=score))
-        if len(self.path.m_best.layers) > len(layers):
+        order, done = self.proposal, 0
+        for size in sizes if order else ():
+            if size > num_layers:
+                if not self.run_to_end:
+                    break
+                self._stop_by_certificate(text)
+            layers, score = order[done:size], self.score_untimed(order[:size])
+            # What is certified stands, whatever the few items say that ranked the layers.
+            accepted = size <= num_layers
+            self.path = self.path.with_step(layers, score, self.threshold, {}, is_ranked=True, is_certified=accepted)
+            done = size
+        kept = (order or self.path.m_opt.layers)[:num_layers]
+        if kept != self.path.m_opt.layers:
+            score = self.score_untimed(kept) if kept else self.teacher
+            self.path = replace(self.path, m_opt=Chosen(layers=kept, score=score))
+        if len(self.path.m_best.layers) > num_layers:
             self.path = replace(self.path, m_best=self.path.m_opt)
-        if text is not None:
-            if self.path.stop_reason != "guard":
-                self.path = replace(self.path, stop_reason="certificate", stop_text=text)
-        elif self.budget.num_linear is not None and self.proposal and len(layers) >= self.budget.num_linear:
+        self._stop_by_certificate(text)
+        if order and text is None:
+            # All that was proposed; where that was as many as asked for, that is the reason.
             self.goes_on()
+
+    def _stop_by_certificate(self, text: str | None) -> None:
+        if text is not None and self.path.stop_reason != "guard":
+            self.path = replace(self.path, stop_reason="certificate", stop_text=text)
 
     def stop(self, reason: StopReason, text: str) -> None:
         """End Algorithm 1; the first reason stands."""
