@@ -12,6 +12,7 @@ seconds no new part begins, and one that runs is stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -55,7 +56,9 @@ def main() -> None:
 
 def plan(args: argparse.Namespace, folders: dict[str, str]) -> list[dict[str, Any]]:
     """The parts in order: equality before speed, eager before graphs."""
-    parts = [{"kind": "agree", "folder": folders["pico"], "model": "pico", "eager": eager} for eager in (True, False)]
+    # Random weights: in bfloat16 any two ways differ soon, in float32 none may.
+    pico = {"kind": "agree", "folder": folders["pico"], "model": "pico", "dtype": "float32"}
+    parts = [pico | {"eager": eager} for eager in (True, False)]
     if "hybrid" not in folders:
         return parts
     parts.append({"kind": "agree", "folder": folders["hybrid"], "model": "hybrid", "eager": not args.graphs})
@@ -157,9 +160,13 @@ def engine(part: dict[str, Any], **settings: Any) -> Any:
     from vllm import LLM
 
     return LLM(
-        model=part["folder"], dtype="bfloat16", enforce_eager=part["eager"], skip_tokenizer_init=True,
-        enable_prefix_caching=False, **settings,
-    )  # fmt: skip
+        model=part["folder"],
+        dtype=part.get("dtype", "bfloat16"),
+        enforce_eager=part["eager"],
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        **settings,
+    )
 
 
 def answers(llm: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
@@ -178,28 +185,38 @@ def random_prompts(lengths: list[int], vocabulary: int) -> list[list[int]]:
 
 
 def agree(part: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens by vLLM, of all prompts together and in chunks of 64, and by our decoder, prompt by prompt."""
+    """Greedy tokens by vLLM, of all prompts together and in chunks of 64, and by our decoder, prompt by prompt.
+
+    `num_equal_control` says how many are the same by our decoder and by transformers: what rounding alone changes.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     import dtr
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(part["folder"], dtype=torch.bfloat16).eval().to(device)
-    prompts = random_prompts([*PROMPT_TOKENS] * 4, model.config.vocab_size)
-    wanted = []
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, part.get("dtype", "bfloat16"))
+    model = AutoModelForCausalLM.from_pretrained(part["folder"], dtype=dtype).eval().to(device)
+    prompts = random_prompts([*PROMPT_TOKENS] * 2, model.config.vocab_size)
+    wanted, control = [], []
     for ids in prompts:
         given = torch.tensor([ids], device=device)
         limits = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        out = dtr.fast_generate(model, given, attention_mask=torch.ones_like(given), **limits)
-        wanted.append(out[0, len(ids) :].tolist())
+        ours = functools.partial(dtr.fast_generate, model)
+        for generate, found in ((ours, wanted), (model.generate, control)):
+            out = generate(given, attention_mask=torch.ones_like(given), **limits)
+            found.append(out[0, len(ids) :].tolist())
     del model
     if device == "cuda":
         torch.cuda.empty_cache()
     llm = engine(part, max_model_len=1024, max_num_batched_tokens=64, max_num_seqs=8, gpu_memory_utilization=0.5)
     got = answers(llm, prompts, NEW_TOKENS)
     places = [next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), NEW_TOKENS) for a, b in zip(wanted, got)]
-    return {"num_prompts": len(prompts), "num_equal": places.count(NEW_TOKENS), "first_difference": places}
+    return {
+        "num_prompts": len(prompts),
+        "num_equal": places.count(NEW_TOKENS),
+        "num_equal_control": sum(a == b for a, b in zip(wanted, control)),
+        "first_difference": places,
+    }
 
 
 def speed(part: dict[str, Any]) -> dict[str, Any]:
