@@ -206,3 +206,31 @@ def test_ranks_share_the_tokenizing_and_get_the_same_blocks(tmp_path):
     for name in ("whole", "stream"):
         shares = [count[name] for count in counts]
         assert max(shares) < 0.6 * sum(shares)
+
+
+DYING = """
+import os
+import signal
+import torch
+from tiny import pico_teacher, token_blocks
+from dtr.distillation.trainer import distill
+from dtr.distributed import join_world
+
+torch.set_num_threads(1)
+world, _ = join_world(torch.device("cpu"))
+
+def on_event(event):
+    if world.rank == 1 and event["event"] == "distill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+distill(pico_teacher(), token_blocks(), on_event=on_event, **{settings})
+"""
+
+
+def test_a_rank_that_dies_while_distilling_is_told_by_the_other(tmp_path):
+    (tmp_path / "dying.py").write_text(DYING.replace("{settings}", repr(SETTINGS | {"checkpoint_every_steps": 2})))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    first, second = forks.run_ranks(2, tmp_path / "dying.py", env=env)
+    assert second.returncode == -signal.SIGKILL
+    assert "DeviceError: torchrun: got no answer from another rank (" in first.stderr
+    assert first.stderr.rstrip().endswith("go on with --resume from the last checkpoint.")

@@ -144,6 +144,30 @@ def test_local_teachers_are_no_base_model(source: str) -> None:
     assert "base_model" not in yaml.safe_load(render_model_card(report).split("---\n")[1])
 
 
+def test_a_model_card_tells_no_paths_and_shows_markup_as_text() -> None:
+    report = fake_report()
+    report["teacher"]["source"] = report["recipe"]["teacher"]["source"] = "/home/ada/secret project/../models/SmolLM2"
+    report["command"] = "dtr run /home/ada/secret/recipe.yaml --set text.source=~/mail/inbox.txt"
+    report["task"]["notes"] = [
+        "read from /home/ada/secret/task.jsonl",
+        "<script>alert(1)</script>",
+        "[x](http://y)",
+        "a|b",
+    ]
+    report["task"]["name"] = "`<img src=x onerror=alert(1)>`\n# A heading"
+    report["recipe"]["text"] = {"source": ["C:\\Users\\ada\\text.txt", "<b>"]}
+    card = render_model_card(report)
+    assert not [word for word in ("/home", "ada", "secret", "mail", "Users") if word in card]
+    _, _, body = card.split("---\n", 2)
+    prose = "\n".join(line for line in body.splitlines() if not line.startswith("    "))
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in prose
+    assert r"\[x\](http://y)" in prose
+    assert r"a\|b" in prose
+    assert "\n# A heading" not in prose
+    assert "<" not in re.sub(r"`[^`\n]*`", "", prose)
+    assert "task.jsonl" in prose
+
+
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_summary_fits_one_screen(width: int) -> None:
     text = show(fake_report(), width)
@@ -187,7 +211,7 @@ def test_reading_what_is_not_a_report(tmp_path: Path) -> None:
         read_report(tmp_path)
     file = tmp_path / "report.json"
     for content, message in (
-        ("{", "expected JSON"),
+        ("{", "expected the report as it was written"),
         ("[1]", "another kind of JSON"),
         ('{"format": 1}', "another kind"),
         (json.dumps({"format": 2, "dtr_version": "9.0"}), "format 2 of dtr 9.0"),

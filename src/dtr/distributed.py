@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dtr.errors import DeviceError
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -111,6 +113,20 @@ def side_world() -> World:
     """
     world = current_world()
     return replace(world, group=dist.new_group(backend="gloo")) if world.size > 1 else world
+
+
+def lost_rank(error: RuntimeError) -> DeviceError | None:
+    """What to say where an exchange failed because another rank is gone; None where the error is another one."""
+    told = next(iter(str(error).splitlines()), "")
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "connection was closed", "Broken pipe")
+    if current_world().size == 1 or not (isinstance(error, dist.DistError) or any(sign in told for sign in signs)):
+        return None
+    return DeviceError(
+        "torchrun",
+        got=f"no answer from another rank ({told[-200:]})",
+        expected="every rank to stay",
+        hint="Look for what that rank said, then go on with --resume from the last checkpoint.",
+    )
 
 
 def leave_world() -> None:

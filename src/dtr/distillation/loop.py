@@ -15,7 +15,7 @@ from dtr.distillation.bank import MixerBank
 from dtr.distillation.divergence_guard import CHECK_EVERY_STEPS, DivergenceGuard
 from dtr.distillation.state import TrainingState
 from dtr.distillation.students import Students
-from dtr.distributed import World
+from dtr.distributed import World, lost_rank
 from dtr.errors import DeviceError, Interrupted, RecipeError
 from dtr.interrupt import stop_at_safe_point
 
@@ -107,10 +107,10 @@ def _measure(
 
 @contextmanager
 def memory_advice(batch_size: int, seq_len_tokens: int) -> Iterator[None]:
-    """Say which settings to change when memory runs out.
+    """Say which settings to change when memory runs out, and what to do when another rank is gone.
 
     Raises:
-        DeviceError: it did.
+        DeviceError: it did, or is.
     """
     try:
         yield
@@ -121,6 +121,11 @@ def memory_advice(batch_size: int, seq_len_tokens: int) -> Iterator[None]:
             expected="a step that fits",
             hint="Lower distill.batch_size or distill.seq_len_tokens and go on with --resume.",
         ) from error
+    except RuntimeError as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        raise lost from error
 
 
 def _give_up_lost_layers(

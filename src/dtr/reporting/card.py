@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,54 @@ from dtr.reporting.formats import dig, is_number
 from dtr.reporting.page import environment, without_nulls
 from dtr.reporting.verdict import Which, verdict
 
+_IS_PATH = re.compile(r"(?:~[^/\\]*|[A-Za-z]:|\.{1,2})?[/\\]")
+_PATH = re.compile(r"(?<![\w/\\.:<])(?:~|[A-Za-z]:|\.{1,2})?[/\\](?:[^\s'\"`<>|/\\]+[/\\])*([^\s'\"`<>|/\\,;]+)")
+_SPECIAL = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": " ", **{c: f"\\{c}" for c in "\\`*[]|"}}
+)
+
+
+class _Code(str):
+    """Text between backticks, in which nothing but a backtick or a new line has a meaning."""
+
 
 def render_model_card(report: dict, *, which: Which = "m_opt") -> str:
-    """Markdown for the README.md beside the weights of M_opt or M_best."""
+    """Markdown for the README.md beside the weights of M_opt or M_best.
+
+    A card is made to be published: of paths on this machine it keeps the last part, and text that comes from recipes,
+    tasks and models is shown as text, whatever HTML or Markdown is in it.
+    """
+    report = _without_paths(report)
     front = yaml.safe_dump(_front_matter(report, which), sort_keys=False, allow_unicode=True)
-    body = (
-        environment()
-        .get_template("model_card.md.j2")
-        .render(
-            report=(known := without_nulls(report)),
-            model=known.get(which, {}),
-            which=which,
-            verdict=verdict(report, which),
-            name=_name(report),
-        )
+    cards = environment().overlay(finalize=_as_text)
+    cards.filters = {**cards.filters, "code": lambda text: _Code(" ".join(str(text).replace("`", "'").split()))}
+    settings = {key: value for key, value in (report.get("recipe") or {}).items() if key != "runtime"}
+    body = cards.get_template("model_card.md.j2").render(
+        report=(known := without_nulls(report)),
+        model=known.get(which, {}),
+        which=which,
+        verdict=verdict(report, which),
+        name=_name(report),
+        # Indented text is shown as it is.
+        recipe=_Code(textwrap.indent(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "    ")),
     )
     return f"---\n{front}---\n\n{body}"
+
+
+def _as_text(value: Any) -> Any:
+    return value.translate(_SPECIAL) if isinstance(value, str) and not isinstance(value, _Code) else value
+
+
+def _without_paths(value: Any) -> Any:
+    """A record in which paths of this machine are their last part."""
+    if isinstance(value, dict):
+        return {_without_paths(key): _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    # A value that is a path may hold spaces.
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if _IS_PATH.match(value) else _PATH.sub(r"\1", value)
 
 
 def _front_matter(report: dict, which: Which) -> dict[str, Any]:
