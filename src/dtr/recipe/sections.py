@@ -218,6 +218,9 @@ class TaskSection(Section):
     """Use this many test items (a seeded draw); all when left out."""
     cut_validation: float | None = Field(default=None, gt=0, lt=1)
     """Permission to draw this share of the only split for validation, where the validation or test split is missing."""
+    group: str | None = Field(default=None, min_length=1)
+    """A field whose value items of one passage share: they err together, so search draws and tests them as one. Windows
+    of one document are a group by themselves."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the task kind."""
 

@@ -18,7 +18,7 @@ from dtr.tasks.jsonl import Row
 from dtr.tasks.multiple_choice import ChoiceTask, choice_request, make_choice_task
 from dtr.tasks.prompts import fill, fill_target
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options, refuse_settings
-from dtr.tasks.splits import SplitRows, draw_splits, read_splits, rows_of
+from dtr.tasks.splits import SplitRows, draw_splits, group_of, read_splits, rows_of
 
 DEFAULT_PROMPT = "{text}\nCategory:"
 
@@ -92,7 +92,8 @@ def _make_head_item(row: Row, spec: TaskSpec) -> Item:
         raise row.wrong("label", label, "the number of a class of the model's head, from 0")
     context = row.text("text") if spec.prompt is None else fill(spec.prompt, row, "task.prompt")
     name = row.as_text("label_text", row.data.get("label_text", label))
-    return Item(id=row.id, requests=(LabelRequest(context=context, target=name, label=label),), row={"answer": name})
+    request = LabelRequest(context=context, target=name, label=label)
+    return Item(id=row.id, requests=(request,), row={"answer": name}, group=group_of(row, spec))
 
 
 def _collect_labels(rows: Iterable[Row]) -> list[str]:
@@ -132,4 +133,5 @@ def _make_item(row: Row, spec: TaskSpec, labels: list[str]) -> Item:
     context = fill(spec.prompt if spec.prompt is not None else DEFAULT_PROMPT, row, "task.prompt")
     targets = [fill_target(spec.target, "label_text", text, row, chat_template=spec.chat_template) for text in labels]
     requests = tuple(choice_request(context, target, row, spec) for target in targets)
-    return Item(id=row.id, requests=requests, row={"choices": labels, "answer": labels.index(label_text)})
+    answer = {"choices": labels, "answer": labels.index(label_text)}
+    return Item(id=row.id, requests=requests, row=answer, group=group_of(row, spec))

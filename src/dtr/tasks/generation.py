@@ -30,7 +30,7 @@ from dtr.tasks.metrics import (
 from dtr.tasks.prompts import fill, fill_target, likelihood_request, question_prompt
 from dtr.tasks.sandbox import passes
 from dtr.tasks.spec import TASKS, TaskSpec, read_options
-from dtr.tasks.splits import draw_splits, read_splits
+from dtr.tasks.splits import draw_splits, group_of, read_splits
 
 ANSWER_FIELDS = ("final", "answers", "answer")
 
@@ -178,10 +178,13 @@ def _make_item(
     if runs_code:
         # A completion goes on where the prompt's code stops, so both belong to the program.
         return Item(
-            id=row.id, requests=tuple(requests), row={"program": row.text("prompt"), "tests": row.text("tests")}
+            id=row.id,
+            requests=tuple(requests),
+            row={"program": row.text("prompt"), "tests": row.text("tests")},
+            group=group_of(row, spec),
         )
     accepted = [answer if pattern is None else extract_last(pattern, answer) or answer for answer in answers]
-    return Item(id=row.id, requests=tuple(requests), row={"answers": accepted})
+    return Item(id=row.id, requests=tuple(requests), row={"answers": accepted}, group=group_of(row, spec))
 
 
 def _cut_middle(text: str, num_chars: int) -> str:

@@ -195,6 +195,7 @@ def _make_item(row: Row, spec: TaskSpec, task: Any) -> Item:
         id=f"{spec.name} {row.id}",
         requests=tuple(requests),
         row={"doc": dict(doc), "num_asked": len(asked), "answer": right, "target": target},
+        group=None if spec.group is None else str(doc.get(spec.group)),
     )
 
 

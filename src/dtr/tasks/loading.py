@@ -46,6 +46,7 @@ def load_task(
     num_test: int | None = None,
     cut_validation: float | None = None,
     subset: str | None = None,
+    group: str | None = None,
     fields: FieldMap | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -67,6 +68,8 @@ def load_task(
         num_validation, num_test: use that many items, drawn by the seed; for built-in tasks, make that many.
         cut_validation: permission to draw this share of the only split for validation where one of the two is missing.
         subset: configuration of a hub data set.
+        group: a field whose value items of one passage or document share: they err together, so draws and tests of a
+            search count them as one. Perplexity groups windows by document by itself.
         fields: the task's fields by the data set's, as `{"question": "goal", "choices": ["sol1", "sol2"]}`.
         options: further settings of the kind, see its `...Options` class.
 
@@ -93,6 +96,7 @@ def load_task(
         num_validation=num_validation,
         num_test=num_test,
         cut_validation=cut_validation,
+        group=group,
         fields=dict(fields or {}),
         options=dict(options or {}),
         seed=seed,

@@ -20,7 +20,7 @@ from dtr.tasks.jsonl import Row
 from dtr.tasks.metrics import TextMetric, find_metric, is_import_path, measure
 from dtr.tasks.prompts import fill, fill_target, likelihood_request, question_prompt
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options
-from dtr.tasks.splits import draw_splits, read_splits
+from dtr.tasks.splits import draw_splits, group_of, read_splits
 
 
 class MultipleChoiceOptions(Section):
@@ -126,7 +126,9 @@ def _make_item(row: Row, spec: TaskSpec, options: MultipleChoiceOptions) -> Item
     context = question_prompt(row) if spec.prompt is None else fill(spec.prompt, row, "task.prompt")
     targets = [fill_target(spec.target, "choice", text, row, chat_template=spec.chat_template) for text in choices]
     requests = tuple(choice_request(context, target, row, spec) for target in targets)
-    return Item(id=row.id, requests=requests, row={"choices": list(choices), "answer": answer})
+    return Item(
+        id=row.id, requests=requests, row={"choices": list(choices), "answer": answer}, group=group_of(row, spec)
+    )
 
 
 def choice_request(context: str, target: str, row: Row, spec: TaskSpec) -> LikelihoodRequest:

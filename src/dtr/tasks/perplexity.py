@@ -17,7 +17,7 @@ from dtr.recipe import Section
 from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response, all_finite
 from dtr.tasks.jsonl import Row
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options, refuse_settings
-from dtr.tasks.splits import draw_splits, read_splits
+from dtr.tasks.splits import draw_splits, group_of, read_splits
 
 
 class PerplexityOptions(Section):
@@ -63,20 +63,23 @@ def load_perplexity(spec: TaskSpec) -> PerplexityTask:
     refuse_settings(spec, "prompt", "target", "chat_template")
     metric = choose_metric(spec, ("perplexity",), "perplexity")
     found = read_splits(spec)
-    items = {split: [item for row in found.rows[split] for item in _windows(row, options)] for split in found.rows}
+    items = {
+        split: [item for row in found.rows[split] for item in _windows(row, spec, options)] for split in found.rows
+    }
     return PerplexityTask(name=spec.name, metric=metric, splits=draw_splits(spec, items), notes=found.notes)
 
 
-def _windows(row: Row, options: PerplexityOptions) -> list[Item]:
+def _windows(row: Row, spec: TaskSpec, options: PerplexityOptions) -> list[Item]:
     text = row.text("text").strip()
     if not text:
         raise row.wrong("text", row.data["text"], "text with at least one visible character")
+    group = group_of(row, spec)
     return [
         Item(
             id=f"{row.id}/{number}",
             requests=(LikelihoodRequest(context="", target=window),),
             row={"window": number, "num_chars": len(window)},
-            group=row.id,
+            group=row.id if group is None else group,
         )
         for number, window in enumerate(cut_text(text, options.window_chars))
     ]

@@ -124,7 +124,7 @@ def make_recall_task(spec: TaskSpec, make: Callable[[str, int | None], tuple[Ite
         RecipeError: settings that do not fit.
         DataError: the same split is asked for twice.
     """
-    refuse_settings(spec, "prompt", "target", "chat_template", "cut_validation", "fields")
+    refuse_settings(spec, "prompt", "target", "chat_template", "cut_validation", "fields", "group")
     metric = choose_metric(spec, ("exact_match",), "exact_match")
     for where, split in (("task.validation", spec.validation), ("task.test", spec.test)):
         if split not in SPLITS:

@@ -35,6 +35,7 @@ class TaskSpec:
     num_validation: int | None = None
     num_test: int | None = None
     cut_validation: float | None = None
+    group: str | None = None
     fields: Mapping[str, str | list[str]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0

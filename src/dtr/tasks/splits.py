@@ -84,6 +84,15 @@ def _cut(spec: TaskSpec, text: str, share: float) -> SplitRows:
     return SplitRows(rows=parts, notes=(note,))
 
 
+def group_of(row: Row, spec: TaskSpec) -> str | None:
+    """The value of the field that `task.group` names, as text; None where it names none.
+
+    Raises:
+        DataError: the row has no such field.
+    """
+    return None if spec.group is None else str(row.require(spec.group))
+
+
 def draw_splits(spec: TaskSpec, items: Mapping[str, Sequence[Item]]) -> dict[str, tuple[Item, ...]]:
     """The items to use: `num_validation` and `num_test` of them, drawn by the seed, in their order.
 
