@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Tally:
         self.counts[name] = self.counts.get(name, 0) + value
 
     def note(self, name: str, what: str) -> None:
-        self.short.setdefault(name, []).append(what[-600:])
+        self.short.setdefault(name, []).append(what if len(what) < 700 else f"{what[:100]} ... {what[-500:]}")
 
     def look(self, ended: Ended, what: str) -> None:
         """Whatever a trial was for, it must neither hang nor end in a traceback."""
@@ -106,6 +107,10 @@ def start(arguments: list[str], prepare: Callable[[], None] = lambda: None) -> t
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stderr, sys.stdout = os.fdopen(2, "w", buffering=1), os.fdopen(1, "w")
         sys.argv = ["dtr", *arguments]
+        # As in a process that was started anew: a warning is shown wherever it comes from.
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
         prepare()
         command_line()
         code = 0

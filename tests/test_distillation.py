@@ -19,7 +19,7 @@ from dtr.distillation import loop, trainer
 from dtr.distillation.bank import load_bank
 from dtr.distillation.students import Students, squared_sums
 from dtr.distillation.trainer import distill
-from dtr.errors import BankError, Interrupted, RecipeError
+from dtr.errors import BankError, Interrupted, ModelError, RecipeError
 from dtr.mixers import MIXERS, mixer_from_teacher
 from dtr.teacher import as_teacher
 
@@ -124,6 +124,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(teacher, blocks, tmp_path):
     assert same_weights(
         distill(teacher, blocks, **SETTINGS), distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
     )
+
+
+def test_a_teacher_without_finite_outputs_is_told_before_training(blocks):
+    teacher = pico_teacher()
+    teacher.model.model.layers[2].self_attn.o_proj.weight.fill_(1e30)
+    with pytest.raises(ModelError, match="attention of layer 2 that gives no finite numbers"):
+        distill(teacher, blocks, **SETTINGS)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(teacher, blocks, tmp_path):

@@ -137,7 +137,10 @@ def _guarded(source: Any, load: Any) -> Any:
             expected="a model that fits",
             hint="Take a smaller one, or dtype bfloat16.",
         ) from error
-    except LIBRARY_ERRORS as error:
+    except Exception as error:
+        # Tokenizers are read in Rust, which raises plain Exception.
+        if not isinstance(error, LIBRARY_ERRORS) and type(error) is not Exception:
+            raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if _is_path(source) and not Path(source).expanduser().exists():
             # The hub's complaint about the name would hide that a path is mistyped.

@@ -6,6 +6,7 @@ import difflib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -38,12 +39,17 @@ def write_json(path: Path, data: Any, *, sealed: bool = False) -> None:
 
     Args:
         path: the file.
-        data: plain types; what is no plain type is written as text.
+        data: plain types; what is no plain type is written as text, and so are NaN and infinities, which JSON has not:
+            `float` reads their names.
         sealed: end a dict with a checksum of its text, for `read_json` to compare.
     """
     # Said twice, so that no single damage can make a sealed file look like one that never was.
     text = json.dumps(
-        {"sealed": True, **data} if sealed else data, indent=1, ensure_ascii=False, default=str, allow_nan=False
+        _named_infinities({"sealed": True, **data} if sealed else data),
+        indent=1,
+        ensure_ascii=False,
+        default=str,
+        allow_nan=False,
     )
     write_text(path, (_seal(text) if sealed else text) + "\n")
 
@@ -63,6 +69,14 @@ def read_json(path: Path) -> Any:
     if found is None or found.end() != len(text) or _seal(text[: found.start()] + "\n}") + "\n" != text:
         raise ValueError("its text does not match the checksum at its end")
     return {key: value for key, value in data.items() if key not in ("sealed", "crc32")}
+
+
+def _named_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _named_infinities(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named_infinities(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _seal(text: str) -> str:

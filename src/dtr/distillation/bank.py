@@ -251,7 +251,7 @@ def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tens
         mixer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         mixer.to(device)
     errors = ("nmse_before", "nmse_after")
-    by_layer: dict[str, Any] = {key: {int(k): v for k, v in facts[key].items()} for key in errors}
+    by_layer: dict[str, Any] = {key: {int(k): float(v) for k, v in facts[key].items()} for key in errors}
     by_layer["stopped"] = {int(k): v for k, v in facts.get("stopped", {}).items()}
     plain = {key: facts[key] for key in ("identity", "curve", "num_tokens", "num_steps", "seconds")}
     bank = MixerBank(

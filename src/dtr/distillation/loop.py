@@ -16,7 +16,7 @@ from dtr.distillation.divergence_guard import CHECK_EVERY_STEPS, DivergenceGuard
 from dtr.distillation.state import TrainingState
 from dtr.distillation.students import Students
 from dtr.distributed import World, lost_rank
-from dtr.errors import DeviceError, Interrupted, RecipeError
+from dtr.errors import DeviceError, Interrupted, ModelError, RecipeError
 from dtr.interrupt import stop_at_safe_point
 
 NUM_MEASURES = 8
@@ -96,6 +96,14 @@ def _measure(
     """Held-out error after so many steps, for the bank's record and whoever listens."""
     batch_size = bank.identity["batch_size"]
     nmse = students.held_out_nmse(text.held_out, batch_size)
+    odd = [bank.layer_of[number] for number, value in nmse.items() if not math.isfinite(value)]
+    if step == 0 and odd:
+        raise ModelError(
+            "teacher",
+            got=f"attention of layer {odd[0]} that gives no finite numbers on the held-out text, or too large ones",
+            expected="outputs that a mixer can learn",
+            hint="Its weights are damaged, or overflow in this type: try another teacher.dtype.",
+        )
     mean = sum(nmse.values()) / len(nmse)
     tokens = min(step * batch_size * text.seq_len_tokens, bank.num_tokens)
     bank.curve.append({"num_tokens": tokens, "mean_nmse": mean, "nmse": list(nmse.values())})

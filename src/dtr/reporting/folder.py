@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
-from typing import Any
 
 from dtr.errors import DataError, OutputError
 from dtr.files import read_json, write_json, write_text
@@ -24,7 +22,7 @@ def write_report(folder: str | Path, report: dict) -> Path:
     folder = Path(folder)
     # The page first: if drawing it fails, the folder keeps a pair of files that belong together.
     page = render_html(report)
-    write_json(folder / JSON_NAME, _named_infinities(report), sealed=True)
+    write_json(folder / JSON_NAME, report, sealed=True)
     write_text(folder / HTML_NAME, page)
     return folder / HTML_NAME
 
@@ -64,12 +62,3 @@ def read_report(folder: str | Path) -> dict:
             hint="Read it with the version of dtr that wrote it.",
         )
     return report
-
-
-def _named_infinities(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become words, which a reader can tell from what was never measured."""
-    if isinstance(value, dict):
-        return {key: _named_infinities(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_named_infinities(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
