@@ -157,5 +157,6 @@ def part_of(score: Score, items: Sequence[int]) -> Score:
 
 
 def _signals(grades: Sequence[Grade]) -> tuple[float, ...]:
-    signals = tuple(g.log_likelihood if g.signal is None else g.signal for g in grades)
+    # Seven digits rank layers as well as all, and halve the journal, which keeps every score.
+    signals = tuple(float(f"{g.log_likelihood if g.signal is None else g.signal:.7g}") for g in grades)
     return signals if any(signals) else ()
