@@ -50,7 +50,7 @@ def newcomer(tmp_path, monkeypatch):
         Path(folder).mkdir(parents=True)
         Path(folder, "train.txt").write_text("\n<|doc|>\n".join(documents), encoding="utf-8")
     for folder in ("my_task", "data/questions"):
-        write_rows(Path(folder), question="{}: which?", choices=["red", "blue", "green"], answer=1)
+        write_rows(Path(folder), question="{}: which?", choices=["red", "blue", "green"], answer=2)
     Path("recipes").mkdir()
     for recipe in RECIPES:
         Path("recipes", recipe.name).write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
