@@ -95,7 +95,9 @@ def check_p_min(p_min: float, p_min_kind: str, *, where: str = "search") -> None
         )
 
 
-def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str = "search") -> Threshold:
+def resolve_p_min(
+    p_min: float, p_min_kind: str, teacher: Score, *, where: str = "search", may_miss: bool = False
+) -> Threshold:
     """The bound that `p_min` means for this teacher.
 
     Args:
@@ -103,6 +105,7 @@ def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str =
             value of the metric, a lower bound for accuracy and an upper bound for perplexity.
         p_min_kind: `relative` or `absolute`.
         where: the section of the recipe that `p_min` comes from, for messages.
+        may_miss: the teacher may miss the bound, or score 0, on the few items that only rank.
         teacher: score of the unchanged teacher on the validation split.
 
     Raises:
@@ -117,7 +120,7 @@ def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str =
             expected="a finite score",
             hint="Load the teacher with teacher.dtype=float32 and look at its outputs on one validation item.",
         )
-    if p_min_kind == "relative" and teacher.goodness <= 0:
+    if p_min_kind == "relative" and teacher.goodness <= 0 and not may_miss:
         raise RecipeError(
             f"{where}.p_min",
             got=f"a share of the teacher's {teacher.metric} on validation, which is {teacher.value:g}",
@@ -132,7 +135,7 @@ def resolve_p_min(p_min: float, p_min_kind: str, teacher: Score, *, where: str =
         value = p_min
         goodness = p_min if teacher.higher_is_better else 1.0 / p_min
     threshold = Threshold(value=value, goodness=goodness)
-    if not threshold.is_met_by(teacher):
+    if not may_miss and not threshold.is_met_by(teacher):
         side, change = ("at most", "Lower") if teacher.higher_is_better else ("at least", "Raise")
         raise RecipeError(
             f"{where}.p_min",
@@ -151,14 +154,26 @@ def parts_of(values: Sequence[Any], items: Sequence[int]) -> dict[str, tuple[int
     return {value: tuple(positions) for value, positions in found.items()}
 
 
-def hold_each(threshold: Threshold, limits: Limits, teacher: Score, parts: Mapping[str, tuple[int, ...]]) -> Threshold:
+def hold_each(
+    threshold: Threshold,
+    limits: Limits,
+    teacher: Score,
+    parts: Mapping[str, tuple[int, ...]],
+    *,
+    may_miss: bool = False,
+) -> Threshold:
     """The threshold that must also be met by each part of the items, measured by the teacher's score there.
 
     Raises:
         RecipeError: as `resolve_p_min`, of a part.
     """
     bounds = [
-        (items, resolve_p_min(limits.p_min, limits.p_min_kind, part_of(teacher, items), where=f"search ({value})"))
+        (
+            items,
+            resolve_p_min(
+                limits.p_min, limits.p_min_kind, part_of(teacher, items), where=f"search ({value})", may_miss=may_miss
+            ),
+        )
         for value, items in parts.items()
     ]
     return replace(threshold, parts=tuple((items, bound.goodness) for items, bound in bounds))

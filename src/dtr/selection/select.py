@@ -95,9 +95,11 @@ def select_layers(
     num_candidates = len(layers) * (len(set(layer_of.values())) + 1) // 2
     scorer = Scorer(score, max_candidates=num_candidates, journal=journal, on_event=on_event)
     teacher = scorer.teacher(items.selection if items else None)
-    threshold = resolve_p_min(limits.p_min, limits.p_min_kind, teacher)
+    # Under a certificate other items decide; the teacher is measured by those.
+    may_miss = items is not None and bool(items.confirmation)
+    threshold = resolve_p_min(limits.p_min, limits.p_min_kind, teacher, may_miss=may_miss)
     selected = items.selection if items else range(teacher.num_items)
-    threshold = hold_each(threshold, limits, teacher, parts_of(parts, selected))
+    threshold = hold_each(threshold, limits, teacher, parts_of(parts, selected), may_miss=may_miss)
     confirmation = _Confirmation(scorer, items, limits, parts, earlier_looks) if items and items.confirmation else None
     ranking = getattr(score, "ranking", None)
     search = Search(
@@ -181,6 +183,7 @@ class _Confirmation:
             "parts": list(parts_of(parts, items.confirmation).values()),
         }
         self._teacher = self._score(frozenset())
+        resolve_p_min(limits.p_min, limits.p_min_kind, self._teacher)
         level = level_of_look(limits.p_min_confidence, 0)
         least = num_items_for_teacher(
             level=level, p_min=limits.p_min, p_min_kind=limits.p_min_kind, teacher=self._teacher
