@@ -34,7 +34,7 @@ from dtr.distillation.realignment import realign
 from dtr.distillation.trainer import distill
 from dtr.environment import hardware, own_commit
 from dtr.files import write_json
-from dtr.ops.dispatch import use_backend
+from dtr.ops.backend import choose_backend
 from dtr.pipeline.preparation import prepare_mixers, prepare_text
 from dtr.recipe import Recipe, read_recipe
 from dtr.tasks.base import Task
@@ -90,7 +90,7 @@ class Rows:
         tasks = {name: load_task(folder, seed=base.seed) for name, folder in args.task}
         recall = None if args.for_choosing else load_recall(args, base.seed)
         device = pick_device(base.runtime.device)
-        use_backend(base.runtime.backend, device.type)
+        choose_backend(base.runtime.backend, device.type)
         self._teacher = load_teacher(base.teacher.source, device=str(device), dtype=base.teacher.dtype)
         self._measures = Measures(
             teacher=self._teacher,
@@ -109,7 +109,8 @@ class Rows:
     def make(self, recipe: Recipe, folder: Path | None = None) -> dict[str, Any]:
         """A row for a recipe, with its bank from `folder` if it is there already."""
         text, length = self._text(recipe), self.base.distill.seq_len_tokens
-        bank = load_bank(folder, teacher=self._teacher) if folder else make_bank(recipe, self._teacher, text)
+        given = {"teacher": self._teacher, "backend": recipe.runtime.backend}
+        bank = load_bank(folder, **given) if folder else make_bank(recipe, self._teacher, text)
         # In blocks of the same length whatever a trial trains on.
         held_out = text.held_out.flatten()
         held_out = held_out[: len(held_out) // length * length].view(-1, length)
@@ -181,6 +182,7 @@ def make_bank(recipe: Recipe, teacher: Teacher, text: Text) -> MixerBank:
         text,
         **prepare_mixers(recipe),
         seed=recipe.seed,
+        backend=recipe.runtime.backend,
         **recipe.distill.model_dump(exclude={"seq_len_tokens"}),
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dtr.distillation.trainer import distill
 from dtr.environment import hardware, own_commit
-from dtr.ops.dispatch import use_backend
+from dtr.ops.backend import choose_backend
 from dtr.pipeline.preparation import prepare_mixers, prepare_text
 from dtr.recipe import read_recipe
 from dtr.teacher import load_teacher, pick_device
@@ -28,7 +28,7 @@ def main() -> None:
 
     base = read_recipe(args.recipe, args.set)
     device = pick_device(base.runtime.device)
-    backend = use_backend(base.runtime.backend, device.type)
+    backend = choose_backend(base.runtime.backend, device.type)
     teacher = load_teacher(base.teacher.source, device=str(device), dtype=base.teacher.dtype)
     print(json.dumps({"hardware": hardware(device), "commit": own_commit(), "backend": backend.name}), flush=True)
     texts: dict[int, object] = {}
@@ -42,6 +42,7 @@ def main() -> None:
             texts[length],
             **prepare_mixers(recipe),
             seed=recipe.seed,
+            backend=recipe.runtime.backend,
             **recipe.distill.model_dump(exclude={"seq_len_tokens"}),
         )
         print(json.dumps(describe(trial, bank)), flush=True)

@@ -183,11 +183,12 @@ def test_compiles_and_replays_on_the_gpu(dtype: torch.dtype, delta: bool) -> Non
 @needs_gpu
 @dtypes
 @pytest.mark.parametrize("kind", ["gated_linear_attention", "kimi_delta_attention"])
-def test_a_mixer_learns_the_same_by_it_on_the_gpu(kind: str, dtype: torch.dtype, monkeypatch) -> None:
+def test_a_mixer_learns_the_same_by_it_on_the_gpu(kind: str, dtype: torch.dtype) -> None:
     """As it is trained, under autocast for bfloat16: output, state and gradients as by the plain form."""
     from dtr.arch import HeadGeometry
     from dtr.mixers import make_mixer
-    from dtr.ops import dispatch
+    from dtr.mixers.base import set_backend
+    from dtr.ops.dispatch import chosen_backend
 
     geometry = HeadGeometry(hidden_dim=128, num_heads=2, num_kv_heads=1, head_dim=64)
     torch.manual_seed(0)
@@ -200,13 +201,12 @@ def test_a_mixer_learns_the_same_by_it_on_the_gpu(kind: str, dtype: torch.dtype,
     learned = [weight for name, weight in mixer.named_parameters() if name.startswith(("decay_", "write_"))]
     results = []
     for name in ("triton", "torch"):
-        monkeypatch.setattr(dispatch, "_requested", name)
-        monkeypatch.setattr(dispatch, "_chosen", {})
+        set_backend(mixer, name)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             o, last = mixer.recur(hidden, q, k, heads[2].to(dtype), mask, None)
         grads = torch.autograd.grad(o.float().square().sum() + last.square().sum(), learned)
         results.append([o.detach(), last.detach(), *grads])
-        assert set(dispatch._chosen.values()) == {name}
+        assert chosen_backend(mixer.operation, mixer.backend, "cuda", 64, dtype) == name
     errors = {str(i): float((a - b).float().norm() / b.float().norm()) for i, (a, b) in enumerate(zip(*results))}
     assert_within(errors, 3e-2 if dtype == torch.bfloat16 else 2e-4)
 

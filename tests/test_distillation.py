@@ -19,8 +19,9 @@ from dtr.distillation import loop, trainer
 from dtr.distillation.bank import load_bank
 from dtr.distillation.students import Students, squared_sums
 from dtr.distillation.trainer import distill
-from dtr.errors import BankError, Interrupted, ModelError, RecipeError
+from dtr.errors import BankError, DeviceError, Interrupted, ModelError, RecipeError
 from dtr.mixers import MIXERS, mixer_from_teacher
+from dtr.mixers.base import set_backend
 from dtr.teacher import as_teacher
 
 SETTINGS = {"num_tokens": 8 * 32 * 30, "batch_size": 8, "learning_rate": 5e-3, "seed": 3}
@@ -62,6 +63,25 @@ def test_error_falls_in_every_layer(kind, teacher, blocks):
     assert [point["num_tokens"] for point in bank.curve] == sorted(point["num_tokens"] for point in bank.curve)
     assert bank.curve[-1]["num_tokens"] == SETTINGS["num_tokens"]
     assert bank.curve[-1]["mean_nmse"] == pytest.approx(bank.mean_nmse)
+
+
+def test_a_bank_is_trained_and_read_by_the_backend_that_is_named(teacher, blocks, tmp_path):
+    """Two of one process do not touch each other, and what is kept of the first is not what runs in the second."""
+    settings = SETTINGS | {"num_tokens": 256}
+    with pytest.raises(DeviceError, match="triton needs cuda"):
+        distill(teacher, blocks, backend="triton", **settings)
+    with pytest.raises(DeviceError, match="Did you mean 'torch'"):
+        distill(teacher, blocks, backend="troch", **settings)
+    plain, auto = (distill(teacher, blocks, backend=name, **settings) for name in ("torch", "auto"))
+    assert {mixer.backend for mixer in plain.in_dtype(torch.float32).values()} == {"torch"}
+    assert {mixer.backend for mixer in auto.mixers.values()} == {"auto"}
+    set_backend(plain.mixers.values(), "auto")
+    assert {mixer.backend for mixer in plain.in_dtype(torch.float32).values()} == {"auto"}
+    plain.save(tmp_path)
+    read = load_bank(tmp_path, teacher=teacher, backend="torch")
+    assert {mixer.backend for mixer in read.mixers.values()} == {"torch"}
+    with pytest.raises(DeviceError, match="triton needs cuda"):
+        load_bank(tmp_path, teacher=teacher, backend="triton")
 
 
 def test_the_teacher_is_not_changed(blocks):

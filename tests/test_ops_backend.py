@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -20,12 +22,16 @@ from dtr.ops import (
 )
 from dtr.ops.backend import CHANNEL_DELTA, CONVOLUTION, FUSED, GATED_DELTA, GATED_LINEAR, QUADRATIC, choose_backend
 from dtr.ops.chunking import MIN_LOG_DECAY
+from dtr.ops.dispatch import chosen_backend
 from dtr.ops.rotary import rotate_to_unit_length
 
 
 @pytest.fixture(autouse=True)
 def _fresh_kernels(monkeypatch):
-    monkeypatch.setattr(backend, "_kernels", {})
+    monkeypatch.setattr(backend, "_loaded", {})
+    dispatch._backend_name.cache_clear()
+    yield
+    dispatch._backend_name.cache_clear()
 
 
 @pytest.fixture
@@ -37,9 +43,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(backend, "_probe", lambda: there)
         if kernel_loads:
             ours = (GATED_DELTA, GATED_LINEAR, CHANNEL_DELTA)
-            backend._kernels.update({("triton", op): gated_delta.chunked for op in ours})
+            backend._loaded.update({(op, "triton"): gated_delta.chunked for op in ours})
         if fla_loads:
-            backend._kernels.update({("fla", op): gated_delta.chunked for op in (GATED_DELTA, GATED_LINEAR)})
+            backend._loaded.update({(op, "fla"): gated_delta.chunked for op in (GATED_DELTA, GATED_LINEAR)})
         # None makes an import fail, whatever is installed where the test runs.
         for module in ("dtr.ops.gpu.gated_delta_triton", "dtr.ops.gpu.channel_decay_triton", "fla"):
             monkeypatch.setitem(sys.modules, module, None)
@@ -67,48 +73,41 @@ def test_what_our_kernel_does_not_take_goes_elsewhere(machine, there, model, nam
             choose_backend("triton", "cuda", **model)
 
 
-def test_each_head_size_gets_its_own_kernel(machine, monkeypatch):
+def test_each_head_size_gets_its_own_kernel(machine):
     machine(fla=False)
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    names = [dispatch._name(GATED_DELTA, "cuda", head_dim, torch.bfloat16) for head_dim in (64, 80, 64)]
+    names = [chosen_backend(GATED_DELTA, "auto", "cuda", head_dim, torch.bfloat16) for head_dim in (64, 80, 64)]
     assert names == ["triton", "torch", "triton"]
-    assert dispatch._name(GATED_DELTA, "cuda", 64, torch.float16) == "torch"
+    assert chosen_backend(GATED_DELTA, "auto", "cuda", 64, torch.float16) == "torch"
 
 
-def test_what_was_asked_for_runs_what_it_has(machine, monkeypatch):
+def test_what_was_asked_for_runs_what_it_has(machine):
     """fla stays with its gated linear attention; where a backend has nothing, auto takes what does."""
     machine()
     wanted = {"auto": ["triton", "triton"], "triton": ["triton", "triton"], "fla": ["fla", "triton"]}
     wanted |= {"amx": ["triton", "triton"], "torch": ["torch", "torch"]}
     for requested, names in wanted.items():
-        monkeypatch.setattr(dispatch, "_requested", requested)
-        monkeypatch.setattr(dispatch, "_chosen", {})
-        assert [dispatch._name(op, "cuda", 64, torch.bfloat16) for op in (GATED_LINEAR, CHANNEL_DELTA)] == names
-    monkeypatch.setattr(dispatch, "_requested", "auto")
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    assert [dispatch._name(op, "cuda", 80, torch.bfloat16) for op in (GATED_LINEAR, CHANNEL_DELTA)] == ["fla", "torch"]
-    assert dispatch._name(CHANNEL_DELTA, "cpu", 64, torch.bfloat16) == "torch"
+        where = (requested, "cuda", 64, torch.bfloat16)
+        assert [chosen_backend(op, *where) for op in (GATED_LINEAR, CHANNEL_DELTA)] == names
+    where = ("auto", "cuda", 80, torch.bfloat16)
+    assert [chosen_backend(op, *where) for op in (GATED_LINEAR, CHANNEL_DELTA)] == ["fla", "torch"]
+    assert chosen_backend(CHANNEL_DELTA, "auto", "cpu", 64, torch.bfloat16) == "torch"
     assert backend.backend_of(CHANNEL_DELTA, "fla", "cuda").name == "triton"
     plain = backend.backend_of(None, "triton", "cuda")
     assert (plain.name, plain.reason) == ("torch", "this mixer has plain operations alone")
 
 
-def test_what_only_our_kernels_fuse_is_fused_where_they_take_it(machine, monkeypatch):
+def test_what_only_our_kernels_fuse_is_fused_where_they_take_it(machine):
     machine()
-    backend._kernels.update({("triton", op): draw for op in FUSED})
+    backend._loaded.update({(op, "triton"): draw for op in FUSED})
     for requested in ("auto", "triton", "fla"):
-        monkeypatch.setattr(dispatch, "_requested", requested)
-        monkeypatch.setattr(dispatch, "_chosen", {})
         cases = [(torch.bfloat16, dim) for dim in (32, 64, 128)] + [(torch.float32, dim) for dim in (32, 64, 128)]
-        names = [dispatch._name(QUADRATIC, "cuda", dim, dtype) for dtype, dim in cases]
+        names = [chosen_backend(QUADRATIC, requested, "cuda", dim, dtype) for dtype, dim in cases]
         assert names == ["torch", "triton", "torch", "triton", "triton", "torch"]
-        assert dispatch._name(CONVOLUTION, "cuda", None, torch.bfloat16) == "triton"
-        assert dispatch._name(CONVOLUTION, "cuda", None, torch.float16) == "torch"
-        assert dispatch._name(CONVOLUTION, "cpu", None, torch.bfloat16) == "torch"
-    monkeypatch.setattr(dispatch, "_requested", "torch")
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    assert {dispatch._name(op, "cuda", 64, torch.bfloat16) for op in FUSED} == {"torch"}
-    with pytest.raises(DeviceError, match=r"fla has no kernel for short convolution.*triton or torch"):
+        assert chosen_backend(CONVOLUTION, requested, "cuda", None, torch.bfloat16) == "triton"
+        assert chosen_backend(CONVOLUTION, requested, "cuda", None, torch.float16) == "torch"
+        assert chosen_backend(CONVOLUTION, requested, "cpu", None, torch.bfloat16) == "torch"
+    assert {chosen_backend(op, "torch", "cuda", 64, torch.bfloat16) for op in FUSED} == {"torch"}
+    with pytest.raises(DeviceError, match=r"no fla kernel for short convolution.*triton or torch"):
         choose_backend("fla", "cuda", op=CONVOLUTION)
 
 
@@ -130,8 +129,8 @@ def test_a_layers_fused_parts_get_what_they_take(machine, monkeypatch):
     wanted = dispatch.rotated_quadratic_features(x, weight, cos, sin, step_size=8.0)
     wanted_rows, wanted_past = dispatch.short_convolution(x.flatten(2), taps, None)
     assert not calls
-    monkeypatch.setattr(dispatch, "_name", lambda *_: "triton")
-    backend._kernels.update({("triton", QUADRATIC): features, ("triton", CONVOLUTION): convolution})
+    monkeypatch.setattr(dispatch, "chosen_backend", lambda *_: "triton")
+    backend._loaded.update({(QUADRATIC, "triton"): features, (CONVOLUTION, "triton"): convolution})
     assert torch.equal(dispatch.rotated_quadratic_features(x, weight, cos, sin, step_size=8.0), wanted)
     rows, past = dispatch.short_convolution(x.flatten(2), taps, None)
     assert torch.equal(rows, wanted_rows)
@@ -167,7 +166,7 @@ def test_the_choice_is_no_break_in_a_compiled_graph():
         ({}, GATED_LINEAR, "triton", "fastest"),
         ({"kernel_loads": False, "triton": (3, 6, 0)}, GATED_LINEAR, "fla", "does not load"),
         ({"kernel_loads": False, "fla": False}, GATED_LINEAR, "torch", "fla is not installed"),
-        ({}, CHANNEL_DELTA, "triton", "fla is not used"),
+        ({}, CHANNEL_DELTA, "triton", "fastest"),
         ({"kernel_loads": False}, CHANNEL_DELTA, "torch", "does not load"),
     ],
 )
@@ -176,6 +175,44 @@ def test_auto_takes_the_first_usable(machine, there, op, name, reason):
     chosen = choose_backend("auto", "cuda", op=op)
     assert chosen.name == name
     assert reason in chosen.reason
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_mixers_in_one_process_each_run_by_their_own_backend(compiled, monkeypatch):
+    """In plain and in compiled code, which keeps no choice of another mixer; copies keep their own."""
+    from dtr.arch import HeadGeometry
+    from dtr.mixers import make_mixer
+    from dtr.mixers.base import set_backend
+    from dtr.ops.cpu import gated_delta_amx
+
+    def silent(q, k, v, g, beta, *, scale, state_BHKV):
+        return torch.zeros_like(v), v.new_zeros(*v.shape[:1], *v.shape[2:], v.shape[-1])
+
+    monkeypatch.setattr(gated_delta_amx, "refusal", lambda: None)
+    backend._loaded[GATED_DELTA, "amx"] = silent
+    geometry = HeadGeometry(hidden_dim=64, num_heads=1, num_kv_heads=1, head_dim=64)
+    mixers = [make_mixer("gated_deltanet", geometry, 0) for _ in range(2)]
+    for mixer, name in zip(mixers, ("amx", "torch")):
+        torch.nn.init.normal_(mixer.decay_proj.bias)
+        set_backend(mixer.bfloat16(), name)
+    recur = lambda mixer, hidden, heads: mixer.recur(hidden, *heads, None, None)[0]  # noqa: E731
+    if compiled:
+        recur = torch.compile(recur, backend="eager", fullgraph=True)
+    hidden, heads = torch.randn(1, 5, 64).bfloat16(), torch.randn(3, 1, 5, 1, 64).bfloat16()
+    both = [*mixers, copy.deepcopy(mixers[0]), copy.deepcopy(mixers[1])]
+    assert [bool(recur(mixer, hidden, heads).any()) for mixer in both] == [False, True, False, True]
+    set_backend(mixers, "torch")
+    assert recur(mixers[0], hidden, heads).any()
+    with pytest.raises(DeviceError, match="needs cuda and the device is cpu"):
+        set_backend(mixers, "triton")
+
+
+def test_the_table_names_functions_that_are_there():
+    for (op, name), kernel in backend.KERNELS.items():
+        module, function = kernel.function
+        if module.startswith("."):
+            path = Path(backend.__file__).parent / f"{module[1:].replace('.', '/')}.py"
+            assert f"def {function}(" in path.read_text(), (op, name)
 
 
 def test_auto_on_a_cpu_looks_at_no_library_for_gpus(monkeypatch):
@@ -193,7 +230,7 @@ def test_auto_on_a_cpu_looks_at_no_library_for_gpus(monkeypatch):
         ("fla", "cuda", {"fla": False}, GATED_DELTA, ["fla is not installed", "Install fla-core"]),
         ("fla", "cuda", {"triton": (3, 6, 0)}, GATED_DELTA, ["Hopper", "Install tilelang"]),
         ("triton", "cuda", {"kernel_loads": False}, GATED_LINEAR, ["does not load"]),
-        ("fla", "cuda", {}, CHANNEL_DELTA, ["fla is not used for channel delta rule", "triton or torch"]),
+        ("fla", "cuda", {}, CHANNEL_DELTA, ["no fla kernel for channel delta rule", "triton or torch"]),
         ("triton", "cuda", {"kernel_loads": False}, GATED_DELTA, ["does not load"]),
         ("tritn", "cuda", {}, GATED_DELTA, ["Did you mean 'triton'?"]),
     ],
@@ -251,6 +288,7 @@ def test_fla_is_called_with_its_own_names(monkeypatch, rule, op, make, module, f
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(dispatch, "chosen_backend", lambda op, requested, *_: requested)
     inputs = [x.bfloat16() for x in make(20)]
     # The mixer may have normalised its keys in float32.
     inputs[1] = inputs[1].float()
@@ -261,10 +299,11 @@ def test_fla_is_called_with_its_own_names(monkeypatch, rule, op, make, module, f
 
 
 @pytest.mark.parametrize(("rule", "op", "make", "module", "function"), OPS, ids=["delta", "linear"])
-def test_torch_is_the_chunked_form_and_a_single_token_a_step(rule, op, make, module, function):
+def test_torch_is_the_chunked_form_and_a_single_token_a_step(monkeypatch, rule, op, make, module, function):
     inputs, state = make(21), draw(3, 8, 4)
     expected, expected_last = op.chunked(*inputs, state_BHKV=state, scale=0.7)
     o, middle = rule(*(x[:, :20] for x in inputs), state_BHKV=state, scale=0.7, backend="torch")
+    monkeypatch.setattr(dispatch, "chosen_backend", lambda op, requested, *_: requested)
     # No fla is needed for one token.
     last_o, last = rule(*(x[:, 20:] for x in inputs), state_BHKV=middle, scale=0.7, backend="fla")
     torch.testing.assert_close(torch.cat([o, last_o], dim=1), expected)
@@ -272,7 +311,7 @@ def test_torch_is_the_chunked_form_and_a_single_token_a_step(rule, op, make, mod
 
 
 @pytest.mark.parametrize("op", [GATED_LINEAR, CHANNEL_DELTA])
-def test_our_kernel_of_decays_per_channel_gets_one_type_and_the_scale(op):
+def test_our_kernel_of_decays_per_channel_gets_one_type_and_the_scale(monkeypatch, op):
     """With the plain forms in its place. A single token with a state takes a step, without a kernel."""
     calls = []
 
@@ -282,7 +321,8 @@ def test_our_kernel_of_decays_per_channel_gets_one_type_and_the_scale(op):
             return gated_linear.chunked(q, k, v, g, scale=scale, state_BHKV=state_BHKV)
         return channel_delta.chunked(q, k, v, g, beta, state_BHKV=state_BHKV)
 
-    backend._kernels["triton", op] = ours
+    backend._loaded[op, "triton"] = ours
+    monkeypatch.setattr(dispatch, "chosen_backend", lambda op, requested, *_: requested)
     inputs, state = linear_inputs(21), draw(3, 8, 4)
     inputs[2] = inputs[2].bfloat16()
     if op == GATED_LINEAR:

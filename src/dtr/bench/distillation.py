@@ -29,6 +29,7 @@ def bench_distill(
     sizes: list[tuple[int, int]],
     mixer: str = "gated_deltanet",
     options: dict[str, Any] | None = None,
+    backend: str = "auto",
     num_steps: int = 10,
     fast: bool = True,
     baseline: bool = False,
@@ -45,6 +46,7 @@ def bench_distill(
         sizes: (sequences, tokens each) of a step of one process.
         mixer: kind of mixer.
         options: that mixer's.
+        backend: what computes the mixers' recurrences, as in `distill`.
         num_steps: timed steps per size.
         fast: compile the students, and on a GPU replay the step as a CUDA graph; so by default.
         baseline: time the straightforward float32 loop as well (`bench/baseline.py`).
@@ -62,9 +64,9 @@ def bench_distill(
     """
     world, say = world or World(), on_phase or (lambda phase: None)
     say("comparing the kernels with a reference in float64")
-    make = partial(mixer_from_teacher, mixer, options=options_of_new(mixer, options))
+    make = partial(mixer_from_teacher, mixer, options=options_of_new(mixer, options), backend=backend)
     began = time.perf_counter()
-    check_backend(teacher.device, teacher.dtype, MIXERS[mixer].operation)
+    check_backend(teacher.device, teacher.dtype, MIXERS[mixer].operation, backend)
     check_seconds = time.perf_counter() - began
     if world.size > 1:
         # The plainest step first: if it hangs, neither compiling nor recording is to blame.
@@ -105,12 +107,13 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     return sizes  # type: ignore[return-value]
 
 
-def check_backend(device: torch.device, dtype: torch.dtype, operation: str | None) -> float:
-    """Compare the chosen backend with the token-by-token form in float64; returns the worst relative error.
+def check_backend(device: torch.device, dtype: torch.dtype, operation: str | None, backend: str = "auto") -> float:
+    """Compare a backend with the token-by-token form in float64; returns the worst relative error.
 
     Args:
         device: where kernels run.
         dtype: of queries, keys and values.
+        backend: as a mixer holds it.
         operation: a mixer's; 0 is returned for None, plain operations, which the tests compare.
 
     Raises:
@@ -132,7 +135,8 @@ def check_backend(device: torch.device, dtype: torch.dtype, operation: str | Non
         GATED_LINEAR: (partial(gated_linear_attention, scale=1.0), partial(gated_linear.naive, scale=1.0)),
         CHANNEL_DELTA: (channel_delta_rule, channel_delta.naive),
     }
-    chosen, reference = forms[operation]
+    rule, reference = forms[operation]
+    chosen = partial(rule, backend=backend)
 
     def run(op: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         inputs = [x.detach().requires_grad_() for x in inputs]

@@ -15,11 +15,11 @@ from dtr.bench.speedups import speedups
 from dtr.bench.strategies import SHARES, compare_strategies
 from dtr.bench.subjects import load_subjects
 from dtr.distillation.bank import MixerBank, load_bank
+from dtr.distillation.start import backends_of
 from dtr.distributed import join_world, leave_world
 from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
 from dtr.mixers import MIXERS, check_options
-from dtr.ops.backend import backend_of
-from dtr.ops.dispatch import use_backend
+from dtr.ops.backend import choose_backend
 from dtr.pipeline.preparation import (
     Listener,
     prepare_guards,
@@ -122,7 +122,7 @@ def bench_strategies(
         check_search(task, replace(settings, strategy=strategy))
     settings = replace(settings, guards=prepare_guards(recipe), run_to_end=False)
     teacher = teacher or prepare_teacher(recipe, emit)
-    mixers = load_bank(bank, teacher=teacher)
+    mixers = load_bank(bank, teacher=teacher, backend=recipe.runtime.backend)
     tell_backends(recipe, teacher, mixers, emit)
     record = _measured_on(teacher, mixers, task) | {
         "p_min": recipe.search.p_min,
@@ -187,20 +187,19 @@ def bench_distillation(
         print(f"[{rank}{time.monotonic() - began:.0f} s] {phase}\n", end="", file=sys.stderr, flush=True)
 
     began_choosing = time.monotonic()
-    use_backend(backend, place.type)
+    choose_backend(backend, place.type)
     # Our kernel for CPUs is built here when it has not been before.
     choice_seconds = time.monotonic() - began_choosing
     say(f"loading {source}")
     teacher = load_teacher(source, device=str(place))
-    head_dim, dtype = teacher.geometry.head_dim, teacher.kernel_dtype
-    use_backend(backend, place.type, head_dim=head_dim, dtype=dtype)
-    choice = backend_of(MIXERS[mixer].operation, backend, place.type, head_dim=head_dim, dtype=dtype)
+    (choice,) = backends_of(teacher, [(MIXERS[mixer].operation, backend)])
     results = list(
         bench_distill(
             teacher,
             sizes=sizes,
             mixer=mixer,
             options=options,
+            backend=backend,
             num_steps=num_steps,
             fast=not slow,
             baseline=baseline,

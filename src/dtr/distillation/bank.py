@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from dtr.anatomy import some
 from dtr.arch import HeadGeometry
-from dtr.errors import BankError, RecipeError
+from dtr.errors import BankError, DeviceError, RecipeError
 from dtr.files import read_json, write_json, write_tensors
 from dtr.identity import is_earlier
 from dtr.mixers import make_mixer, options_of_new
-from dtr.mixers.base import Mixer
+from dtr.mixers.base import Mixer, set_backend
 
 FORMATS = {"one kind": 1, "several kinds": 2}
 """A bank of one kind is still written as it always was."""
@@ -91,7 +91,7 @@ class MixerBank:
     num_steps: int = 0
     seconds: float = 0.0
     _frozen: dict[Any, dict[int, Mixer]] = field(default_factory=dict, repr=False, compare=False)
-    """What `in_dtype` gave, by type and state of the weights."""
+    """What `in_dtype` gave, by type, state of the weights and backends."""
 
     @property
     def layers(self) -> list[int]:
@@ -149,7 +149,7 @@ class MixerBank:
         """
         # Torch counts what happens to a tensor in place, so a bank that trains on gives copies of what it is now.
         tensors = [t for m in self.mixers.values() for t in (*m.parameters(), *m.buffers())]
-        key = (dtype, tuple((id(t), t._version) for t in tensors))
+        key = (dtype, tuple((id(t), t._version) for t in tensors), tuple(m.backend for m in self.mixers.values()))
         if key not in self._frozen:
             self._frozen = {
                 key: {i: copy.deepcopy(m).to(dtype).requires_grad_(False).eval() for i, m in self.mixers.items()}
@@ -190,22 +190,26 @@ class MixerBank:
         }
 
 
-def load_bank(folder: str | Path, *, teacher: Any = None) -> MixerBank:
+def load_bank(folder: str | Path, *, teacher: Any = None, backend: str = "auto") -> MixerBank:
     """Read a bank that was saved before.
 
     Args:
         folder: holds bank.json and mixers.safetensors.
         teacher: if given, the bank must have been made from this Teacher; its mixers go to the teacher's device.
+        backend: what computes the mixers' recurrences, as in `distill`.
 
     Raises:
         BankError: missing, damaged, or made from another teacher.
+        DeviceError: the backend is unknown or cannot run here.
     """
     folder = find_bank(folder)
     try:
         facts = read_json(folder / "bank.json")
         tensors = load_file(folder / "mixers.safetensors")
-        return _assemble(folder, facts, tensors, teacher)
-    except BankError:
+        bank = _assemble(folder, facts, tensors, teacher)
+        set_backend(bank.mixers.values(), backend)
+        return bank
+    except (BankError, DeviceError):
         raise
     except (OSError, ValueError, SafetensorError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise BankError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from dtr.distillation.compiled import pays
 from dtr.distillation.students import Students
 from dtr.distributed import World
 from dtr.errors import RecipeError
-from dtr.mixers import check_mixer, mixer_from_teacher
+from dtr.mixers import MIXERS, check_mixer, mixer_from_teacher
+from dtr.ops.backend import Backend, backend_of
 from dtr.teacher import Teacher, whole_weights
 
 
@@ -22,17 +24,38 @@ def check_distillation(
     mixer: str | list[str | dict[str, Any]] = "gated_deltanet",
     options: dict[str, Any] | None = None,
     layers: list[int] | None = None,
+    backend: str = "auto",
 ) -> tuple[list[Spec], list[int]]:
-    """Refuse mixers and layers that this teacher cannot have, before text is read; `distill` does the same.
+    """Refuse mixers, layers and kernels that this teacher cannot have, before text is read; `distill` does the same.
 
-    Returns the kinds and the layers. Raises RecipeError.
+    Returns the kinds and the layers. Raises RecipeError and DeviceError.
     """
     specs = read_specs(mixer, options)
     for spec in specs:
         check_mixer(spec["kind"], teacher.geometry, {key: value for key, value in spec.items() if key != "kind"})
+    backends_of(teacher, [(MIXERS[spec["kind"]].operation, backend) for spec in specs])
     chosen = _check_layers(layers, teacher.num_layers)
     read_numbers(mixer, chosen, teacher.num_layers)
     return specs, chosen
+
+
+def backends_of(teacher: Teacher, wishes: Iterable[tuple[str | None, str]]) -> list[Backend]:
+    """What mixers of this teacher run with, each once.
+
+    Args:
+        teacher: on whose device, and in whose type, they run.
+        wishes: operation and backend of mixers.
+
+    Raises:
+        DeviceError: a backend is unknown or cannot run here.
+    """
+    where: dict[str, Any] = {"device_type": teacher.device.type, "head_dim": teacher.geometry.head_dim}
+    found = []
+    for operation, backend in dict.fromkeys(wishes):
+        # auto goes by each call's type.
+        dtype = teacher.kernel_dtype if backend == "auto" else teacher.dtype
+        found.append(backend_of(operation, backend, **where, dtype=dtype))
+    return list(dict.fromkeys(found))
 
 
 def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:
@@ -47,8 +70,8 @@ def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:
     return chosen
 
 
-def start_mixers(teacher: Teacher, specs: list[Spec], numbers: list[int], seed: int) -> dict[int, Any]:
-    """Mixers by number, in the order in which their layers run, with the teacher's weights."""
+def start_mixers(teacher: Teacher, specs: list[Spec], numbers: list[int], seed: int, backend: str) -> dict[int, Any]:
+    """Mixers by number, in the order in which their layers run, with the teacher's weights, computed by `backend`."""
     stack, mixers = decoder_layers(teacher.model), {}
     # Some start values are random; the caller's own random state stays as it is.
     with torch.random.fork_rng(devices=[]):
@@ -60,7 +83,7 @@ def start_mixers(teacher: Teacher, specs: list[Spec], numbers: list[int], seed: 
                 index = number % teacher.num_layers
                 layer: Any = stack[index]
                 with whole_weights(layer):
-                    mixer = mixer_from_teacher(spec["kind"], teacher.geometry, index, layer.self_attn, options)
+                    mixer = mixer_from_teacher(spec["kind"], teacher.geometry, index, layer.self_attn, options, backend)
                 mixers[number] = mixer
     return dict(sorted(mixers.items(), key=lambda pair: pair[1].layer_idx))
 

@@ -44,6 +44,7 @@ def distill(
     layers: list[int] | None = None,
     seed: int = 0,
     parallel: ParallelKind = "data",
+    backend: str = "auto",
     checkpoint: str | Path | None = None,
     checkpoint_every_steps: int | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
@@ -65,6 +66,7 @@ def distill(
         seed: order of the text and start values.
         parallel: what several processes (torchrun) share out: `data`, the sequences of each batch, or `layers`. The
             bank is the same up to rounding, on all ranks.
+        backend: what computes the mixers' recurrences, in training and afterwards: auto, torch, triton, fla or amx.
         checkpoint: safetensors file for the state; if it is there, training goes on from it.
         checkpoint_every_steps: at most this many steps are lost by an interruption; about a minute by default.
         on_event: called with small dicts for logs and live displays.
@@ -74,10 +76,10 @@ def distill(
 
     Raises:
         BankError: the checkpoint is damaged or of another distillation.
-        DeviceError: out of memory; the message names the setting to change.
+        DeviceError: the backend cannot run here, or memory ran out; the message names the setting to change.
         Interrupted: Ctrl-C; the state was saved if `checkpoint` is given.
     """
-    specs, chosen = check_distillation(teacher, mixer=mixer, options=options, layers=layers)
+    specs, chosen = check_distillation(teacher, mixer=mixer, options=options, layers=layers, backend=backend)
     if isinstance(text, str | list):
         text = load_text(
             text,
@@ -105,7 +107,7 @@ def distill(
         "layers": chosen,
         "seed": seed,
     }
-    bank = _start_bank(teacher, text, specs, identity)
+    bank = _start_bank(teacher, text, specs, identity, backend)
     students = start_students(teacher, bank, world, parallel=parallel)
     state = TrainingState(bank, students, text, Path(checkpoint) if checkpoint else None, world)
     emit = on_event or (lambda event: None)
@@ -117,13 +119,13 @@ def distill(
     return bank
 
 
-def _start_bank(teacher: Teacher, text: Text, specs: list[Spec], identity: dict[str, Any]) -> MixerBank:
+def _start_bank(teacher: Teacher, text: Text, specs: list[Spec], identity: dict[str, Any], backend: str) -> MixerBank:
     """Untrained mixers for the layers that the identity of a distillation names."""
     num_tokens, batch_size = identity["num_tokens"], identity["batch_size"]
     numbers = read_numbers(identity["mixer"], identity["layers"], teacher.num_layers)
     bank = MixerBank(
         specs=specs,
-        mixers=start_mixers(teacher, specs, numbers, identity["seed"]),
+        mixers=start_mixers(teacher, specs, numbers, identity["seed"], backend),
         num_model_layers=teacher.num_layers,
         teacher_fingerprint=teacher.fingerprint,
         geometry=teacher.geometry,

@@ -120,6 +120,7 @@ class DeltaBlock:
             norms=_norms(mixer, g),
             has_head_bias=g.qkv_bias,
             quadratic=mixer.quadratic,
+            backend=mixer.backend,
         )
         self._out = stacked([mixer.o_proj])
         self._first_token = mixer.first_token

@@ -9,7 +9,7 @@ import torch
 
 from dtr.arch import HeadGeometry
 from dtr.errors import RecipeError, did_you_mean, shown
-from dtr.mixers.base import Mixer
+from dtr.mixers.base import Mixer, set_backend
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.mixers.gated_linear_attention import GatedLinearAttention
 from dtr.mixers.hedgehog import Hedgehog
@@ -120,9 +120,21 @@ def check_mixer(kind: str, geometry: HeadGeometry, options: dict[str, Any] | Non
 
 
 def mixer_from_teacher(
-    kind: str, geometry: HeadGeometry, layer_idx: int, attention: Any, options: dict[str, Any] | None = None
+    kind: str,
+    geometry: HeadGeometry,
+    layer_idx: int,
+    attention: Any,
+    options: dict[str, Any] | None = None,
+    backend: str = "auto",
 ) -> Mixer:
-    """A float32 mixer that starts from the weights of the teacher's attention module, on its device."""
+    """A float32 mixer that starts from the weights of the teacher's attention module, on its device.
+
+    Raises:
+        RecipeError: as `make_mixer`.
+        DeviceError: the backend is unknown or cannot run there.
+    """
     mixer = make_mixer(kind, geometry, layer_idx, options).float()
     mixer.start_from(attention)
-    return mixer.to(attention.q_proj.weight.device)
+    mixer = mixer.to(attention.q_proj.weight.device)
+    set_backend(mixer, backend)
+    return mixer

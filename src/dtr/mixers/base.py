@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D hidden dim, H heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from dtr.arch import HeadGeometry
 from dtr.errors import ModelError, RecipeError
+from dtr.ops.backend import backend_of
 
 WITHOUT_EFFECT = {
     # Positions arrive as angles; the others are asked of the whole model.
@@ -96,6 +97,8 @@ class Mixer(nn.Module):
     def __init__(self, geometry: HeadGeometry, layer_idx: int) -> None:
         super().__init__()
         self.geometry, self.layer_idx = geometry, layer_idx
+        self.backend = "auto"
+        """What computes its operations, as `dtr.ops.backend.backend_of` takes it; copies of a mixer keep it."""
 
     @classmethod
     def misfit(cls, geometry: HeadGeometry) -> str:
@@ -191,6 +194,23 @@ class Mixer(nn.Module):
         """Repeat each key/value head's rows as grouped-query attention does: head h uses group h // times."""
         per_head = weight.unflatten(0, (-1, self.geometry.head_dim)) if times > 1 else weight
         return per_head.repeat_interleave(times, dim=0).flatten(0, 1) if times > 1 else weight
+
+
+def set_backend(modules: nn.Module | Iterable[nn.Module], backend: str) -> None:
+    """Have all mixers in a model, or in several modules, compute by this backend from now on.
+
+    Args:
+        modules: a mixer, a hybrid, the mixers of a bank.
+        backend: auto, torch, triton, fla or amx.
+
+    Raises:
+        DeviceError: there is no such backend, or it cannot run where a mixer's weights are.
+    """
+    roots = [modules] if isinstance(modules, nn.Module) else modules
+    for mixer in [part for root in roots for part in root.modules() if isinstance(part, Mixer)]:
+        device = next(mixer.parameters()).device
+        backend_of(mixer.operation, backend, device.type, head_dim=mixer.geometry.head_dim)
+        mixer.backend = backend
 
 
 def check_number(name: str, value: Any, lowest: int) -> None:

@@ -57,4 +57,6 @@ class GatedDeltaNet(DecayingMixer):
         write_BTH = torch.sigmoid(self.write_proj(hidden_BTD).float())
         if token_mask_BT1 is not None:
             log_decay_BTH, write_BTH = log_decay_BTH * token_mask_BT1, write_BTH * token_mask_BT1
-        return gated_delta_rule(q_BTHK, k_BTHK, v_BTHK, log_decay_BTH, write_BTH, scale=1.0, state_BHKV=state_BHKV)
+        return gated_delta_rule(
+            q_BTHK, k_BTHK, v_BTHK, log_decay_BTH, write_BTH, scale=1.0, state_BHKV=state_BHKV, backend=self.backend
+        )

@@ -80,4 +80,6 @@ class GatedLinearAttention(DecayingMixer):
             log_decay_BTHK = log_decay_BTHK * token_mask_BT1.unsqueeze(-1)
             write_BTH = write_BTH * token_mask_BT1
         k_BTHK = k_BTHK * write_BTH.to(k_BTHK.dtype).unsqueeze(-1)
-        return gated_linear_attention(q_BTHK, k_BTHK, v_BTHK, log_decay_BTHK, scale=1.0, state_BHKV=state_BHKV)
+        return gated_linear_attention(
+            q_BTHK, k_BTHK, v_BTHK, log_decay_BTHK, scale=1.0, state_BHKV=state_BHKV, backend=self.backend
+        )

@@ -73,4 +73,6 @@ class KimiDeltaAttention(DecayingMixer):
         write_BTH = torch.sigmoid(self.write_proj(hidden_BTD).float())
         if token_mask_BT1 is not None:
             log_decay_BTHK, write_BTH = log_decay_BTHK * token_mask_BT1.unsqueeze(-1), write_BTH * token_mask_BT1
-        return channel_delta_rule(q_BTHK, k_BTHK, v_BTHK, log_decay_BTHK, write_BTH, state_BHKV=state_BHKV)
+        return channel_delta_rule(
+            q_BTHK, k_BTHK, v_BTHK, log_decay_BTHK, write_BTH, state_BHKV=state_BHKV, backend=self.backend
+        )

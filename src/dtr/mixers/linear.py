@@ -211,7 +211,8 @@ class LinearMixer(Mixer):
         """Queries and keys as `recur` gets them."""
         if self.quadratic:
             if not self.geometry.qk_norm:
-                return self.q_quadratic(q_BTHK, angles), self.k_quadratic(k_BTHK, angles)
+                by = self.backend
+                return self.q_quadratic(q_BTHK, angles, by), self.k_quadratic(k_BTHK, angles, by)
             q_BTHK, k_BTHK = self.q_quadratic(q_BTHK), self.k_quadratic(k_BTHK)
         turn = rotate_to_unit_length if self.has_unit_keys else rotate
         q, k = (turn(x, *angles) for x in self._normed(q_BTHK, k_BTHK))
@@ -236,6 +237,6 @@ class LinearMixer(Mixer):
         pasts = [None] * 3 if past_inputs is None else past_inputs.chunk(3, dim=-1)
         # Each by itself: joined and cut apart again they would be copied.
         parts = zip((q_BTC, k_BTC, v_BTC), self.conv_taps.chunk(3), pasts)
-        mixed = [short_convolution(x, taps, past, real) for x, taps, past in parts]
+        mixed = [short_convolution(x, taps, past, real, backend=self.backend) for x, taps, past in parts]
         q, k, v = (out for out, _ in mixed)
         return q, k, v, torch.cat([inputs for _, inputs in mixed], dim=-1)

@@ -32,11 +32,13 @@ class QuadraticFeatures(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim))
 
-    def forward(self, x_BTHK: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """The features; with the cosines and sines of their positions, rotated and of unit length."""
+    def forward(
+        self, x_BTHK: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None = None, backend: str = "auto"
+    ) -> torch.Tensor:
+        """The features; with the cosines and sines of their positions, rotated and of unit length by `backend`."""
         if angles is None:
             return quadratic_features(x_BTHK, mix_of_heads(x_BTHK, self.weight, step_size=STEP_SIZE))
-        return rotated_quadratic_features(x_BTHK, self.weight, *angles, step_size=STEP_SIZE)
+        return rotated_quadratic_features(x_BTHK, self.weight, *angles, step_size=STEP_SIZE, backend=backend)
 
     @torch.no_grad()
     def joined(self, projection: nn.Linear) -> nn.Linear:

@@ -142,7 +142,9 @@ class Qwen35GatedDeltaNet(NativeMixer):
         if token_mask_BT1 is not None:
             write_BTH, log_decay_BTH = write_BTH * token_mask_BT1, log_decay_BTH * token_mask_BT1
         state = None if memory is None else memory.read()
-        out, state = gated_delta_rule(_unit(q), _unit(k), v, log_decay_BTH, write_BTH, state_BHKV=state)
+        out, state = gated_delta_rule(
+            _unit(q), _unit(k), v, log_decay_BTH, write_BTH, state_BHKV=state, backend=self.backend
+        )
         gate = F.silu(self.in_proj_z(hidden_BTD).float()).view(out.shape)
         return (self.norm(out) * gate).to(out.dtype).flatten(2), state, conv_inputs
 

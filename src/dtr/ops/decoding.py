@@ -221,7 +221,7 @@ def delta_prompt_in_parts(
     if kernels := _kernels(q, "gated_delta_prefill"):
         out, state = kernels.prefill(q, k, v, log_decay, strength, scale=1.0)
     else:
-        out, state = gated_delta_rule(q, k, v, log_decay, strength, scale=1.0)
+        out, state = gated_delta_rule(q, k, v, log_decay, strength, scale=1.0, backend=projection.backend)
     out = gated_product(gate.flatten(0, 1), out.reshape(-1, width), activation="identity_gate")
     return out.view(*rows.shape[:2], width), state
 

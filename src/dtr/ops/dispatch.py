@@ -1,5 +1,4 @@
-"""The recurrences as mixers call them, and what else has a kernel: the backend is chosen once per process and device,
-then used everywhere.
+"""The recurrences as mixers call them, and what else has a kernel, each by the backend that its caller asks for.
 
 Each recurrence takes what its plain form takes and gives what that gives: o [B, T, H, V] and the last state
 [B, H, K, V].
@@ -7,6 +6,7 @@ Each recurrence takes what its plain form takes and gives what that gives: o [B,
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,10 +18,8 @@ from dtr.ops.backend import (
     GATED_DELTA_STEP,
     GATED_LINEAR,
     QUADRATIC,
-    Backend,
     backend_of,
-    choose_backend,
-    kernel,
+    load,
 )
 from dtr.ops.channel_delta import chunked as channel_delta_chunked
 from dtr.ops.gated_delta import chunked as gated_delta_chunked
@@ -33,30 +31,6 @@ from dtr.ops.rotary import rotate_to_unit_length
 from dtr.ops.short_convolution import RealTokens, with_past
 from dtr.ops.short_convolution import short_convolution as _short_convolution
 
-_requested = "auto"
-_chosen: dict[tuple[str, str, int | None, torch.dtype], str] = {}
-
-
-def use_backend(
-    requested: str, device_type: str, *, head_dim: int | None = None, dtype: torch.dtype | None = None
-) -> Backend:
-    """Ask for a backend for the rest of this process; returns what the gated delta rule will run with, and why.
-
-    Args:
-        requested: as for `choose_backend`.
-        device_type: as `torch.device.type`.
-        head_dim: of the model that will run, once it is known.
-        dtype: likewise.
-
-    Raises:
-        DeviceError: `requested` is unknown or cannot run here.
-    """
-    global _requested
-    choice = choose_backend(requested, device_type, head_dim=head_dim, dtype=dtype)
-    _requested = requested
-    _chosen.clear()
-    return choice
-
 
 def gated_delta_rule(
     q_BTHK: torch.Tensor,
@@ -67,15 +41,15 @@ def gated_delta_rule(
     *,
     scale: float | None = None,
     state_BHKV: torch.Tensor | None = None,
-    backend: str | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gated_delta.chunked` by the chosen backend, or the one named; a single token with a state takes `step`."""
-    backend = backend or _name(GATED_DELTA, v_BTHV.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
+    """`gated_delta.chunked` by a backend as `backend_of` takes it; a single token with a state takes `step`."""
+    backend = chosen_backend(GATED_DELTA, backend, v_BTHV.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
     if q_BTHK.shape[1] == 1 and state_BHKV is not None:
         q, k, v, g, beta = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
         # The kernel has no gradients, and plain operations are what a compiler can fuse.
         plain = backend != "triton" or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        step = gated_delta_step if plain else kernel(backend, GATED_DELTA_STEP)
+        step = gated_delta_step if plain else load(GATED_DELTA_STEP, backend)
         o, last = step(q, k, v, g, beta, state_BHKV, scale=scale)
         return o.unsqueeze(1), last
     # Our kernel for CPUs has square states only.
@@ -84,8 +58,8 @@ def gated_delta_rule(
     # Kernels want one dtype; queries and keys may have been normalised in a wider one than the values'.
     q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
     if backend in ("triton", "amx"):
-        return kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state_BHKV)
-    return kernel(backend, GATED_DELTA)(q, k, v_BTHV, g_BTH.float(), beta_BTH, **_fla_options(scale, state_BHKV))
+        return load(GATED_DELTA, backend)(q, k, v_BTHV, g_BTH, beta_BTH, scale=scale, state_BHKV=state_BHKV)
+    return load(GATED_DELTA, backend)(q, k, v_BTHV, g_BTH.float(), beta_BTH, **_fla_options(scale, state_BHKV))
 
 
 def gated_linear_attention(
@@ -96,10 +70,10 @@ def gated_linear_attention(
     *,
     scale: float | None = None,
     state_BHKV: torch.Tensor | None = None,
-    backend: str | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gated_linear.chunked` by the chosen backend, or the one named; a single token with a state takes `step`."""
-    backend = backend or _name(GATED_LINEAR, v_BTHV.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
+    """`gated_linear.chunked` by a backend as `backend_of` takes it; a single token with a state takes `step`."""
+    backend = chosen_backend(GATED_LINEAR, backend, v_BTHV.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
     if q_BTHK.shape[1] == 1 and state_BHKV is not None:
         q, k, v, g = (x[:, 0] for x in (q_BTHK, k_BTHK, v_BTHV, g_BTHK))
         o, last = gated_linear_step(q, k, v, g, state_BHKV, scale=scale)
@@ -108,8 +82,8 @@ def gated_linear_attention(
         return gated_linear_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state_BHKV=state_BHKV)
     q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
     if backend == "triton":
-        return kernel(backend, GATED_LINEAR)(q, k, v_BTHV, g_BTHK, None, scale=scale, state_BHKV=state_BHKV)
-    return kernel(backend, GATED_LINEAR)(q, k, v_BTHV, g_BTHK.float(), **_fla_options(scale, state_BHKV))
+        return load(GATED_LINEAR, backend)(q, k, v_BTHV, g_BTHK, None, scale=scale, state_BHKV=state_BHKV)
+    return load(GATED_LINEAR, backend)(q, k, v_BTHV, g_BTHK.float(), **_fla_options(scale, state_BHKV))
 
 
 def channel_delta_rule(
@@ -120,35 +94,49 @@ def channel_delta_rule(
     beta_BTH: torch.Tensor,
     *,
     state_BHKV: torch.Tensor | None = None,
-    backend: str | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`channel_delta.chunked` by the chosen backend, or the one named; a single token with a state takes `step`."""
-    backend = backend or _name(CHANNEL_DELTA, v_BTHV.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
+    """`channel_delta.chunked` by a backend as `backend_of` takes it; a single token with a state takes `step`."""
+    backend = chosen_backend(CHANNEL_DELTA, backend, v_BTHV.device.type, q_BTHK.shape[-1], v_BTHV.dtype)
     if backend == "torch" or (q_BTHK.shape[1] == 1 and state_BHKV is not None):
         return channel_delta_chunked(q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH, state_BHKV=state_BHKV)
     q, k = q_BTHK.to(v_BTHV.dtype), k_BTHK.to(v_BTHV.dtype)
-    return kernel(backend, CHANNEL_DELTA)(q, k, v_BTHV, g_BTHK, beta_BTH, scale=1.0, state_BHKV=state_BHKV)
+    return load(CHANNEL_DELTA, backend)(q, k, v_BTHV, g_BTHK, beta_BTH, scale=1.0, state_BHKV=state_BHKV)
 
 
 def rotated_quadratic_features(
-    x_BTHK: torch.Tensor, weight_HKK: torch.Tensor, cos_BTK: torch.Tensor, sin_BTK: torch.Tensor, *, step_size: float
+    x_BTHK: torch.Tensor,
+    weight_HKK: torch.Tensor,
+    cos_BTK: torch.Tensor,
+    sin_BTK: torch.Tensor,
+    *,
+    step_size: float,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Quadratic features with the mix of `weight` times `step_size`, rotated by their angles and of unit length."""
     # A single token is decoding, where plain operations are what a compiler can fuse with all else.
-    if x_BTHK.shape[1] > 1 and _name(QUADRATIC, x_BTHK.device.type, x_BTHK.shape[-1], x_BTHK.dtype) == "triton":
-        return kernel("triton", QUADRATIC)(x_BTHK, weight_HKK, cos_BTK, sin_BTK, step_size=step_size)
+    by_kernel = x_BTHK.shape[1] > 1 and (
+        chosen_backend(QUADRATIC, backend, x_BTHK.device.type, x_BTHK.shape[-1], x_BTHK.dtype) == "triton"
+    )
+    if by_kernel:
+        return load(QUADRATIC, "triton")(x_BTHK, weight_HKK, cos_BTK, sin_BTK, step_size=step_size)
     mix = mix_of_heads(x_BTHK, weight_HKK, step_size=step_size)
     return rotate_to_unit_length(quadratic_features(x_BTHK, mix), cos_BTK, sin_BTK)
 
 
 def short_convolution(
-    x_BTC: torch.Tensor, taps_CW: torch.Tensor, past: torch.Tensor | None, real: RealTokens | None = None
+    x_BTC: torch.Tensor,
+    taps_CW: torch.Tensor,
+    past: torch.Tensor | None,
+    real: RealTokens | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dtr.ops.short_convolution` without bias, its output in the type of x."""
     num_past = taps_CW.shape[1] - 1
     fits = past is None and x_BTC.shape[1] >= num_past
-    if fits and _name(CONVOLUTION, x_BTC.device.type, None, x_BTC.dtype) == "triton":
-        run = kernel("triton", CONVOLUTION)
+    if fits and chosen_backend(CONVOLUTION, backend, x_BTC.device.type, None, x_BTC.dtype) == "triton":
+        run = load(CONVOLUTION, "triton")
         if real is None:
             return run(x_BTC, taps_CW), x_BTC[:, x_BTC.shape[1] - num_past :]
         x_BTC = real.align(x_BTC)
@@ -158,11 +146,14 @@ def short_convolution(
 
 
 @torch.compiler.assume_constant_result
-def _name(op: str, device_type: str, head_dim: int | None, dtype: torch.dtype) -> str:
-    key = (op, device_type, head_dim, dtype)
-    if key not in _chosen:
-        _chosen[key] = backend_of(op, _requested, device_type, head_dim=head_dim, dtype=dtype).name
-    return _chosen[key]
+def chosen_backend(op: str, requested: str, device_type: str, head_dim: int | None, dtype: torch.dtype) -> str:
+    """The name that `backend_of` gives, looked up once for the same arguments; a constant in compiled code."""
+    return _backend_name(op, requested, device_type, head_dim, dtype)
+
+
+@functools.cache
+def _backend_name(op: str, requested: str, device_type: str, head_dim: int | None, dtype: torch.dtype) -> str:
+    return backend_of(op, requested, device_type, head_dim=head_dim, dtype=dtype).name
 
 
 def _fla_options(scale: float | None, state: torch.Tensor | None) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class DeltaProjection(NormedProjection):
     """Whether the biases of q, k and v need not be zero."""
     quadratic: bool = False
     """Whether queries and keys have quadratic features."""
+    backend: str = "auto"
+    """What computes the recurrence over a prompt where no kernel of generation does, as the mixer holds it."""
 
     @property
     def num_head_rows(self) -> int:

@@ -17,12 +17,11 @@ from dtr.corpus.mixing import MixedBlocks, Part, Text
 from dtr.corpus.sources import check_sources
 from dtr.corpus.writing import write_documents
 from dtr.distillation.bank import MixerBank, find_bank, load_bank, read_specs
-from dtr.distillation.start import check_distillation
+from dtr.distillation.start import backends_of, check_distillation
 from dtr.distributed import join_world, side_world
 from dtr.evaluation.encoding import render_turn
 from dtr.mixers import MIXERS
-from dtr.ops.backend import Backend, backend_of
-from dtr.ops.dispatch import use_backend
+from dtr.ops.backend import GATED_DELTA, Backend, choose_backend
 from dtr.pipeline.tryout import check_budget, check_step, try_task, try_text
 from dtr.recipe import Recipe, TaskSection
 from dtr.selection.binding import check_search, check_teacher
@@ -72,7 +71,7 @@ def prepare_run(recipe: Recipe, bank: str | Path | None, emit: Listener) -> Prep
     settings = search_settings(recipe, prepare_guards(recipe))
     check_search(task, settings)
     teacher = prepare_teacher(recipe, emit)
-    given = None if bank is None else load_bank(bank, teacher=teacher)
+    given = None if bank is None else load_bank(bank, teacher=teacher, backend=recipe.runtime.backend)
     if given is None:
         check_training(recipe, teacher, settings)
     tell_backends(recipe, teacher, given, emit)
@@ -89,7 +88,9 @@ def prepare_run(recipe: Recipe, bank: str | Path | None, emit: Listener) -> Prep
 
 def check_training(recipe: Recipe, teacher: Teacher, settings: SearchSettings | None = None) -> None:
     """Refuse mixers, layers, sizes and a budget that this teacher and this machine cannot have; raises RecipeError."""
-    specs, layers = check_distillation(teacher, **prepare_mixers(recipe), layers=recipe.distill.layers)
+    specs, layers = check_distillation(
+        teacher, **prepare_mixers(recipe), layers=recipe.distill.layers, backend=recipe.runtime.backend
+    )
     check_step(recipe, teacher, specs, len(layers))
     if settings is not None:
         check_budget(teacher, specs, len(layers), settings)
@@ -106,11 +107,11 @@ def what_was_read(
 
 
 def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
-    """Set threads and backend, then load the teacher."""
+    """Set threads and load the teacher, once it is known that the backend can run here."""
     if recipe.runtime.num_threads:
         torch.set_num_threads(recipe.runtime.num_threads)
     _, device = join_world(pick_device(recipe.runtime.device))
-    use_backend(recipe.runtime.backend, device.type)
+    choose_backend(recipe.runtime.backend, device.type)
     settings = recipe.teacher
     emit({"event": "stage", "text": f"loading {settings.source}"})
     teacher = load_teacher(
@@ -122,29 +123,21 @@ def prepare_teacher(recipe: Recipe, emit: Listener) -> Teacher:
     )
     emit({"event": "self_check", "text": teacher.self_check})
     # Again, now that it is known what kernels would get.
-    dtype = _kernel_dtype(recipe, teacher)
-    use_backend(recipe.runtime.backend, device.type, head_dim=teacher.geometry.head_dim, dtype=dtype)
+    backends_of(teacher, [(GATED_DELTA, recipe.runtime.backend)])
     return teacher
 
 
 def mixer_backends(recipe: Recipe, teacher: Teacher, bank: MixerBank | None) -> list[Backend]:
     """What the mixers of a bank run with, or those that the recipe asks for, each once."""
-    mixers = [MIXERS[kind] for kind in recipe.mixer.names] if bank is None else bank.mixers.values()
-    where, head_dim = (recipe.runtime.backend, teacher.device.type), teacher.geometry.head_dim
-    dtype, operations = _kernel_dtype(recipe, teacher), dict.fromkeys(mixer.operation for mixer in mixers)
-    found = (backend_of(operation, *where, head_dim=head_dim, dtype=dtype) for operation in operations)
-    return list(dict.fromkeys(found))
+    if bank is None:
+        return backends_of(teacher, [(MIXERS[kind].operation, recipe.runtime.backend) for kind in recipe.mixer.names])
+    return backends_of(teacher, [(mixer.operation, mixer.backend) for mixer in bank.mixers.values()])
 
 
 def tell_backends(recipe: Recipe, teacher: Teacher, bank: MixerBank | None, emit: Listener) -> None:
     """Say what `mixer_backends` finds, before the work that runs with it."""
     for backend in mixer_backends(recipe, teacher, bank):
         emit({"event": "backend", "name": backend.name, "reason": backend.reason, "device": str(teacher.device)})
-
-
-def _kernel_dtype(recipe: Recipe, teacher: Teacher) -> torch.dtype | None:
-    # auto goes by each call's type.
-    return teacher.kernel_dtype if recipe.runtime.backend == "auto" else teacher.dtype
 
 
 def prepare_mixers(recipe: Recipe) -> dict[str, Any]:

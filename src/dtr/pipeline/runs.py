@@ -9,6 +9,7 @@ from dtr.distillation.bank import MixerBank, read_specs
 from dtr.distributed import leave_world
 from dtr.errors import RecipeError
 from dtr.evaluation.evaluator import evaluate
+from dtr.mixers.base import set_backend
 from dtr.pipeline.costs import Costs, memory_advice
 from dtr.pipeline.folder import RunFolder
 from dtr.pipeline.preparation import (
@@ -134,5 +135,6 @@ def evaluate_model(recipe: Recipe, split: str) -> dict[str, Any]:
         dtype=settings.dtype,
         trust_remote_code=settings.trust_remote_code,
     )
+    set_backend(model, recipe.runtime.backend)
     score = evaluate(model, task, split=split, tokenizer=tokenizer, batch_tokens=recipe.runtime.eval_batch_tokens)
     return {"model": settings.source, "task": recipe.task.source, "split": split, **score.to_dict()}

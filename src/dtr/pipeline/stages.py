@@ -56,7 +56,7 @@ def open_run(
 def prepare_bank(recipe: Recipe, teacher: Teacher, text: Text, folder: RunFolder, emit: Listener) -> MixerBank:
     """Distil, or take the bank that an earlier run of this recipe has finished."""
     if (folder.bank / "bank.json").exists():
-        bank = load_bank(folder.bank, teacher=teacher)
+        bank = load_bank(folder.bank, teacher=teacher, backend=recipe.runtime.backend)
         _finish(folder.checkpoint)
         return bank
     emit({"event": "stage", "text": f"preparing {' and '.join(recipe.mixer.names)} for every layer"})
@@ -68,6 +68,7 @@ def prepare_bank(recipe: Recipe, teacher: Teacher, text: Text, folder: RunFolder
         **settings,
         seed=recipe.seed,
         parallel=recipe.runtime.parallel,
+        backend=recipe.runtime.backend,
         checkpoint=folder.checkpoint,
         on_event=emit,
     )
@@ -107,7 +108,7 @@ def prepare_realigned(
     """Realign the linear layers of M_opt as the recipe says, or take what an earlier run of it has finished; score."""
     teacher, layers = ready.teacher, result.trace.m_opt.layers
     emit({"event": "stage", "text": f"realigning {len(layers)} layers on the hybrid's own hidden states"})
-    realigned = _load_finished(folder.realigned, teacher, layers)
+    realigned = _load_finished(folder.realigned, teacher, layers, recipe.runtime.backend)
     if realigned is None:
         assert ready.text is not None
         apart = {"num_tokens", "seq_len_tokens", "learning_rate", "refit_tokens", "layers"}
@@ -157,9 +158,9 @@ def _to_log_and(folder: RunFolder, costs: Costs, listener: Listener | None) -> L
     return emit
 
 
-def _load_finished(folder: Path, teacher: Teacher, layers: Sequence[int]) -> MixerBank | None:
+def _load_finished(folder: Path, teacher: Teacher, layers: Sequence[int], backend: str) -> MixerBank | None:
     """What an earlier run of this recipe has finished, if it was for these layers."""
     if not (folder / "bank.json").exists():
         return None
-    bank = load_bank(folder, teacher=teacher)
+    bank = load_bank(folder, teacher=teacher, backend=backend)
     return bank if bank.identity["layers"] == sorted(layers) else None
