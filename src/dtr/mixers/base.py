@@ -208,8 +208,10 @@ def set_backend(modules: nn.Module | Iterable[nn.Module], backend: str) -> None:
     """
     roots = [modules] if isinstance(modules, nn.Module) else modules
     for mixer in [part for root in roots for part in root.modules() if isinstance(part, Mixer)]:
-        device = next(mixer.parameters()).device
-        backend_of(mixer.operation, backend, device.type, head_dim=mixer.geometry.head_dim)
+        # auto runs everywhere; to ask would build a kernel that the type of the weights may have no use for.
+        if backend != "auto":
+            device = next(mixer.parameters()).device
+            backend_of(mixer.operation, backend, device.type, head_dim=mixer.geometry.head_dim)
         mixer.backend = backend
 
 
