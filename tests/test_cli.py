@@ -64,7 +64,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(finished):
     assert str((folder / "report.html").resolve()) in out
     assert "The hybrid writes:" in out
     events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert events[:3] == ["stage", "stage", "backend"]
+    assert events[:4] == ["stage", "stage", "self_check", "backend"]
     assert events[-1] == "done"
     assert {"distill", "nmse", "teacher", "candidate", "step", "stop"} <= set(events)
 

@@ -267,7 +267,8 @@ class RunFolder:
                 str(self.path / RECIPE),
                 got="; ".join(f"{key}={old.get(key)}" for key in changed),
                 expected="; ".join(f"{key}={new[key]}" for key in changed),
-                hint=f"--resume goes on with the same recipe only. Choose another --out{self._or_overwrite(recipe)}.",
+                hint=f"--resume goes on with the same recipe only. Give '{self.path / RECIPE}', which has all settings "
+                f"of that run, choose another --out{self._or_overwrite(recipe)}.",
             )
 
     def _check_read(self, then: Mapping[str, str], now: Mapping[str, str], recipe: Recipe) -> None:
