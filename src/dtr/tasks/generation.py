@@ -2,7 +2,8 @@
 
 Rows `{prompt, answer}`, or `{context, question, answers}` with several accepted answers. Metrics: `exact_match` (auto:
 1 if the written text equals an accepted answer after `normalize`), `f1`, `rouge_l`, any function by import path, and
-`pass_at_1` for rows `{prompt, tests}`: 1 if prompt, written text and tests run as one Python program.
+`pass_at_1` for rows `{prompt, tests}`: 1 if prompt, written text and tests run as one Python program, which
+`dtr.tasks.code` puts together.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydantic import Field
 from dtr.errors import RecipeError
 from dtr.evaluation.score import Grade, Score, lost_grade, mean_score
 from dtr.recipe import Section
+from dtr.tasks import code
 from dtr.tasks.base import Generation, GenerationRequest, Item, Likelihood, Request, Response, all_finite
 from dtr.tasks.jsonl import Row
 from dtr.tasks.metrics import (
@@ -39,11 +41,13 @@ class GenerationOptions(Section):
     """`task.options` of generation."""
 
     max_new_tokens: int = Field(default=64, ge=1, le=2**20)
-    """Longest text a model may write."""
+    """Longest text a model may write; 512 for `pass_at_1` when left out."""
     stop: list[str] = Field(default_factory=lambda: ["\n"], max_length=100)
-    """The text ends before the first of these."""
+    """The text ends before the first of these. For `pass_at_1`, when left out, where a function is over (the next line
+    that begins with def, class, # and others); with a chat template nowhere."""
     extract: str | None = None
-    """Regular expression; its last match (its first group, if it has one) is compared instead of the whole text."""
+    """Regular expression; its last match (its first group, if it has one) is compared instead of the whole text. For
+    `pass_at_1` with a chat template, when left out, the first code block that defines the function asked for."""
     max_context_chars: int | None = Field(default=None, ge=2, le=10**9)
     """Longer `context` fields lose their middle, as for meetings that do not fit the model; whole when left out."""
     answer_field: str | None = None
@@ -87,8 +91,12 @@ class GenerationTask:
         if found is None:
             value = 0.0
         elif self.metric == "pass_at_1":
-            program = f"{item.row['program']}{found}\n{item.row['tests']}"
-            value = float(passes(program, seconds=self.code_seconds))
+            prompt, tests = item.row["program"], item.row["tests"]
+            if self.chat_template:
+                program = code.answered(prompt, found, tests=tests, entry_point=item.row["entry_point"])
+            else:
+                program = code.continued(prompt, found)
+            value = float(passes(f"{program}\n{tests}", seconds=self.code_seconds))
         else:
             value = measure(self.function, self.metric, found, item.row["answers"], item=item.id)
         return Grade(value=value, log_likelihood=log_likelihood)
@@ -115,7 +123,9 @@ def load_generation(spec: TaskSpec) -> GenerationTask:
     """
     options = read_options(GenerationOptions, spec)
     metric = choose_text_metric(spec.metric, kind=spec.kind, auto="exact_match")
-    _check_execution(metric, options)
+    if metric == "pass_at_1":
+        _check_execution(options)
+        options = _for_code(options, chat_template=spec.chat_template)
     try:
         pattern = re.compile(options.extract) if options.extract is not None else None
     except re.error as error:
@@ -143,8 +153,15 @@ def load_generation(spec: TaskSpec) -> GenerationTask:
     )
 
 
-def _check_execution(metric: str, options: GenerationOptions) -> None:
-    if metric == "pass_at_1" and not options.allow_code_execution:
+def _for_code(options: GenerationOptions, *, chat_template: bool) -> GenerationOptions:
+    """The options with defaults that suit code; what the recipe sets stays."""
+    defaults = {"max_new_tokens": code.MAX_NEW_TOKENS, "stop": [] if chat_template else list(code.STOP)}
+    changes = {name: value for name, value in defaults.items() if name not in options.model_fields_set}
+    return options.model_copy(update=changes)
+
+
+def _check_execution(options: GenerationOptions) -> None:
+    if not options.allow_code_execution:
         raise RecipeError(
             "task.metric",
             got="pass_at_1, which runs code that models write",
@@ -158,13 +175,15 @@ def _make_item(
 ) -> Item:
     if options.max_context_chars is not None and isinstance(row.data.get("context"), str):
         row = replace(row, data={**row.data, "context": _cut_middle(row.data["context"], options.max_context_chars)})
+    runs_code = metric == "pass_at_1"
     if spec.prompt is not None:
         context = fill(spec.prompt, row, "task.prompt")
     else:
         context = row.text("prompt") if "prompt" in row.data else question_prompt(row)
-    # A space at the end of a prompt would be a token the model has rarely seen there.
-    context = context if spec.chat_template else context.rstrip()
-    runs_code = metric == "pass_at_1"
+        context = code.chat_question(context) if runs_code and spec.chat_template else context
+    if not spec.chat_template:
+        # White space at the end of a prompt would be a token the model has rarely seen there.
+        context = code.open_end(context, options.stop) if runs_code else context.rstrip()
     answers = [] if runs_code and "answer" not in row.data else _read_answers(row, options.answer_field)
     requests: list[Request] = [
         GenerationRequest(context=context, max_new_tokens=options.max_new_tokens, stop=tuple(options.stop))
@@ -177,12 +196,9 @@ def _make_item(
         requests.append(likelihood_request(context, target, chat_template=spec.chat_template))
     if runs_code:
         # A completion goes on where the prompt's code stops, so both belong to the program.
-        return Item(
-            id=row.id,
-            requests=tuple(requests),
-            row={"program": row.text("prompt"), "tests": row.text("tests")},
-            group=group_of(row, spec),
-        )
+        entry_point = row.text("entry_point") if "entry_point" in row.data else None
+        program = {"program": row.text("prompt"), "tests": row.text("tests"), "entry_point": entry_point}
+        return Item(id=row.id, requests=tuple(requests), row=program, group=group_of(row, spec))
     accepted = [answer if pattern is None else extract_last(pattern, answer) or answer for answer in answers]
     return Item(id=row.id, requests=tuple(requests), row={"answers": accepted}, group=group_of(row, spec))
 
