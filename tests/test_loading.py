@@ -163,6 +163,18 @@ def forget(model):
     layer.forward = lambda *args, past_key_values=None, **kwargs: own(*args, past_key_values=None, **kwargs)
 
 
+def lose_a_token(model):
+    model.to(torch.bfloat16)
+    own = model.forward
+
+    def forward(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            past_key_values.layers[2].values[:, :, 3] = 0
+        return own(*args, past_key_values=past_key_values, **kwargs)
+
+    model.forward = forward
+
+
 class RoundingLinear(torch.nn.Linear):
     """As quantised layers are: a Linear whose weight is not what it multiplies with."""
 
@@ -181,6 +193,7 @@ IN_MEMORY = {
     "a sight of later tokens": (later_tokens, "'causality'"),
     "a head of its own": (scale_logits, "'layer by layer'"),
     "a cache that is not used": (forget, "'cache'"),
+    "a cache that loses a token, in bfloat16": (lose_a_token, "'cache'"),
     "a lost layer": (lambda model: model.model.layers.__delitem__(3), "'parts'.*3 layers"),
     "a weight that is none": (lambda model: model.lm_head.weight.data[5].fill_(float("inf")), "'finite weights'"),
     "offloaded": (lambda model: decoder_layers(model)[0].mlp.to("meta"), "'weights in place'"),
@@ -221,6 +234,11 @@ def test_models_as_they_should_be_pass_in_every_type(family, dtype):
 
 def test_a_hybrid_is_checked_as_far_as_it_goes():
     assert "layer by layer" in self_check(hybrid_of(pico_teacher(), (0, 2)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_rounding_changes_of_a_hybrid_with_a_cache_is_no_fault(seed):
+    self_check(hybrid_of(pico_teacher(seed=seed), (0, 1, 2, 3)).to(torch.bfloat16))
 
 
 def hooked(model):
