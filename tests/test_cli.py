@@ -189,7 +189,7 @@ BAD = {
     "same rows twice": (["--set", "task.test=validation"], "validation"),
     "malformed --set": (["--set", "nonsense"], "section.key=value"),
     "unknown log": (["--progress", "loud"], "rich, json or quiet"),
-    "backend that cannot run": (["--set", "runtime.backend=fla"], "CUDA"),
+    "backend that cannot run": (["--set", "runtime.backend=fla"], "fla needs cuda"),
 }
 
 
