@@ -11,7 +11,7 @@ import torch
 from dtr.bench.closeness import Sequences, divergences, layer_errors
 from dtr.distillation.bank import MixerBank
 from dtr.evaluation.encoding import Encoder
-from dtr.evaluation.evaluator import Evaluator
+from dtr.evaluation.evaluator import Evaluator, evaluate
 from dtr.recipe import Recipe
 from dtr.selection.search import search
 from dtr.tasks.base import Task
@@ -137,6 +137,9 @@ def share_of(hybrid: float, teacher: float) -> float | None:
 def by_share(recipe: Recipe, teacher: Teacher, bank: MixerBank, recall: Task) -> dict[str, Any]:
     """Test scores on recall with shares of the layers replaced, in the order that search finds on validation."""
     wanted = {str(share): math.ceil(share * teacher.num_layers) for share in SHARES}
+    if not evaluate(teacher, recall, split="validation", batch_tokens=recipe.runtime.eval_batch_tokens).value:
+        # Nothing to keep, so that there is no order either.
+        return {"teacher": 0.0, "chance": 1 / 6, "hybrid": dict.fromkeys(wanted, 0.0)}
     found = search(
         teacher,
         bank,

@@ -115,12 +115,7 @@ def searches(record: dict[str, Any]) -> list[str]:
             "task, strategy | layers | validation | test | drop on test | against exact | passes | seconds",
             (_strategy(task, name, row) for task, name, row in _strategies(tasks) if not row["certificate"]),
         ),
-        "### Placements at equal numbers of layers\n",
-        ABOUT_SHARES,
-        *table(
-            "task, strategy | 50 % | 75 % | 90 %",
-            (_shares(task, name, row) for task, name, row in _strategies(tasks) if "_two" not in task),
-        ),
+        *_placements(tasks),
         "### Certified\n",
         "`p_min_confidence: 0.95`, strategy `auto`.\n",
         *table(
@@ -231,6 +226,13 @@ def _strategy(task: str, name: str, row: dict[str, Any]) -> list[str]:
     scores = f"{row['val']:.3f}", f"{row['test']:.3f}"
     cost = f"{row['pass_equivalents']:.1f}", f"{row['seconds']:.1f}"
     return [f"{task}, {name}", str(row["num_replaced"]), *scores, _drop(row), difference, *cost]
+
+
+def _placements(tasks: dict[str, Any]) -> list[str]:
+    """Test scores at shares of each order, where a run has measured them."""
+    rows = [_shares(task, name, row) for task, name, row in _strategies(tasks) if row["at_share"]]
+    head = "task, strategy | 50 % | 75 % | 90 %"
+    return ["### Placements at equal numbers of layers\n", ABOUT_SHARES, *table(head, rows)] if rows else []
 
 
 def _shares(task: str, name: str, row: dict[str, Any]) -> list[str]:

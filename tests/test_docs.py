@@ -118,7 +118,7 @@ def test_the_page_of_measurements_is_made_from_the_committed_ones():
     page = script.page()
     assert script.TARGET.read_text(encoding="utf-8") == page, "run: make docs"
     tables = re.findall(r"(?m)^\|.*\n\| --- .*\n(?:\|.*\n)+", page)
-    assert len(tables) == 8
+    assert len(tables) == 7
     for lines in map(str.splitlines, tables):
         assert len({line.count(" | ") for line in lines}) == 1, lines[0]
     recipe = json.loads(script.QUALITY.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ They run in a folder where `HuggingFaceTB/SmolLM2-135M-Instruct` is a pico model
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -23,6 +24,7 @@ from dtr.arch import read_geometry
 from dtr.cli import main
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import MIXERS, mixer_from_teacher
+from dtr.pipeline.ownership import Marker
 from dtr.recipe import read_recipe
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -189,7 +191,10 @@ def test_messages_are_the_real_ones(command, message, newcomer, dtr):
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     Path("runs/first/bank").mkdir(parents=True)
-    Path("runs/first/recipe.yaml").write_text(read_recipe("recipe.yaml").to_yaml(), encoding="utf-8")
+    resolved = read_recipe("recipe.yaml")
+    Path("runs/first/recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
+    digest = hashlib.sha256(resolved.to_yaml().encode()).hexdigest()
+    Marker(recipe=resolved.model_dump(mode="json"), recipe_sha256=digest, read={}).write(Path("runs/first"))
     code, _, err = dtr(*shlex.split(command)[1:])
     assert code == 2
     shown = [line for line in err.splitlines() if line.startswith("dtr: ")]

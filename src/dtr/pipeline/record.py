@@ -149,8 +149,8 @@ def _task(task: Task) -> dict[str, Any]:
 
 
 def _chance(task: Task) -> float | None:
-    """Expected test score of guessing among an item's choices; None for metrics that have no such level."""
-    if task.metric not in ("acc", "acc_norm"):
+    """Expected test score of guessing among an item's choices; None for metrics and heads that have no such level."""
+    if task.metric not in ("acc", "acc_norm") or any(len(item.requests) < 2 for item in task.splits["test"]):
         return None
     return sum(1 / len(item.requests) for item in task.splits["test"]) / len(task.splits["test"])
 
