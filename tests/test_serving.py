@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +11,13 @@ import torch
 from tiny import pico_model
 
 from dtr.arch import read_geometry
+from dtr.cli.display import serving_table
 from dtr.errors import DtrError
 from dtr.hybrid.configuration import HybridLlamaConfig
 from dtr.mixers import MIXERS, make_mixer
 from dtr.mixers.linear import LinearMixer
 from dtr.ops.chunk_layout import lay_out
-from dtr.serving import command, delta, plugin
+from dtr.serving import benchmark, command, delta, plugin
 from dtr.serving.checks import check_servable
 from dtr.serving.sharding import keep_own_heads, own_part
 from dtr.serving.states import run_from_slots, state_form
@@ -199,3 +202,70 @@ def test_the_command_is_that_of_what_is_installed(tmp_path, monkeypatch: pytest.
     assert command.serve_command(folder).shell.startswith("transformers serve ")
     with pytest.raises(DtrError, match=r"got no config\.json"):
         command.serve_command(tmp_path)
+
+
+def row_of(model: str, context: int, speed: float) -> dict:
+    times = {"ttft_p50_seconds": 1 / speed, "tpot_p50_seconds": 1 / speed}
+    one = {"requests_per_second": speed, "output_tokens_per_second": speed} | times
+    return {"model": model, "context_tokens": context, "most_sequences": speed, "alone": one, "fill": one}
+
+
+def test_ratios_are_of_lengths_that_both_models_ran() -> None:
+    rows = [row_of("hybrid", 64, 3.0), row_of("teacher", 64, 2.0), row_of("hybrid", 128, 3.0)]
+    more, less = pytest.approx(1.5), pytest.approx(1 / 1.5)
+    want = {"requests": more, "output_tokens": more, "most_sequences": more}
+    assert benchmark.ratios(rows) == {"64": want | {"time_per_token": less, "time_to_first_token": less}}
+
+
+def test_a_benchmark_beyond_the_positions_or_without_vllm_is_refused(tmp_path, monkeypatch) -> None:
+    config_with(DELTA, max_position_embeddings=100).save_pretrained(tmp_path)
+    load = benchmark.Load(context_tokens=90, new_tokens=11)
+    monkeypatch.setattr(command, "installed_version", lambda: ("vllm", "0.26.0"))
+    monkeypatch.setattr(plugin, "installed_version", lambda: ("vllm", "0.26.0"))
+    with pytest.raises(DtrError, match="--contexts: got 101 tokens with those written; expected at most 100"):
+        benchmark.bench_serve(tmp_path, None, [load])
+    monkeypatch.setattr(command, "installed_version", lambda: None)
+    monkeypatch.setattr(plugin, "installed_version", lambda: None)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: object())
+    with pytest.raises(DtrError, match="vllm is not installed; versions"):
+        benchmark.bench_serve(tmp_path, None, [load])
+
+
+def test_a_server_that_dies_is_told_with_its_last_words_and_one_that_lives_is_stopped(tmp_path) -> None:
+    def program(text: str) -> command.ServeCommand:
+        port = benchmark._free_port()
+        return command.ServeCommand(
+            arguments=(sys.executable, "-S", "-c", text.replace("PORT", str(port))),
+            source="",
+            model="m",
+            address=f"http://127.0.0.1:{port}",
+        )
+
+    dies = program("print('ValueError: no room'); print('bye'); raise SystemExit(1)")
+    with (
+        pytest.raises(DtrError, match="got ValueError: no room; expected a server"),
+        benchmark.serving(dies, log=tmp_path / "log"),
+    ):
+        pytest.fail("it never answered")
+    answers = """
+import http.server, os, signal
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.send_response(200); self.end_headers()
+print(os.fork(), flush=True)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+http.server.HTTPServer(('127.0.0.1', PORT), Handler).serve_forever() if os.getpid() == os.getsid(0) else signal.pause()
+"""
+    with benchmark.serving(program(answers), log=tmp_path / "log"):
+        child = max(int(word) for word in (tmp_path / "log").read_text().split() if word.isdigit())
+        os.kill(child, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_the_table_of_a_benchmark() -> None:
+    row = row_of("hybrid", 2048, 4.0)
+    row["fill"] |= {"at_once": 7, "tpot_p99_seconds": 2.0}
+    row["alone"] |= {"ttft_p99_seconds": 2.0}
+    table = serving_table({"hybrid": "H", "vllm": ["vllm", "0.26.0"], "hardware": {"cpu": "C"}, "rows": [row]})
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells == ["2,048", "hybrid", "4.0", "7", "4.00", "4", "250.0 ms (2000.0)", "250 ms (2000)"]

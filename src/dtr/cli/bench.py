@@ -102,6 +102,54 @@ def bench_generate(
     print(json.dumps(record))
 
 
+@bench.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_serve(
+    context: typer.Context,
+    hybrid: Annotated[Path, typer.Argument(help="Folder of a saved hybrid, as RUN/hybrid.")],
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Hub name or folder to compare with, as vLLM loads it.")
+    ] = None,
+    contexts: Annotated[str, typer.Option("--contexts", help="Tokens of a prompt, by commas.")] = "2048,8192,32768",
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after each.", min=2)] = 128,
+    most: Annotated[int, typer.Option("--most", help="Most requests open at once.", min=1)] = 256,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the JSON into this file too, anew after every row.")
+    ] = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Teacher and hybrid in vLLM under load, by vLLM's own client; other options go to both servers."""
+    from dtr.bench.speedups import numbers
+    from dtr.cli.display import serving_table
+    from dtr.environment import command_line, hardware, library_versions, own_commit
+    from dtr.errors import OutputError
+    from dtr.files import write_json
+    from dtr.serving import benchmark
+    from dtr.serving.plugin import installed_version
+
+    if out is not None and not out.resolve().parent.is_dir():
+        raise OutputError(
+            "--out", got=str(out), expected="a file in a folder that exists", hint="Make the folder first."
+        )
+    record: dict[str, Any] = {
+        "hybrid": str(hybrid), "teacher": teacher, "rows": [], "ratios": {}, "vllm": installed_version(),
+        "hardware": hardware(), "versions": library_versions(), "commit": own_commit(), "command": command_line(),
+    }  # fmt: skip
+
+    def add(row: dict[str, Any]) -> None:
+        record["rows"].append(row)
+        record["ratios"] = benchmark.ratios(record["rows"])
+        if out is not None:
+            write_json(out, record)
+
+    loads = [
+        benchmark.Load(context_tokens=num, new_tokens=new_tokens, most_sequences=most)
+        for num in numbers("--contexts", contexts)
+    ]
+    benchmark.bench_serve(hybrid, teacher, loads, extra=tuple(context.args), on_row=add)
+    show_table(serving_table(record))
+    print(json.dumps(record))
+
+
 @bench.command("search")
 def bench_search(
     bank: Annotated[Path, typer.Option("--bank", help="Folder of a bank from 'dtr distill' or another run.")],

@@ -259,5 +259,27 @@ def generation_table(record: dict[str, Any]) -> Table:
     return table
 
 
+def serving_table(record: dict[str, Any]) -> Table:
+    """`dtr bench serve` for people."""
+    machine = record["hardware"]
+    table = Table(title=f"{record['hybrid']} in vLLM {(record['vllm'] or ('', '?'))[1]}")
+    table.caption = f"{machine.get('gpu') or machine['cpu']}; times are medians, p99 in brackets"
+    for name in ("context", "model", "fit", "open", "requests/s", "tokens/s", "per token", "first token, alone"):
+        table.add_column(name, justify="right")
+    for row in record["rows"]:
+        fill, alone = row["fill"], row["alone"]
+        table.add_row(
+            f"{row['context_tokens']:,}",
+            row["model"],
+            f"{row['most_sequences']:,.1f}",
+            f"{fill['at_once']:,}",
+            f"{fill['requests_per_second']:.2f}",
+            f"{fill['output_tokens_per_second']:,.0f}",
+            f"{1e3 * fill['tpot_p50_seconds']:.1f} ms ({1e3 * fill['tpot_p99_seconds']:.1f})",
+            f"{1e3 * alone['ttft_p50_seconds']:.0f} ms ({1e3 * alone['ttft_p99_seconds']:.0f})",
+        )
+    return table
+
+
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)

