@@ -64,6 +64,8 @@ def train(
     with stop_at_safe_point() as stop:
         while step < bank.num_steps:
             batch = text.batch(first_step + step, batch_size=identity["batch_size"], seed=identity["seed"])
+            if is_short_step(step, identity):
+                batch = batch.reshape(-1, identity["segment_tokens"])
             losses = students.train_step(batch, learning_rate_at(step, bank.num_steps, identity))
             step += 1
             is_due = checkpoint_every_steps is None and time.monotonic() - saved_at >= CHECKPOINT_SECONDS
@@ -177,6 +179,14 @@ def _progress(step: int, num_steps: int, batch: torch.Tensor, losses: torch.Tens
         "mean_loss": losses.mean().item(),
         "worst_loss": losses.max().item() if len(losses) else math.nan,
     }
+
+
+def is_short_step(step: int, settings: dict[str, Any]) -> bool:
+    """Whether the teacher reads the segments of this step each alone; such steps lie evenly among the others."""
+    if settings.get("segment_tokens") is None:
+        return False
+    share = settings["short_fraction"]
+    return math.floor((step + 1) * share) > math.floor(step * share)
 
 
 def learning_rate_at(step: int, num_steps: int, settings: dict[str, Any]) -> float:

@@ -39,6 +39,17 @@ def check_distillation(
     return specs, chosen
 
 
+def check_segments(segment_tokens: int | None, *, seq_len_tokens: int) -> None:
+    """Raise RecipeError unless whole segments make up a sequence."""
+    if segment_tokens is not None and seq_len_tokens % segment_tokens:
+        raise RecipeError(
+            "distill.segment_tokens",
+            got=f"{segment_tokens} for sequences of {seq_len_tokens} tokens",
+            expected="a length that divides distill.seq_len_tokens",
+            hint="As seq_len_tokens: 4096 with segment_tokens: 512.",
+        )
+
+
 def backends_of(teacher: Teacher, wishes: Iterable[tuple[str | None, str]]) -> list[Backend]:
     """What mixers of this teacher run with, each once.
 
@@ -91,5 +102,6 @@ def start_mixers(teacher: Teacher, specs: list[Spec], numbers: list[int], seed: 
 def start_students(teacher: Teacher, bank: MixerBank, world: World, **options: Any) -> Students:
     """Students and optimizer of a bank, with the settings that its identity names; `options` as `Students`."""
     settings = {name: bank.identity[name] for name in ("learning_rate", "weight_decay", "max_grad_norm")}
+    settings["segment_tokens"] = bank.identity.get("segment_tokens")
     fast = pays(teacher.device, num_parameters=bank.num_parameters, num_tokens=bank.num_tokens)
     return Students(teacher, bank.mixers, **settings, fast=fast, world=world, **options)

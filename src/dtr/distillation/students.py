@@ -49,6 +49,23 @@ def squared_sums(
     return F.mse_loss(out.float(), target, reduction="sum"), torch.linalg.vector_norm(target).square()
 
 
+def cut_in_segments(
+    num_tokens: int, hidden_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], target_BTD: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Input, angles and output of attention with each segment of so many tokens as a row of its own.
+
+    Each keeps the angles of its place in the whole sequence, which relative positions do not notice.
+    """
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        # Angles of one length for all rows as well: the same shapes for short and long sequences, compiled once.
+        whole = x.expand(hidden_BTD.shape[0], -1, -1)
+        return whole.reshape(-1, num_tokens, x.shape[-1])
+
+    cos, sin = rotary
+    return cut(hidden_BTD), (cut(cos), cut(sin)), cut(target_BTD)
+
+
 class Students:
     """The mixers under training, with their optimizer.
 
@@ -68,12 +85,16 @@ class Students:
         world: World | None = None,
         parallel: ParallelKind = "data",
         run_pass: Pass | None = None,
+        segment_tokens: int | None = None,
     ) -> None:
-        """`run_pass` takes the place of the teacher's own pass as what shows the mixers inputs and targets."""
+        """`run_pass` takes the place of the teacher's own pass as what shows the mixers inputs and targets.
+
+        With `segment_tokens` they learn on segments of that length of whatever sequences the teacher reads.
+        """
         if teacher.device.type == "cpu":
             keep_freed_memory()
         self._teacher, self.mixers = teacher, mixers
-        self._max_grad_norm = max_grad_norm
+        self._max_grad_norm, self._segment_tokens = max_grad_norm, segment_tokens
         self._run_pass = run_pass or self._teacher_pass
         self._runner = None if teacher.is_sharded else LayerRunner(teacher.model)
         # A sharded teacher gathers its weights from Python, layer by layer.
@@ -93,7 +114,8 @@ class Students:
         self._sums = Compiled(squared_sums) if fast else squared_sums
         can_record = fast and teacher.device.type == "cuda"
         self._lanes = Lanes(teacher.device)
-        self._replay = Replay(self._step) if can_record and not teacher.is_sharded else None
+        self._can_replay = can_record and not teacher.is_sharded
+        self._replays: dict[torch.Size, Replay] = {}
         self._groups = [self._trained(index) for index in self.active]
         self._exchange = self._make_exchange()
         self.optimizer = torch.optim.AdamW(
@@ -115,9 +137,8 @@ class Students:
             param.grad = None
         self.optimizer.param_groups[0]["params"] = [p for group in self._groups for p in group]
         self._exchange = self._make_exchange()
-        if self._replay is not None:
-            # What was recorded trains the layer still.
-            self._replay = Replay(self._step)
+        # What was recorded trains the layer still.
+        self._replays.clear()
 
     def _make_exchange(self) -> GradientExchange | None:
         return GradientExchange(self._world, self._groups) if self.splits_batch and self._world.size > 1 else None
@@ -135,12 +156,16 @@ class Students:
         if self.splits_batch:
             input_ids = input_ids[self._world.rank :: self._world.size]
         input_ids = input_ids.to(self._teacher.device, torch.long)
-        return self._step(input_ids) if self._replay is None else self._replay(input_ids)
+        if not self._can_replay:
+            return self._step(input_ids)
+        return self._replays.setdefault(input_ids.shape, Replay(self._step))(input_ids)
 
     @property
     def refusal(self) -> str | None:
         """Why the step is not replayed as a CUDA graph; None where it is, or will be."""
-        return "not asked for" if self._replay is None else self._replay.refusal
+        if not self._can_replay:
+            return "not asked for"
+        return next((replay.refusal for replay in self._replays.values() if replay.refusal), None)
 
     @property
     def is_compiled(self) -> bool:
@@ -167,6 +192,8 @@ class Students:
             self._exchange.begin()
 
         def visit(index: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
+            if self._segment_tokens is not None:
+                hidden, rotary, target = cut_in_segments(self._segment_tokens, hidden, rotary, target)
             with self._lanes.next(hidden, rotary, target):
                 with torch.enable_grad(), self._amp:
                     error, power = self._sums(self.mixers[index], hidden, rotary, target)

@@ -16,7 +16,7 @@ from dtr.distillation.bank import MixerBank, Spec, read_numbers
 from dtr.distillation.calibration import calibrate
 from dtr.distillation.loop import memory_advice, train
 from dtr.distillation.refit import refit_outputs
-from dtr.distillation.start import check_distillation, start_mixers, start_students
+from dtr.distillation.start import check_distillation, check_segments, start_mixers, start_students
 from dtr.distillation.state import TrainingState
 from dtr.distillation.students import ParallelKind, Students
 from dtr.distributed import current_world
@@ -35,6 +35,8 @@ def distill(
     num_tokens: int = 10_000_000,
     seq_len_tokens: int = 512,
     batch_size: int = 8,
+    segment_tokens: int | None = None,
+    short_fraction: float = 0.5,
     learning_rate: float = 6e-3,
     warmup_fraction: float = 0.05,
     final_lr_fraction: float = 0.1,
@@ -60,6 +62,9 @@ def distill(
         num_tokens: budget; every token trains every layer. The text is repeated when it is shorter.
         seq_len_tokens: length of a training sequence (when `text` is not tokenized yet).
         batch_size: sequences per optimizer step.
+        segment_tokens: mixers learn on segments of so many tokens, each from an empty state, while the teacher reads
+            the sequence whole, so that their targets are those of a long text; it divides the sequence length.
+        short_fraction: with segments, the share of steps in which the teacher too reads each segment alone.
         learning_rate: peak rate of AdamW after a linear warm-up; cosine decay to `final_lr_fraction` of it.
         refit_tokens: solve for the output projections in closed form at the end, on this many tokens; 0 leaves it out.
         layers: layers to distil; all by default.
@@ -80,6 +85,8 @@ def distill(
         Interrupted: Ctrl-C; the state was saved if `checkpoint` is given.
     """
     specs, chosen = check_distillation(teacher, mixer=mixer, options=options, layers=layers, backend=backend)
+    tokens = seq_len_tokens if isinstance(text, str | list) else text.seq_len_tokens
+    check_segments(segment_tokens, seq_len_tokens=tokens)
     if isinstance(text, str | list):
         text = load_text(
             text,
@@ -107,6 +114,8 @@ def distill(
         "layers": chosen,
         "seed": seed,
     }
+    if segment_tokens is not None:
+        identity |= {"segment_tokens": segment_tokens, "short_fraction": short_fraction}
     bank = _start_bank(teacher, text, specs, identity, backend)
     students = start_students(teacher, bank, world, parallel=parallel)
     state = TrainingState(bank, students, text, Path(checkpoint) if checkpoint else None, world)

@@ -17,7 +17,7 @@ from dtr.corpus.mixing import MixedBlocks, Part, Text
 from dtr.corpus.sources import check_sources
 from dtr.corpus.writing import write_documents
 from dtr.distillation.bank import MixerBank, find_bank, load_bank, read_specs
-from dtr.distillation.start import backends_of, check_distillation
+from dtr.distillation.start import backends_of, check_distillation, check_segments
 from dtr.distributed import join_world, side_world
 from dtr.evaluation.encoding import render_turn
 from dtr.mixers import MIXERS
@@ -64,6 +64,7 @@ def prepare_run(recipe: Recipe, bank: str | Path | None, emit: Listener) -> Prep
         check_text(recipe)
     if bank is None:
         read_specs(**prepare_mixers(recipe))
+        check_segments(recipe.distill.segment_tokens, seq_len_tokens=recipe.distill.seq_len_tokens)
     else:
         find_bank(bank)
     emit({"event": "stage", "text": f"reading the task {recipe.task.path or recipe.task.source}"})

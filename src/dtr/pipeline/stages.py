@@ -112,6 +112,7 @@ def prepare_realigned(
     if realigned is None:
         assert ready.text is not None
         apart = {"num_tokens", "seq_len_tokens", "learning_rate", "refit_tokens", "layers"}
+        apart |= {"segment_tokens", "short_fraction"}
         realigned = realign(
             teacher,
             bank,

@@ -162,6 +162,11 @@ class DistillSection(Section):
     """Length of a training sequence."""
     batch_size: int = Field(default=8, ge=1, le=2**16)
     """Sequences per optimizer step."""
+    segment_tokens: int | None = Field(default=None, ge=8, le=2**20)
+    """Mixers learn on segments of so many tokens, each from an empty state, of sequences that the teacher reads whole;
+    it divides seq_len_tokens. Left out, they learn on whole sequences."""
+    short_fraction: float = Field(default=0.5, ge=0, le=1)
+    """With segments: share of the steps in which the teacher too reads each segment alone, as a short text."""
     learning_rate: float = Field(default=6e-3, gt=0, le=100)
     """Peak rate of AdamW; linear warm-up, then cosine decay."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
