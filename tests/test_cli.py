@@ -278,10 +278,12 @@ def test_damaged_models_are_told(place, dtr, tmp_path):
     assert (code, "teacher.source" in err, "Traceback" in err) == (2, True, False)
     config = tmp_path / "model" / "config.json"
     config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+        json.dumps(
+            json.loads(config.read_text()) | {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+        )
     )
     code, _, err = dtr("run", place / "recipe.yaml", "--model", tmp_path / "model", "--out", tmp_path / "run2")
-    assert (code, "Supported: llama" in err) == (2, True)
+    assert (code, "encoder-decoders are not supported" in err) == (2, True)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 40)
     code, _, err = dtr("run", place / "recipe.yaml", "--model", tmp_path / "broken.gguf", "--out", tmp_path / "run3")
     assert (code, "broken.gguf" in err, "Traceback" in err) == (2, True, False)

@@ -18,7 +18,7 @@ import torch
 import yaml
 from docs_pages import FENCE, RECIPES, ROOT, commands, fences, load_script, write_rows
 from tiny import byte_tokenizer, pico_model
-from transformers import GPT2Config
+from transformers import T5Config
 
 from dtr.arch import read_geometry
 from dtr.cli import main
@@ -56,7 +56,7 @@ def newcomer(tmp_path, monkeypatch):
     Path("recipes").mkdir()
     for recipe in RECIPES:
         Path("recipes", recipe.name).write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
-    GPT2Config().save_pretrained("gpt2")
+    T5Config().save_pretrained("t5")
     return tmp_path
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dtr.errors import ModelError
 from dtr.ops.float32_linear import linear_in_float32
@@ -67,20 +68,46 @@ class HeadGeometry:
     norm_eps: float = 1e-6
 
 
+@dataclass(frozen=True, kw_only=True)
+class BackboneGeometry(HeadGeometry):
+    """Of an attention that was found by a probe (`dtr.backbone`), whose own module keeps projecting and norming."""
+
+    value_dim: int
+    """V, which some families have other than the head dim of queries and keys."""
+
+
+def is_family(config: Any) -> bool:
+    """Whether a config is of `FAMILIES`, or of a hybrid of one; other models are known by a probe (`dtr.backbone`)."""
+    return config.model_type.removeprefix(HYBRID_PREFIX) in FAMILIES
+
+
 def check_supported(config: Any) -> None:
-    """Raise ModelError unless the config is of a family whose layers we can run, or of a hybrid of such a family."""
-    if config.model_type.removeprefix(HYBRID_PREFIX) not in FAMILIES:
+    """Raise ModelError unless the config is of a causal model type of transformers, or of a hybrid of one."""
+    if not is_family(config) and config.model_type.removeprefix(HYBRID_PREFIX) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             "teacher.source",
             got=f"model type '{config.model_type}'",
-            expected="full attention of a known family",
-            hint=f"Supported: {', '.join(sorted(FAMILIES))} (SmolLM2 is a llama, Qwen2.5 a qwen2).",
+            expected="a causal language model with full attention of a type that transformers knows",
+            hint="docs/models.md lists those that work; encoders and encoder-decoders are not supported.",
         )
 
 
 def read_geometry(config: Any) -> HeadGeometry:
-    """Head geometry of one attention layer, the same for all layers of the supported families."""
+    """Head geometry of one attention layer, the same for all that can be replaced.
+
+    Raises:
+        ModelError: not of `FAMILIES`, whose attention a config describes, nor a hybrid that keeps its geometry.
+    """
     check_supported(config)
+    if getattr(config, "backbone", None):
+        return BackboneGeometry(**config.backbone["geometry"])
+    if not is_family(config):
+        raise ModelError(
+            "model",
+            got=f"model type '{config.model_type}'",
+            expected=f"one of {', '.join(sorted(FAMILIES))}, which alone have this fast path",
+            hint="Use model.generate.",
+        )
     family = config.model_type.removeprefix(HYBRID_PREFIX)
     bias = bool(getattr(config, "attention_bias", False))
     return HeadGeometry(
@@ -112,7 +139,37 @@ def is_classifier(model: Any) -> bool:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model."""
-    return model.model.layers  # type: ignore[union-attr, return-value]
+    if is_family(model.config):
+        return model.model.layers  # type: ignore[union-attr, return-value]
+    from dtr.backbone.probe import backbone_of
+
+    return model.get_submodule(backbone_of(model).layers)  # type: ignore[return-value]
+
+
+def replaceable_layers(model: Any) -> list[int]:
+    """Layers that a mixer can stand in for; others keep what they have."""
+    if is_family(model.config):
+        return list(range(model.config.num_hidden_layers))
+    from dtr.backbone.probe import backbone_of
+
+    return backbone_of(model).full_layers
+
+
+def attention_of(model: Any, index: int) -> Any:
+    """The attention module of a layer, for which a mixer can stand in."""
+    layer: Any = decoder_layers(model)[index]
+    if is_family(model.config):
+        return layer.self_attn
+    from dtr.backbone.probe import backbone_of
+
+    place = backbone_of(model).places[index]
+    assert place is not None, f"layer {index} has no full attention"
+    return layer.get_submodule(place)
+
+
+def run_body(model: Any, input_ids: torch.Tensor) -> Any:
+    """One pass over (B, T) tokens without a cache, and without a head where that can be left out."""
+    return (model.model if is_family(model.config) else model)(input_ids=input_ids, use_cache=False)
 
 
 def with_mixer(layer: nn.Module, mixer: nn.Module | None) -> nn.Module:
@@ -137,8 +194,20 @@ def with_mixer(layer: nn.Module, mixer: nn.Module | None) -> nn.Module:
             hint="Load the model without what wraps its layers.",
         )
     if mixer is not None:
-        twin.self_attn = mixer
+        _put(twin, getattr(mixer, "place", "self_attn"), mixer)
     return twin
+
+
+def _put(twin: nn.Module, place: str, mixer: nn.Module) -> None:
+    """Set a module at a path, with copies of what lies between."""
+    name, _, rest = place.partition(".")
+    if not rest:
+        setattr(twin, name, mixer)
+        return
+    between = copy.copy(getattr(twin, name))
+    between._modules = dict(between._modules)
+    _put(between, rest, mixer)
+    setattr(twin, name, between)
 
 
 def _bound_to(twin: nn.Module, layer: nn.Module, value: Any) -> Any:
@@ -151,83 +220,27 @@ def _bound_to(twin: nn.Module, layer: nn.Module, value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockWeights:
-    """What surrounds the attention or mixer of a decoder layer, as plain tensors."""
-
-    mixing_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    norm_eps: float
-    gate_up: tuple[torch.Tensor, torch.Tensor | None]
-    """Weight (2 I, D) and bias of gate and up projection, one below the other."""
-    down: tuple[torch.Tensor, torch.Tensor | None]
-
-
-def block_weights(layer: Any) -> BlockWeights:
-    """The norms and the gated MLP of a decoder layer."""
-    return BlockWeights(
-        mixing_norm=layer.input_layernorm.weight,
-        mlp_norm=layer.post_attention_layernorm.weight,
-        norm_eps=layer.input_layernorm.variance_epsilon,
-        gate_up=stacked([layer.mlp.gate_proj, layer.mlp.up_proj]),
-        down=stacked([layer.mlp.down_proj]),
-    )
-
-
-def stacked(projections: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of several linear maps of the same input as those of one; None where none has a bias.
-
-    Raises:
-        ModelError: one of them is more than a linear map, as an adapter or a quantised weight is.
-    """
-    for projection in projections:
-        if type(projection) is not nn.Linear:
-            raise ModelError(
-                "model",
-                got=f"a projection of type {type(projection).__name__}",
-                expected="plain linear projections",
-                hint="Merge adapters first (merge_and_unload), or use model.generate.",
-            )
-    weights: list[torch.Tensor] = [p.weight.detach() for p in projections]
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    if all(p.bias is None for p in projections):
-        return weight, None
-    biases: list[torch.Tensor] = [weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections]
-    return weight, torch.cat(biases)
-
-
-def rotary_table(model: Any, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (num_positions, K) in the model's type.
-
-    Raises:
-        ModelError: the angles depend on the length of the text, so that there is no table of them.
-    """
-    kind = getattr(model.model.rotary_emb, "rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise ModelError(
-            "rope_parameters.rope_type",
-            got=f"'{kind}', whose angles change with the length of the text",
-            expected="angles that depend on the position alone",
-            hint="Use model.generate, which takes every kind.",
-        )
-    positions = torch.arange(num_positions, device=model.device)[None]
-    cos, sin = model.model.rotary_emb(model.model.embed_tokens.weight[:1], positions)
-    return cos[0].contiguous(), sin[0].contiguous()
-
-
 @contextmanager
 def capture_attention(model: nn.Module, layers: Sequence[int], visit: Any) -> Iterator[None]:
-    """While open, call `visit(layer, hidden_BTD, (cos, sin), output_BTD)` after each attention of `layers` has run."""
+    """While open, call `visit(layer, hidden_BTD, context, output_BTD)` after each attention of `layers` has run.
+
+    The context is what else a mixer reads: (cos, sin), or the whole call of an attention that was found by a probe.
+    """
+    by_probe = not is_family(model.config)
 
     def hook_for(index: int):
         def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            visit(index, hidden, kwargs["position_embeddings"], output[0])
+            if by_probe:
+                from dtr.backbone.probe import Call, first_of
+
+                visit(index, hidden, Call(args, kwargs), first_of(output))
+            else:
+                visit(index, hidden, kwargs["position_embeddings"], output[0])
 
         return hook
 
-    stack = decoder_layers(model)
-    attentions: list[Any] = [stack[i].self_attn for i in layers]
+    attentions: list[Any] = [attention_of(model, i) for i in layers]
     handles = [a.register_forward_hook(hook_for(i), with_kwargs=True) for i, a in zip(layers, attentions)]
     try:
         yield
@@ -245,6 +258,15 @@ class Prepared:
     rotary: tuple[torch.Tensor, torch.Tensor]
     masks: dict[str, Any]
     """Attention mask by layer kind, in the form that the attention implementation takes; None for plain causal."""
+
+
+def make_runner(model: Any) -> LayerRunner:
+    """What runs the model's layers one by one."""
+    if is_family(model.config):
+        return LayerRunner(model)
+    from dtr.backbone.runner import BackboneRunner
+
+    return BackboneRunner(model)
 
 
 class LayerRunner:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from dtr.arch import layer_kind, read_geometry
+from dtr.arch import is_family, layer_kind, read_geometry
+from dtr.backbone.probe import backbone_of
 
 SCHEME = "w2"
 """First part of a fingerprint that is made this way; earlier ones are 16 hex digits alone (`earlier_fingerprint`)."""
@@ -38,7 +39,7 @@ def model_fingerprint(model: Any) -> str:
         loaded; where the weights in memory are finer, another 16 of them as they are.
     """
     named = list(model.named_parameters())
-    settings = json.dumps(_settings(model), sort_keys=True)
+    settings = json.dumps(_settings(model), sort_keys=True, default=str)
     shapes = "".join(f"{name}{tuple(weight.shape)}" for name, weight in named)
     rounded, exact = (hashlib.sha256(f"{settings}{shapes}".encode()) for _ in range(2))
     is_finer = False
@@ -92,6 +93,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def _settings(model: Any) -> dict[str, Any]:
     config = model.config
+    if not is_family(config):
+        apart = ("transformers_version", "_name_or_path", "dtype", "quantization_config", "architectures")
+        fields = {key: value for key, value in config.to_diff_dict().items() if key not in apart}
+        return {"backbone": asdict(backbone_of(model)), "config": fields}
     rope = getattr(config, "rope_parameters", None) or {}
     rotary = {name: rope[name] for name in ROTARY if rope.get(name) is not None}
     kind = rotary.get("rope_type", "default")

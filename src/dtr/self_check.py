@@ -27,7 +27,15 @@ from dtr.anatomy import (
     scattered_weights,
     strange_projections,
 )
-from dtr.arch import HYBRID_PREFIX, LayerRunner, capture_attention, decoder_layers, is_classifier, with_mixer
+from dtr.arch import (
+    HYBRID_PREFIX,
+    capture_attention,
+    decoder_layers,
+    is_classifier,
+    is_family,
+    make_runner,
+    with_mixer,
+)
 from dtr.errors import ModelError
 from dtr.hybrid.modeling import make_hybrid
 
@@ -156,6 +164,10 @@ def self_check(model: Any, *, source: str = "in memory") -> str:
     Raises:
         ModelError: the first check that fails, by name, with what was found and what to do.
     """
+    if not is_family(model.config):
+        from dtr.backbone_checks import backbone_check
+
+        return backbone_check(model, source=source)
     began, subject = time.monotonic(), Subject(model)
     checks = [check for check in CHECKS if check.is_for_hybrids or not subject.is_hybrid]
     with narrow_window(model.config):
@@ -215,7 +227,7 @@ def _causality(subject: Subject) -> str:
 
 
 def _layer_by_layer(subject: Subject) -> str:
-    model, runner = subject.model, LayerRunner(subject.model)
+    model, runner = subject.model, make_runner(subject.model)
     batch = runner.prepare(subject.ids)
     hidden = batch.hidden_BTD
     for index, layer in enumerate(runner.layers):
@@ -240,7 +252,7 @@ def _zero_swap(subject: Subject) -> str:
 
 
 def _swap(subject: Subject) -> str:
-    runner = LayerRunner(subject.model)
+    runner = make_runner(subject.model)
     batch = runner.prepare(subject.ids)
     for index, layer in enumerate(runner.layers):
         try:

@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-from dtr.arch import HYBRID_PREFIX, HeadGeometry, check_library, check_supported, decoder_layers, read_geometry
+from dtr.arch import (
+    HYBRID_PREFIX,
+    HeadGeometry,
+    check_library,
+    check_supported,
+    decoder_layers,
+    is_family,
+    read_geometry,
+    replaceable_layers,
+)
+from dtr.backbone.probe import backbone_of
 from dtr.checkpoint import load_model, read_model
 from dtr.devices import pick_device, pick_dtype
 from dtr.distributed import current_world
@@ -57,7 +67,18 @@ class Teacher:
 
     @property
     def num_layers(self) -> int:
-        return self.model.config.num_hidden_layers
+        return len(decoder_layers(self.model))
+
+    @property
+    def replaceable_layers(self) -> list[int]:
+        """Layers that a mixer can stand in for; others keep the attention, or whatever else they have."""
+        return replaceable_layers(self.model)
+
+    def place(self, layer: int) -> str:
+        """Path of the attention in that layer."""
+        found = "self_attn" if is_family(self.model.config) else backbone_of(self.model).places[layer]
+        assert found is not None, f"layer {layer} has no full attention"
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +123,13 @@ def load_teacher(
         device, dtype = "cpu", str(pick_dtype(dtype, place)).removeprefix("torch.")
     model, tokenizer = read_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     teacher = as_teacher(model, tokenizer, source=str(source))
+    if shard and not is_family(model.config):
+        raise ModelError(
+            "teacher.shard",
+            got=f"model type '{model.config.model_type}'",
+            expected="a Llama, Mistral, Qwen2 or Qwen3, which alone are spread over ranks",
+            hint="Leave it out; with parallel 'data' each rank holds the whole model.",
+        )
     return shard_teacher(teacher, place) if shard else teacher
 
 
@@ -155,11 +183,14 @@ def as_teacher(model: Any, tokenizer: Any, *, source: str = "in memory") -> Teac
     model.requires_grad_(False).eval()
     checked = self_check(model, source=source)
     log.info(checked)
+    probed = None if is_family(model.config) else backbone_of(model)
+    if probed is not None:
+        log.info(f"{probed.describe()}; {len(probed.full_layers)} of {len(probed.kinds)} layers can be replaced")
     return Teacher(
         model=model,
         tokenizer=tokenizer,
         source=source,
-        geometry=read_geometry(model.config),
+        geometry=read_geometry(model.config) if probed is None else probed.head_geometry(),
         fingerprint=_fingerprint(model),
         self_check=checked,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dtr.arch import LayerRunner, with_mixer
+from dtr.arch import LayerRunner, make_runner, with_mixer
 from dtr.distillation.targets import capture_targets
 from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
@@ -88,7 +88,7 @@ def divergences(
         choices: the mixers in place, by name of the hybrid. A hybrid is run from its lowest linear layer up.
         batch_size: sequences at a time; the teacher's hidden states at all layers are kept for so many.
     """
-    runner, num_layers = LayerRunner(teacher.model), teacher.num_layers
+    runner, num_layers = make_runner(teacher.model), teacher.num_layers
     swapped = {number: with_mixer(runner.layers[mixer.layer_idx], mixer) for number, mixer in mixers.items()}
     sums = {name: _PositionSums(2, teacher.device) for name in choices}
     for input_ids, mask in text.batches(batch_size, teacher.device):

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dtr.anatomy import some
-from dtr.arch import HeadGeometry
+from dtr.arch import BackboneGeometry, HeadGeometry, attention_of
 from dtr.errors import BankError, DeviceError, RecipeError
 from dtr.files import read_json, write_json, write_tensors
 from dtr.identity import is_earlier
-from dtr.mixers import make_mixer, options_of_new
+from dtr.mixers import make_mixer, mixer_from_teacher, options_of_new
 from dtr.mixers.base import Mixer, set_backend
 
 FORMATS = {"one kind": 1, "several kinds": 2}
@@ -239,7 +239,15 @@ def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tens
         raise BankError(str(folder), got=f"format {facts['format']}", expected=f"one of {list(FORMATS.values())}")
     if teacher is not None:
         check_same_teacher(facts["teacher_fingerprint"], teacher, where=str(folder))
-    geometry = HeadGeometry(**facts["geometry"])
+    is_probed = "value_dim" in facts["geometry"]
+    geometry = (BackboneGeometry if is_probed else HeadGeometry)(**facts["geometry"])
+    if is_probed and teacher is None:
+        raise BankError(
+            str(folder),
+            got="mixers that are made of their teacher's own attention modules",
+            expected="the teacher beside them",
+            hint="Pass teacher=load_teacher(...).",
+        )
     device = "cpu" if teacher is None else teacher.device
     numbers = facts.get("numbers", facts["layers"])
     specs = facts.get("specs") or [{"kind": facts["kind"], **facts["options"]}]
@@ -247,8 +255,14 @@ def _assemble(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tens
     mixers = {}
     for number in numbers:
         spec = specs[number // num_model_layers]
-        mixer = make_mixer(spec["kind"], geometry, number % num_model_layers, _options(spec))
-        mixers[number] = mixer
+        index = number % num_model_layers
+        if isinstance(geometry, BackboneGeometry):
+            attention = attention_of(teacher.model, index)
+            mixers[number] = mixer_from_teacher(
+                spec["kind"], geometry, index, attention, _options(spec), place=teacher.place(index)
+            )
+        else:
+            mixers[number] = make_mixer(spec["kind"], geometry, index, _options(spec))
     _check_weights(folder, mixers, tensors)
     for number, mixer in mixers.items():
         prefix = f"layers.{number}."

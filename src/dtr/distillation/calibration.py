@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dtr.arch import run_body
 from dtr.distillation.targets import capture_targets
 from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
@@ -25,4 +26,4 @@ def calibrate(teacher: Teacher, mixers: Mapping[int, Mixer], input_ids: torch.Te
 
     if waiting:
         with capture_targets(teacher.model, waiting, visit):
-            teacher.model.model(input_ids=input_ids.to(teacher.device, torch.long), use_cache=False)
+            run_body(teacher.model, input_ids.to(teacher.device, torch.long))

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtr.arch import LayerRunner, capture_attention, with_mixer
+from dtr.arch import capture_attention, make_runner, with_mixer
+from dtr.backbone.probe import Call, first_of
 from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank
 from dtr.distillation.loop import memory_advice, train
@@ -28,6 +29,7 @@ from dtr.distillation.start import start_students
 from dtr.distillation.state import TrainingState
 from dtr.distributed import current_world
 from dtr.mixers.base import Mixer
+from dtr.mixers.stand_in import StandIn
 from dtr.teacher import Teacher
 
 
@@ -41,7 +43,7 @@ class HybridPass:
 
     def __init__(self, teacher: Teacher, mixers: Mapping[int, Mixer]) -> None:
         self._model = teacher.model
-        self._runner = LayerRunner(teacher.model)
+        self._runner = make_runner(teacher.model)
         self._number = {mixer.layer_idx: number for number, mixer in mixers.items()}
         amp = torch.autocast(teacher.device.type, torch.bfloat16, enabled=teacher.dtype != torch.float32)
         self._slots = {mixer.layer_idx: _Slot(mixer, amp) for mixer in mixers.values()}
@@ -79,13 +81,21 @@ class _Slot(nn.Module):
     def __init__(self, mixer: Mixer, amp: Any) -> None:
         super().__init__()
         self._mixer, self._amp = mixer, amp
+        self.place = getattr(mixer, "place", "self_attn")
         self.seen: tuple[torch.Tensor, Any] = (torch.empty(0), None)
 
-    def forward(self, hidden_states: torch.Tensor, position_embeddings: Any, **_others: Any) -> tuple[Any, None]:
-        self.seen = hidden_states, position_embeddings
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self._mixer, StandIn):
+            call = Call(args, kwargs)
+            self.seen = call.hidden, call
+            with self._amp:
+                out = self._mixer(*args, **kwargs)
+            mixed = first_of(out).to(call.hidden.dtype)
+            return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
+        self.seen = kwargs["hidden_states"], kwargs["position_embeddings"]
         with self._amp:
-            out, _ = self._mixer(hidden_states, position_embeddings)
-        return out.to(hidden_states.dtype), None
+            out, _ = self._mixer(*self.seen)
+        return out.to(self.seen[0].dtype), None
 
 
 def realign(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dtr.arch import run_body
 from dtr.distillation.targets import capture_targets
 from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
@@ -103,7 +104,7 @@ def _stream(teacher: Teacher, mixers: dict[int, Mixer], batches: Iterable[torch.
     try:
         with capture_targets(teacher.model, mixers, visit):
             for batch in batches:
-                teacher.model.model(input_ids=batch.to(teacher.device, torch.long), use_cache=False)
+                run_body(teacher.model, batch.to(teacher.device, torch.long))
     finally:
         for handle in handles:
             handle.remove()

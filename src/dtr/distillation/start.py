@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dtr.arch import decoder_layers
+from dtr.arch import attention_of, decoder_layers, is_family
 from dtr.distillation.bank import MixerBank, Spec, read_numbers, read_specs
 from dtr.distillation.compiled import pays
 from dtr.distillation.students import Students
@@ -34,7 +34,7 @@ def check_distillation(
     for spec in specs:
         check_mixer(spec["kind"], teacher.geometry, {key: value for key, value in spec.items() if key != "kind"})
     backends_of(teacher, [(MIXERS[spec["kind"]].operation, backend) for spec in specs])
-    chosen = _check_layers(layers, teacher.num_layers)
+    chosen = _check_layers(layers, teacher)
     read_numbers(mixer, chosen, teacher.num_layers)
     return specs, chosen
 
@@ -69,14 +69,22 @@ def backends_of(teacher: Teacher, wishes: Iterable[tuple[str | None, str]]) -> l
     return list(dict.fromkeys(found))
 
 
-def _check_layers(layers: list[int] | None, num_layers: int) -> list[int]:
-    chosen = list(range(num_layers)) if layers is None else sorted(set(layers))
+def _check_layers(layers: list[int] | None, teacher: Teacher) -> list[int]:
+    num_layers, full = teacher.num_layers, teacher.replaceable_layers
+    chosen = full if layers is None else sorted(set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
         raise RecipeError(
             "distill.layers",
             got=str(layers),
             expected=f"layers from 0 to {num_layers - 1}",
             hint="Leave it out for all.",
+        )
+    if not set(chosen) <= set(full):
+        raise RecipeError(
+            "distill.layers",
+            got=str(layers),
+            expected=f"layers with full attention: {', '.join(map(str, full))}",
+            hint="Leave it out for all of them.",
         )
     return chosen
 
@@ -94,7 +102,11 @@ def start_mixers(teacher: Teacher, specs: list[Spec], numbers: list[int], seed: 
                 index = number % teacher.num_layers
                 layer: Any = stack[index]
                 with whole_weights(layer):
-                    mixer = mixer_from_teacher(spec["kind"], teacher.geometry, index, layer.self_attn, options, backend)
+                    attention = attention_of(teacher.model, index)
+                    place = teacher.place(index)
+                    mixer = mixer_from_teacher(
+                        spec["kind"], teacher.geometry, index, attention, options, backend, place=place
+                    )
                 mixers[number] = mixer
     return dict(sorted(mixers.items(), key=lambda pair: pair[1].layer_idx))
 
@@ -104,4 +116,6 @@ def start_students(teacher: Teacher, bank: MixerBank, world: World, **options: A
     settings = {name: bank.identity[name] for name in ("learning_rate", "weight_decay", "max_grad_norm")}
     settings["segment_tokens"] = bank.identity.get("segment_tokens")
     fast = pays(teacher.device, num_parameters=bank.num_parameters, num_tokens=bank.num_tokens)
+    # The calls of a family's own attention hold what no graph takes as an input.
+    fast = fast and is_family(teacher.model.config)
     return Students(teacher, bank.mixers, **settings, fast=fast, world=world, **options)

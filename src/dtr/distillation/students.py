@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtr.allocation import keep_freed_memory
-from dtr.arch import LayerRunner
+from dtr.arch import make_runner, run_body
 from dtr.distillation.compiled import Compiled, CompiledLayers
 from dtr.distillation.exchange import GradientExchange
 from dtr.distillation.lanes import Lanes
@@ -96,7 +96,7 @@ class Students:
         self._teacher, self.mixers = teacher, mixers
         self._max_grad_norm, self._segment_tokens = max_grad_norm, segment_tokens
         self._run_pass = run_pass or self._teacher_pass
-        self._runner = None if teacher.is_sharded else LayerRunner(teacher.model)
+        self._runner = None if teacher.is_sharded else make_runner(teacher.model)
         # A sharded teacher gathers its weights from Python, layer by layer.
         compiles_layers = fast and run_pass is None and not teacher.is_sharded
         self._layers = CompiledLayers(teacher.model) if compiles_layers else None
@@ -258,7 +258,7 @@ class Students:
 
     def _run_teacher(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self._runner is None:
-            return self._teacher.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return run_body(self._teacher.model, input_ids).last_hidden_state
         batch = self._runner.prepare_for_recording(input_ids)
         hidden = batch.hidden_BTD
         for index, layer in enumerate(self._runner.layers):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtr.arch import LayerRunner, is_classifier, with_mixer
+from dtr.arch import is_classifier, make_runner, with_mixer
 from dtr.errors import DataError, ModelError
 from dtr.evaluation.batches import TokenPair
 from dtr.evaluation.encoding import Encoder, check_ids, check_room, padding_id
@@ -82,7 +82,7 @@ class Evaluator:
             own = [self._pair(request, asked) for request in asked]
             self._pairs_of.append(list(range(len(pairs), len(pairs) + len(own))))
             pairs += own
-        runner = LayerRunner(model)
+        runner = make_runner(model)
         self._likelihoods = LikelihoodScorer(
             runner,
             {number: with_mixer(runner.layers[mixer.layer_idx], mixer) for number, mixer in self._mixers.items()},

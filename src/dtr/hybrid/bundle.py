@@ -1,7 +1,7 @@
 """Put the code a hybrid needs beside its weights, so that `trust_remote_code=True` loads it without this package.
 
 The library copies a flat folder of modules that import each other relatively. Ours live in packages, so each file that
-`dtr.hybrid.modeling` needs is written under a flat name with its imports of `dtr` rewritten:
+a hybrid's module needs is written under a flat name with its imports of `dtr` rewritten:
 `from dtr.ops.rotary import rotate` becomes `from .dtr_ops_rotary import rotate`.
 """
 
@@ -11,32 +11,31 @@ import importlib.util
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-ENTRY = "dtr.hybrid.modeling"
 _IMPORT = re.compile(r"^(\s*)from (dtr(?:\.\w+)*) import ", flags=re.MULTILINE)
 
 
 def auto_map(model_class: type) -> dict[str, str]:
     """What config.json says of where its classes are."""
-    entry = flat_name(ENTRY)
-    return {
-        "AutoConfig": f"{entry}.{model_class.config_class.__name__}",  # type: ignore[attr-defined]
-        "AutoModel": f"{entry}.{model_class.body_class.__name__}",  # type: ignore[attr-defined]
-        f"AutoModel{'For' + model_class.__name__.partition('For')[2]}": f"{entry}.{model_class.__name__}",
-    }
+    made: Any = model_class
+    entry = flat_name(made.code_entry)
+    kind = "SequenceClassification" if made.__name__.endswith("SequenceClassification") else "CausalLM"
+    classes = {"AutoConfig": made.config_class, "AutoModel": made.body_class, f"AutoModelFor{kind}": made}
+    return {auto: f"{entry}.{cls.__name__}" for auto, cls in classes.items() if cls is not None}
 
 
 def flat_name(module: str) -> str:
     return module.replace(".", "_")
 
 
-def write_code(folder: str | Path) -> list[Path]:
-    """Write every module that the hybrid needs into `folder`; returns the files."""
+def write_code(folder: str | Path, entry: str) -> list[Path]:
+    """Write every module that `entry` needs into `folder`; returns the files."""
     if not __name__.startswith("dtr."):
         # We are bundled code ourselves: a hybrid that was loaded without the package is saved again.
         return [Path(shutil.copy(file, folder)) for file in sorted(Path(__file__).parent.glob("dtr_*.py"))]
     written: dict[str, Path] = {}
-    waiting = [ENTRY]
+    waiting = [entry]
     while waiting:
         module = waiting.pop()
         if module in written:

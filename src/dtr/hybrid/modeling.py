@@ -28,7 +28,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from dtr.arch import HYBRID_PREFIX, decoder_layers, is_classifier, with_mixer
+from dtr.arch import HYBRID_PREFIX, decoder_layers, is_classifier, is_family, with_mixer
 from dtr.errors import DeviceError, ModelError
 from dtr.hybrid.body import BodyMixin
 from dtr.hybrid.cache import HybridCache
@@ -54,6 +54,8 @@ class HybridModelMixin(_FamilyModel):
     model: Any
     tokenizer: Any
     body_class: Any
+    code_entry = "dtr.hybrid.modeling"
+    """The module that has the class, for whoever loads it without this package."""
     head: str
     """Where the head is: `lm_head`, or `score` of a classifier."""
     _saved_beside: Collection[str] = ()
@@ -166,7 +168,7 @@ class HybridModelMixin(_FamilyModel):
             os.makedirs(save_directory, exist_ok=True)
             # Those of a hybrid that was here before would not fit.
             Path(save_directory, "dtr-checksums.json").unlink(missing_ok=True)
-            beside = [str(file) for file in write_code(save_directory)]
+            beside = [str(file) for file in write_code(save_directory, self.code_entry)]
             if getattr(self, "tokenizer", None) is not None:
                 beside += self.tokenizer.save_pretrained(save_directory)
             self._saved_beside = {os.path.relpath(file, save_directory).split(os.sep)[0] for file in beside}
@@ -290,6 +292,10 @@ def make_hybrid(
         DeviceError: no memory for the copies.
     """
     assert mixers.keys() == specs.keys(), "every mixer needs its spec"
+    if not is_family(teacher_model.config):
+        from dtr.hybrid.backbone import make_backbone_hybrid
+
+        return make_backbone_hybrid(teacher_model, mixers, specs, share_modules=share_modules)
     source = teacher_model.config
     cls: Any = (CLASSIFIERS if is_classifier(teacher_model) else HYBRIDS)[HYBRID_PREFIX + source.model_type]
     fields = {key: value for key, value in source.to_dict().items() if key not in ("model_type", "quantization_config")}

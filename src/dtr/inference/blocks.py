@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dtr.arch import HeadGeometry, stacked
+from dtr.arch import HeadGeometry
 from dtr.hybrid.cache import RecurrentStateLayer
+from dtr.inference.weights import stacked
 from dtr.mixers.base import Mixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.ops import decoding

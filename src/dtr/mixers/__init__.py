@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import torch
 
-from dtr.arch import HeadGeometry
+from dtr.arch import BackboneGeometry, HeadGeometry
 from dtr.errors import RecipeError, did_you_mean, shown
 from dtr.mixers.base import Mixer, set_backend
+from dtr.mixers.decaying import DecayingMixer
 from dtr.mixers.gated_deltanet import GatedDeltaNet
 from dtr.mixers.gated_linear_attention import GatedLinearAttention
 from dtr.mixers.hedgehog import Hedgehog
@@ -19,6 +21,7 @@ from dtr.mixers.mamba2 import Mamba2
 from dtr.mixers.qwen35_gated_deltanet import Qwen35GatedDeltaNet
 from dtr.mixers.retention import Retention
 from dtr.mixers.sliding_window import SlidingWindow
+from dtr.mixers.stand_in import core_class, make_stand_in
 from dtr.registry import Registry
 
 MIXERS: Registry[type[Mixer]] = Registry("mixer")
@@ -40,7 +43,33 @@ def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[
         RecipeError: unknown kind, or an option that this kind does not have.
     """
     check_options(kind, options or {})
+    if isinstance(geometry, BackboneGeometry):
+        kind_of_core: Any = _decaying(kind)
+        return core_class(kind_of_core)(geometry, layer_idx, **(options or {}))
     return MIXERS[kind](geometry, layer_idx, **(options or {}))
+
+
+def misfit(kind: str, geometry: HeadGeometry) -> str:
+    """What of the attention a kind has no place for, so that it cannot stand in; empty where it can."""
+    if isinstance(geometry, BackboneGeometry) and not issubclass(MIXERS[kind], DecayingMixer):
+        return "projections of its own family's form"
+    return MIXERS[kind].misfit(geometry)
+
+
+def stand_in(
+    kind: str, attention: Any, geometry: BackboneGeometry, layer_idx: int, place: str, options: dict[str, Any] | None
+) -> Any:
+    """An attention module turned into a mixer of this kind (`make_stand_in`), with its start values."""
+    made = make_stand_in(attention, _decaying(kind), geometry, layer_idx, place, **(options or {}))
+    if not made.core.gate_proj.weight.is_meta:
+        made.core.start()
+    return made
+
+
+def _decaying(kind: str) -> type[DecayingMixer]:
+    found = MIXERS[kind]
+    assert issubclass(found, DecayingMixer), f"{kind} has no core"
+    return found
 
 
 def check_options(kind: str, options: dict[str, Any]) -> None:
@@ -107,10 +136,12 @@ def check_mixer(kind: str, geometry: HeadGeometry, options: dict[str, Any] | Non
     Raises:
         RecipeError: it cannot, with the kinds that can; or as `make_mixer`.
     """
-    with torch.device("meta"):
-        make_mixer(kind, geometry, 0, options)
-    if why := MIXERS[kind].misfit(geometry):
-        fitting = ", ".join(name for name in MIXERS if not MIXERS[name].misfit(geometry))
+    why = misfit(kind, geometry) if isinstance(geometry, BackboneGeometry) else ""
+    if not why:
+        with torch.device("meta"):
+            make_mixer(kind, geometry, 0, options)
+    if why := why or misfit(kind, geometry):
+        fitting = ", ".join(name for name in MIXERS if not misfit(name, geometry))
         raise RecipeError(
             "mixer.kind",
             got=f"{kind} for a teacher whose attention has {why}, for which that form has no place",
@@ -126,6 +157,7 @@ def mixer_from_teacher(
     attention: Any,
     options: dict[str, Any] | None = None,
     backend: str = "auto",
+    place: str = "self_attn",
 ) -> Mixer:
     """A float32 mixer that starts from the weights of the teacher's attention module, on its device.
 
@@ -133,8 +165,13 @@ def mixer_from_teacher(
         RecipeError: as `make_mixer`.
         DeviceError: the backend is unknown or cannot run there.
     """
-    mixer = make_mixer(kind, geometry, layer_idx, options).float()
-    mixer.start_from(attention)
-    mixer = mixer.to(attention.q_proj.weight.device)
+    if isinstance(geometry, BackboneGeometry):
+        own = copy.deepcopy(attention).requires_grad_(True)
+        device = next(own.parameters()).device
+        mixer = stand_in(kind, own, geometry, layer_idx, place, options).float().to(device)
+    else:
+        mixer = make_mixer(kind, geometry, layer_idx, options).float()
+        mixer.start_from(attention)
+        mixer = mixer.to(attention.q_proj.weight.device)
     set_backend(mixer, backend)
     return mixer

@@ -87,10 +87,7 @@ class LinearMixer(Mixer):
         self.window, self.sinks, self.is_pure_linear = window, sinks, not window
         self.num_heads = g.num_heads * head_copies
         inner_dim = self.num_heads * g.head_dim
-        self.q_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
-        self.k_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
-        self.v_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
-        self.o_proj = nn.Linear(inner_dim, g.hidden_dim, bias=g.o_bias)
+        self._make_projections(inner_dim)
         self.gate_proj = nn.Linear(g.hidden_dim, inner_dim)
         self.exact_first = exact_first
         self.first_token = FirstToken(g) if exact_first else None
@@ -103,6 +100,13 @@ class LinearMixer(Mixer):
             self.window_proj = nn.Linear(g.hidden_dim, self.num_heads)
         if g.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(g.head_dim, g.norm_eps), HeadNorm(g.head_dim, g.norm_eps)
+
+    def _make_projections(self, inner_dim: int) -> None:
+        g = self.geometry
+        self.q_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
+        self.k_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
+        self.v_proj = nn.Linear(g.hidden_dim, inner_dim, bias=g.qkv_bias)
+        self.o_proj = nn.Linear(inner_dim, g.hidden_dim, bias=g.o_bias)
 
     @property
     def output_projection(self) -> nn.Linear:

@@ -1,0 +1,119 @@
+"""Models beyond the known families, by transformers' attention interface: one of each anatomy, and what is refused."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from docs_pages import ROOT, load_script
+from transformers import T5Config, T5ForConditionalGeneration
+
+import dtr
+from dtr.backbone.probe import backbone_of
+from dtr.distillation.bank import load_bank
+from dtr.errors import ModelError, RecipeError
+from dtr.hybrid.modeling import make_hybrid
+
+families = load_script(ROOT / "benchmarks" / "families.py")
+
+ANATOMIES = {
+    "gpt2": "fused qkv with transposed weights, learned positions",
+    "gpt_neox": "parallel block, partial rotary positions, another head",
+    "opt": "nested body, positions from the mask",
+    "phi3": "fused qkv of grouped heads",
+    "gemma3_text": "sliding windows beside full layers, post-norms, scaling",
+    "gpt_oss": "sinks, windows, experts",
+    "mixtral": "experts whose weights are saved under other names",
+    "deepseek_v3": "latent queries and keys, values of another size",
+    "smollm3": "layers without rotary positions",
+    "jamba": "state-space layers beside full attention",
+    "lfm2": "convolution layers beside full attention",
+    "cohere": "one norm for attention and MLP, scaled logits",
+}
+
+
+@cache
+def distilled(model_type: str):
+    """A pico teacher of this type and its bank after a few steps."""
+    teacher = dtr.as_teacher(families.make_model(model_type), families.byte_tokenizer(), source=model_type)
+    tokens = torch.randint(1, 257, (8, 32), generator=torch.Generator().manual_seed(2))
+    text = dtr.TokenBlocks.from_tensors(tokens[:6], tokens[6:], source="random")
+    return teacher, dtr.distill(teacher, text, num_tokens=6 * 32 * 4, batch_size=6, learning_rate=3e-3)
+
+
+@pytest.fixture(params=list(ANATOMIES))
+def subject(request):
+    teacher, bank = distilled(request.param)
+    mixers, specs = bank.in_dtype(torch.float32), {i: bank.spec(i) for i in bank.mixers}
+    return teacher, bank, make_hybrid(teacher.model, mixers, specs)
+
+
+@torch.no_grad()
+def test_a_hybrid_of_any_anatomy_holds_together(subject, tmp_path):
+    teacher, bank, hybrid = subject
+    assert bank.layers == teacher.replaceable_layers == hybrid.linear_layers
+    assert bank.mean_nmse < sum(bank.nmse_before.values()) / len(bank.nmse_before)
+    ids = torch.randint(1, 257, (2, 32), generator=torch.Generator().manual_seed(1))
+    expected = hybrid(ids, use_cache=False).logits
+    plain = teacher.model(ids, use_cache=False).logits
+    assert not torch.allclose(expected, plain, atol=1e-3), "nothing was replaced"
+    assert torch.equal(make_hybrid(teacher.model, {}, {})(ids, use_cache=False).logits, plain)
+    assert not families.runner_fault(teacher.model, bank.in_dtype(torch.float32), ids, expected)
+    assert not families.cache_fault(hybrid, ids, expected)
+    assert not families.padding_fault(teacher.model, hybrid, ids)
+    assert not families.beams_fault(hybrid, ids[:, :12])
+    hybrid.tokenizer = teacher.tokenizer
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    again, _ = dtr.teacher.load_model(tmp_path / "hybrid", device="cpu", dtype="float32")
+    assert not families.apart(again(ids, use_cache=False).logits, expected)
+    bank.save(tmp_path / "bank")
+    assert load_bank(tmp_path / "bank", teacher=teacher).fingerprint == bank.fingerprint
+
+
+def test_layers_that_are_not_full_attention_stay():
+    teacher, _ = distilled("gemma3_text")
+    kinds = backbone_of(teacher.model).kinds
+    assert {kinds[i] for i in teacher.replaceable_layers} == {"full_attention"}
+    assert len(teacher.replaceable_layers) < len(kinds)
+    window = next(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    text = dtr.TokenBlocks.from_tensors(*torch.ones(2, 2, 8, dtype=torch.int32), source="ones")
+    with pytest.raises(RecipeError, match="layers with full attention"):
+        dtr.distill(teacher, text, layers=[window], num_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("bert", "bidirectional_attention"), ("bloom", "never asks the attention interface")]
+)
+def test_what_cannot_work_is_refused_with_the_reason(model_type, reason):
+    model = families.make_model(model_type)
+    with pytest.raises(ModelError, match=reason):
+        dtr.as_teacher(model, families.byte_tokenizer())
+
+
+def test_encoder_decoders_are_refused_in_one_line():
+    sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "vocab_size": 32}
+    model = T5ForConditionalGeneration(T5Config(**sizes))
+    with pytest.raises(ModelError, match="encoder-decoders are not supported"):
+        dtr.as_teacher(model, families.byte_tokenizer())
+
+
+def test_kinds_without_a_core_are_refused_with_those_that_have_one():
+    teacher, _ = distilled("gpt2")
+    text = dtr.TokenBlocks.from_tensors(*torch.ones(2, 2, 8, dtype=torch.int32), source="ones")
+    with pytest.raises(RecipeError, match="gated_deltanet"):
+        dtr.distill(teacher, text, mixer="mamba2", num_tokens=16)
+
+
+def test_a_model_whose_attention_is_something_else_fails_its_check(monkeypatch):
+    from transformers.models.gpt2 import modeling_gpt2
+
+    model, own = families.make_model("gpt2"), modeling_gpt2.ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def louder(name, default):
+        function = own(name, default)
+        return lambda module, q, k, v, mask, **options: (1.5 * function(module, q, k, v, mask, **options)[0], None)
+
+    monkeypatch.setattr(type(modeling_gpt2.ALL_ATTENTION_FUNCTIONS), "get_interface", lambda _, *a: louder(*a))
+    with pytest.raises(ModelError, match="self-check 'attention'"):
+        dtr.as_teacher(model, families.byte_tokenizer())
