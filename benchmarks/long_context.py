@@ -68,7 +68,13 @@ def main() -> None:
 
 def distil(args: argparse.Namespace) -> None:
     teacher = dtr.load_teacher(args.model)
-    bank = dtr.distill(teacher, args.text, **MIXER, **RECIPES[args.recipe], num_tokens=args.num_tokens)
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] != "distill":
+            print(json.dumps(event)[:300], flush=True)
+
+    how = RECIPES[args.recipe] | {"num_tokens": args.num_tokens, "on_event": tell}
+    bank = dtr.distill(teacher, args.text, **MIXER, **how)
     bank.save(args.bank)
     facts = {"recipe": args.recipe, "mean_nmse": bank.mean_nmse, "seconds": bank.seconds, "stopped": bank.stopped}
     print(json.dumps(facts))
