@@ -148,6 +148,7 @@ def by_share(recipe: Recipe, teacher: Teacher, bank: MixerBank, recall: Task) ->
         # The search goes on to the largest share wherever the limit is. With a limit that no hybrid breaks `auto` would
         # see nothing to choose and give an order without meaning.
         p_min=recipe.search.p_min,
+        p_min_confidence=None,
         run_to_end=True,
         max_linear_layers=max(wanted.values()),
         test_curve=True,

@@ -93,7 +93,7 @@ def test_a_hybrid_keeps_the_head_and_loads_with_its_class(family, tmp_path):
 def test_distil_and_search(task):
     teacher = as_teacher(pico_classifier(), byte_tokenizer())
     bank = distill(teacher, token_blocks(), mixer="gated_deltanet", num_tokens=1280, batch_size=4)
-    result = search(teacher, bank, task, p_min=0.5)
+    result = search(teacher, bank, task, p_min=0.5, p_min_confidence=None)
     found = classes_of(result.m_opt, [f"test {text}" for text in TEXTS])
     assert result.m_opt_test.per_item == tuple(float(c == n % 3) for n, c in enumerate(found))
 

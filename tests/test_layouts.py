@@ -149,7 +149,8 @@ def test_every_strategy_measures_against_the_same_teacher(device, tmp_path):
         nmse_after=dict.fromkeys(mixers, 0.5),
     )
     settings = {
-        name: SearchSettings(strategy=name, p_min=0.5, max_linear_layers=1) for name in ("exact", "auto", "uniform")
+        name: SearchSettings(strategy=name, p_min=0.5, p_min_confidence=None, max_linear_layers=1)
+        for name in ("exact", "auto", "uniform")
     }
     found = {name: find_layers(teacher, bank, task, one).trace for name, one in settings.items()}
     # The likelihoods, too, which say more than 140 answers do.

@@ -211,7 +211,7 @@ def test_work_is_counted_by_layers():
 def test_search_chooses_kinds_on_a_model(teacher, bank, place, tmp_path):
     task = load_task(str(place / "task"), num_test=8)
     journal = tmp_path / "journal.jsonl"
-    options = {"p_min": 0.5, "run_to_end": True, "journal": journal}
+    options = {"strategy": "exact", "p_min": 0.5, "p_min_confidence": None, "run_to_end": True, "journal": journal}
     events = []
     result = search_model(teacher, bank, task, on_event=events.append, **options)
     numbers = result.trace.m_opt.layers

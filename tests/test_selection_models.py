@@ -20,15 +20,20 @@ from dtr.evaluation.generation import generate_texts
 from dtr.evaluation.probe import impact
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.mixers import mixer_from_teacher
+from dtr.pipeline.preparation import search_settings
+from dtr.recipe.sections import Recipe
+from dtr.selection import binding
 from dtr.selection.items import split_items
 from dtr.selection.meter import PassMeter
 from dtr.selection.search import search
-from dtr.selection.settings import GuardFloor
+from dtr.selection.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
 from dtr.tasks.base import GenerationRequest
 
 NUM_LAYERS = 9
 NUM_ITEMS = 125
+PLAIN = {"p_min_confidence": None}
+"""The limit compared on all items, without a certificate."""
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +113,7 @@ def test_the_account_of_the_work_is_the_meters(teacher, bank, task):
 def test_divergence_is_zero_for_the_teacher_and_as_computed_for_a_hybrid(teacher, bank, task):
     scorer = evaluator(teacher, bank, task)
     assert scorer._likelihoods.divergence(frozenset()) == 0
-    model = search(teacher, bank, task, strategy="uniform", p_min=0.01, max_linear_layers=1).m_opt
+    model = search(teacher, bank, task, strategy="uniform", **PLAIN, p_min=0.01, max_linear_layers=1).m_opt
     assert model.config.mixers[0]
     total, count = 0.0, 0
     for item in task.splits["validation"][:NUM_ITEMS]:
@@ -130,11 +135,11 @@ def test_a_pass_costs_its_share(teacher, bank, task):
 
 
 def test_auto_on_a_model_costs_what_it_says(teacher, bank, task):
-    result = search(teacher, bank, task, strategy="auto", p_min=0.9)
+    result = search(teacher, bank, task, strategy="auto", **PLAIN, p_min=0.9)
     assert result.pass_equivalents <= 25
     assert result.trace.m_opt.score.value >= result.trace.p_min_value - 1e-9
     assert len(result.trace.m_opt.score.per_item) == NUM_ITEMS
-    again = search(teacher, bank, task, strategy="auto", p_min=0.9)
+    again = search(teacher, bank, task, strategy="auto", **PLAIN, p_min=0.9)
     assert again.trace == result.trace
 
 
@@ -171,7 +176,7 @@ def test_a_cache_budget_becomes_a_number_of_layers(teacher, bank, task):
         bytes_per_element=teacher.dtype.itemsize,
         state_bytes=num * bank.mixers[0].state_bytes(teacher.dtype.itemsize),
     )
-    budget = {"cache_context_tokens": 4096, "p_min": 0.01}
+    budget = {"cache_context_tokens": 4096, "p_min": 0.01, **PLAIN}
     result = search(teacher, bank, task, strategy="uniform", max_cache_bytes=size(3) + 1, **budget)
     assert len(result.trace.m_opt.layers) == 3
     assert f"the cache takes {size(3):,} bytes at 4,096 tokens" in result.trace.stop_text
@@ -205,7 +210,7 @@ def test_a_time_limit_leaves_whole_rows_and_names_what_is_missing(teacher, bank,
     def find_layers(*args, **options):
         *subjects, settings = args
         if settings.strategy == "random":
-            now[0], settings = 100.0, replace(settings, max_seconds=1e-9)
+            now[0], settings = 100.0, settings.changed(max_seconds=1e-9)
         return find(*subjects, settings, **options)
 
     find = strategies.find_layers
@@ -231,13 +236,13 @@ def test_floors_on_perplexity_and_on_generation(teacher, bank, task, tmp_path):
     perplexity = load_task("perplexity", path=str(tmp_path / "text"))
     options = {"max_new_tokens": 3, "stop": []}
     words = load_task(str(tmp_path / "words"), kind="generation", prompt="{prompt}", options=options)
-    limits = {"strategy": "uniform", "p_min": 0.01}
+    limits = {"strategy": "uniform", "p_min": 0.01, **PLAIN}
     silent = load_task(
         str(tmp_path / "words"), kind="generation", prompt="{prompt}", options={**options, "score_answer": False}
     )
     for one in (words, silent):
         asked = []
-        found = search(teacher, bank, one, strategy="auto", p_min=0.5, on_event=asked.append).trace
+        found = search(teacher, bank, one, strategy="auto", **PLAIN, p_min=0.5, on_event=asked.append).trace
         assert found.m_opt.score.value >= found.p_min_value - 1e-9
         # Layers are ranked by likelihoods, and writing only decides how many go.
         assert sum(event["event"] == "candidate" for event in asked) < NUM_LAYERS + 6
@@ -267,6 +272,43 @@ def test_impact_is_zero_where_nothing_changes_and_high_where_the_answer_is_lost(
     assert impact(features, features.flip(1), questions, right) == pytest.approx(0.375, abs=0.15)
     measured = evaluator(teacher, bank, task).impact(3)
     assert -1 < measured < 1
-    found = search(teacher, bank, task, strategy="impact", p_min=0.01, max_linear_layers=2)
+    found = search(teacher, bank, task, strategy="impact", **PLAIN, p_min=0.01, max_linear_layers=2)
     impacts = {layer: evaluator(teacher, bank, task).impact(layer) for layer in bank.layers}
     assert list(found.trace.m_opt.layers) == sorted(impacts, key=lambda layer: (impacts[layer], layer))[:2]
+
+
+def test_python_and_recipes_have_one_default_search(teacher, bank, task):
+    recipe = Recipe.model_validate({"teacher": {"source": "pico"}})
+    assert search_settings(recipe, ()) == SearchSettings()
+    assert (SearchSettings().strategy, SearchSettings().p_min_confidence) == ("auto", 0.95)
+    with pytest.raises(RecipeError, match=r"p_min_confidence: got 1\.5"):
+        search(teacher, bank, task, p_min_confidence=1.5)
+    with pytest.raises(RecipeError, match=r"p_mim.*p_min"):
+        search(teacher, bank, task, p_mim=0.9)
+
+
+def test_a_look_at_items_is_known_from_releases_before(teacher, bank, task, monkeypatch):
+    """What it is digested from is written to the cache, so none of its names may change."""
+    seen = []
+    monkeypatch.setattr(binding, "count_look", lambda subject, asked: seen.append(asked) or 0)
+    binding._count_look(teacher, bank, task, SearchSettings(guards=[GuardFloor(task=task, p_min=0.5)]))
+    assert seen == [
+        {
+            "bank": bank.fingerprint,
+            "strategy": "auto",
+            "p_min": 0.95,
+            "p_min_kind": "relative",
+            "p_min_confidence": 0.95,
+            "confirmation_share": 0.8,
+            "guards": [],
+            "hold_each": None,
+            "max_linear_layers": None,
+            "max_cache_bytes": None,
+            "cache_context_tokens": 2048,
+            "max_seconds": None,
+            "run_to_end": False,
+            "seed": 0,
+            "batch_tokens": 0,
+            "cache_bytes": 0,
+        }
+    ]

@@ -20,7 +20,7 @@ from dtr.tasks import load_task
 
 NUM_LAYERS = 9
 STRATEGIES = ("exact", "auto", "kl")
-LIMITS = {"p_min": 0.9, "test_curve": True, "max_linear_layers": 3}
+LIMITS = {"p_min": 0.9, "p_min_confidence": None, "test_curve": True, "max_linear_layers": 3}
 
 DOWN = {"p_min": 1.0, "max_linear_layers": None, "journal": None}
 """With which the path of `auto` is not ended by a number of layers."""

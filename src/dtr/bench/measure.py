@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +118,8 @@ def bench_strategies(
     task = prepare_task(recipe)
     settings = search_settings(recipe, [])
     for strategy in strategies:
-        check_search(task, replace(settings, strategy=strategy))
-    settings = replace(settings, guards=prepare_guards(recipe), run_to_end=False)
+        check_search(task, settings.changed(strategy=strategy))
+    settings = settings.changed(guards=prepare_guards(recipe), run_to_end=False)
     teacher = teacher or prepare_teacher(recipe, emit)
     mixers = load_bank(bank, teacher=teacher, backend=recipe.runtime.backend)
     tell_backends(recipe, teacher, mixers, emit)

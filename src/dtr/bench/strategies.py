@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,11 @@ def compare_strategies(
         `exact` has its row; then it is filled in in the rows before, too.
     """
     emit = on_event or (lambda event: None)
-    settings = replace(settings or SearchSettings(), **changes)
+    settings = (settings or SearchSettings()).changed(**changes)
     # The plain limit is what strategies are compared by; a certificate measures the items as well.
-    searches = [(name, replace(settings, strategy=name, p_min_confidence=None)) for name in strategies]
+    searches = [(name, settings.changed(strategy=name, p_min_confidence=None)) for name in strategies]
     if confidence is not None:
-        searches.insert(1, ("auto_certified", replace(settings, strategy="auto", p_min_confidence=confidence)))
+        searches.insert(1, ("auto_certified", settings.changed(strategy="auto", p_min_confidence=confidence)))
     comparison = _Comparison(teacher, bank, task, shares, time_limit_seconds, emit)
     comparison.warm_up(settings)
     rows: list[tuple[dict[str, Any], Score]] = []
@@ -133,7 +132,7 @@ class _Comparison:
             order = list(found.trace.m_opt.layers)
             if len(order) < max(self._sizes.values(), default=0) and self._left() != 0:
                 # What was scored above is in the journal; only the rest of the path is new.
-                whole = self._search(replace(settings, run_to_end=True), journal)
+                whole = self._search(settings.changed(run_to_end=True), journal)
                 order = [layer for step in whole.trace.steps for layer in step.added]
         score = self._test(found.trace.m_opt.layers)
         at_share = {share: self._test.row(order[:size]) for share, size in self._sizes.items() if size <= len(order)}
@@ -152,7 +151,7 @@ class _Comparison:
         if left == 0:
             raise _LeftOut("The time limit was reached before it began.")
         if left is not None:
-            settings = replace(settings, max_seconds=min(left, settings.max_seconds or left))
+            settings = settings.changed(max_seconds=min(left, settings.max_seconds or left))
         try:
             return find_layers(*self._subjects, settings, journal=journal, on_event=self._emit)
         except RecipeError as error:

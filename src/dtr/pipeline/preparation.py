@@ -162,8 +162,7 @@ def prepare_guards(recipe: Recipe) -> list[GuardFloor]:
 def search_settings(recipe: Recipe, guards: Sequence[GuardFloor]) -> SearchSettings:
     """What the recipe asks of a search, with the guard tasks that it names."""
     return SearchSettings(
-        **recipe.search.model_dump(exclude={"guards", "test_curve"}),
-        guards=guards,
+        **{**dict(recipe.search), "guards": guards},
         seed=recipe.seed,
         batch_tokens=recipe.runtime.eval_batch_tokens,
         cache_bytes=recipe.runtime.cache_bytes,

@@ -92,7 +92,6 @@ def prepare_search(recipe: Recipe, ready: Prepared, bank: MixerBank, folder: Run
         bank,
         ready.task,
         ready.settings,
-        test_curve=recipe.search.test_curve,
         journal=folder.journal,
         on_event=emit,
     )

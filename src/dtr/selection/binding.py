@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,8 @@ def _budget(teacher: Teacher, bank: MixerBank, settings: SearchSettings) -> Budg
 
 
 def _count_look(teacher: Teacher, bank: MixerBank, task: Task, settings: SearchSettings) -> int:
-    asked = asdict(replace(settings, guards=(), batch_tokens=0, cache_bytes=0))
+    # As looks of earlier releases are digested.
+    asked = settings.model_dump(exclude={"guards", "test_curve"}) | {"guards": [], "batch_tokens": 0, "cache_bytes": 0}
     return count_look({"teacher": teacher.fingerprint, "task": fingerprint(task)}, {"bank": bank.fingerprint, **asked})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +67,6 @@ def search(
     task: Task,
     settings: SearchSettings | None = None,
     *,
-    test_curve: bool = False,
     journal: str | Path | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     **changes: Any,
@@ -78,8 +77,7 @@ def search(
         teacher: from `load_teacher`.
         bank: from `distill` or `load_bank`, made from this teacher.
         task: from `load_task`; validation decides, test is scored at the end.
-        settings: the limit, the strategy, budgets and the rest; the defaults when left out.
-        test_curve: score every step of the chosen path on test as well, after the search.
+        settings: the limit, the strategy, budgets and the rest; a recipe's defaults when left out.
         journal: JSONL file that keeps every score; if it is there, its scores are not computed again.
         on_event: called with small dicts for logs and live displays.
         changes: fields of `SearchSettings` by name, as `p_min=0.9` or `strategy="auto"`.
@@ -89,11 +87,11 @@ def search(
         DataError: too few validation items for the confidence asked for.
         BankError: the bank was made from another teacher.
     """
-    settings = replace(settings or SearchSettings(), **changes)
+    settings = (settings or SearchSettings()).changed(**changes)
     found = find_layers(teacher, bank, task, settings, journal=journal, on_event=on_event)
     started = time.monotonic()
     trace = found.trace
-    curve = [step.linear for step in trace.steps] if test_curve else []
+    curve = [step.linear for step in trace.steps] if settings.test_curve else []
     teacher_test, m_opt_test, m_best_test, *curve_test = _test_scores(
         teacher, bank, task, settings, [(), trace.m_opt.layers, trace.m_best.layers, *curve]
     )

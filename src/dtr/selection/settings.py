@@ -1,13 +1,19 @@
-"""What a search is asked for, as one frozen record: its limit, its budgets, and how it works."""
+"""What a search is asked for, as one frozen record: the recipe's section of it, and what other sections say of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic import InstanceOf, ValidationError
+
+from dtr.recipe.errors import as_recipe_error
+from dtr.recipe.sections import RuntimeSection, SearchSection
 from dtr.selection.criteria import Limits, PMinKind
-from dtr.selection.items import CONFIRMATION_SHARE
 from dtr.tasks.base import Task
+
+_RUNTIME = RuntimeSection()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,40 +25,27 @@ class GuardFloor:
     p_min_kind: PMinKind = "relative"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """Settings of `search`; each can also be given to it by name."""
+class SearchSettings(SearchSection):
+    """Settings of `search`: those of the recipe's `search` section with its defaults, and the ones below.
 
-    strategy: str = "exact"
-    """auto, exact, or a baseline: uniform, random, lowest_mse, one_shot, kl, impact."""
-    p_min: float = 0.95
-    """Share of the teacher's validation score to keep, or a value of the metric (`p_min_kind`)."""
-    p_min_kind: PMinKind = "relative"
-    """`relative` or `absolute`."""
-    p_min_confidence: float | None = None
-    """Commit only what is certified at this confidence on items that selection never saw, as 0.95."""
-    confirmation_share: float = CONFIRMATION_SHARE
-    """Share of the validation items that are kept for that."""
-    guards: Sequence[GuardFloor] = ()
-    """Tasks with a floor; a swap that breaks one is refused."""
-    hold_each: str | None = None
-    """A field of the rows, as length_tokens: the limit must hold over the items of each of its values."""
-    max_linear_layers: int | None = None
-    """Stop once so many layers are linear."""
-    max_cache_bytes: int | None = None
-    """Stop once the cache of one sequence of `cache_context_tokens` tokens fits."""
-    cache_context_tokens: int = 2048
-    """Context length for `max_cache_bytes`."""
-    max_seconds: float | None = None
-    """Stop the search after this time; the only limit whose result depends on the machine."""
-    run_to_end: bool = False
-    """Go on below P_min to draw the whole curve; M_opt and M_best are not affected."""
+    Each can also be given to `search` by name.
+    """
+
+    guards: Sequence[InstanceOf[GuardFloor]] = ()  # type: ignore[assignment]
+    """Loaded tasks with a floor; a swap that breaks one is refused."""
     seed: int = 0
     """Draws the confirmation items, the portions that rank, and the random baseline."""
-    batch_tokens: int = 16_384
+    batch_tokens: int = _RUNTIME.eval_batch_tokens
     """Padded tokens per evaluation batch."""
-    cache_bytes: int = 4_000_000_000
+    cache_bytes: int = _RUNTIME.cache_bytes
     """Memory for hidden states that candidates share."""
+
+    def changed(self, **changes: Any) -> SearchSettings:
+        """The same settings but for these, checked as a recipe is; raises RecipeError."""
+        try:
+            return SearchSettings(**{**dict(self), **changes})
+        except ValidationError as error:
+            raise as_recipe_error(error, SearchSettings, "dtr.search") from error
 
     @property
     def limits(self) -> Limits:
