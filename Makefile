@@ -73,6 +73,7 @@ docs: install
 	$(BIN)/python docs/make_results.py
 	$(BIN)/python docs/make_study.py
 	$(BIN)/python docs/make_measurements.py
+	$(BIN)/python docs/make_models.py
 
 # Build, then install the wheel and after it the source archive into a new environment, and run each.
 wheel: install

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import dtr
 from dtr.backbone.probe import backbone_of
 from dtr.distillation.bank import load_bank
+from dtr.environment import doctor_of_model
 from dtr.errors import ModelError, RecipeError
 from dtr.hybrid.modeling import make_hybrid
 
@@ -117,3 +119,27 @@ def test_a_model_whose_attention_is_something_else_fails_its_check(monkeypatch):
     monkeypatch.setattr(type(modeling_gpt2.ALL_ATTENTION_FUNCTIONS), "get_interface", lambda _, *a: louder(*a))
     with pytest.raises(ModelError, match="self-check 'attention'"):
         dtr.as_teacher(model, families.byte_tokenizer())
+
+
+def test_doctor_says_what_would_be_done_with_a_model(tmp_path):
+    teacher, _ = distilled("gemma3_text")
+    teacher.model.save_pretrained(tmp_path)
+    teacher.tokenizer.save_pretrained(tmp_path)
+    found = doctor_of_model(tmp_path, device="cpu", dtype="float32")
+    assert found["replaceable_layers"] == teacher.replaceable_layers
+    assert found["layers"]["full_attention"] == len(teacher.replaceable_layers)
+    assert "gated_deltanet" in found["mixers"]
+    assert "mamba2" not in found["mixers"]
+
+
+@pytest.mark.slow
+def test_every_type_works_or_is_refused_as_recorded(tmp_path):
+    """`benchmarks/families.py` anew: no type is worse than in the committed result."""
+    committed = {r["model_type"]: r["status"] for r in json.loads(families.OUT.read_text(encoding="utf-8"))["models"]}
+    fresh = families.FreshProcess()
+    worse = []
+    for model_type, status in committed.items():
+        record = families.examine(model_type, fresh)
+        if status == "works" != record["status"]:
+            worse.append((model_type, record["message"]))
+    assert not worse

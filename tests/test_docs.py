@@ -88,6 +88,11 @@ def test_the_reference_is_made_from_this_source():
     assert script.TARGET.read_text(encoding="utf-8") == script.reference(), "run: make docs"
 
 
+def test_the_page_of_model_types_is_made_from_the_committed_result():
+    script = load_script(ROOT / "docs" / "make_models.py")
+    assert script.TARGET.read_text(encoding="utf-8") == script.page(), "run: make docs"
+
+
 def test_measured_figures_reach_pages_from_their_records_alone():
     """Blocks of a page are those of today's records, and no figure of speed, share or error stands outside."""
     script = load_script(ROOT / "docs" / "make_results.py")

@@ -159,6 +159,37 @@ def doctor() -> dict[str, Any]:
     }
 
 
+def doctor_of_model(source: str | Path, *, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+    """What would be done with this model: its layers by kind, its attention, which mixers fit, which fast paths apply.
+
+    Raises:
+        ModelError: the model cannot be read, or fails a check.
+    """
+    from dtr.arch import is_family, layer_kind
+    from dtr.backbone.probe import backbone_of
+    from dtr.mixers import MIXERS, misfit
+    from dtr.teacher import load_teacher
+
+    teacher = load_teacher(source, device=device, dtype=dtype)
+    config, g = teacher.model.config, teacher.geometry
+    has_kernels = is_family(config)
+    if has_kernels:
+        kinds = [layer_kind(config, index) for index in range(teacher.num_layers)]
+    else:
+        kinds = backbone_of(teacher.model).kinds
+    place = teacher.place(teacher.replaceable_layers[0])
+    heads = f"{g.num_heads} query and {g.num_kv_heads} key/value heads of {g.head_dim}"
+    return {
+        "model_type": config.model_type,
+        "layers": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "replaceable_layers": teacher.replaceable_layers,
+        "attention": f"{type(teacher.model).__name__} at {place}: {heads}",
+        "mixers": [name for name in MIXERS if not misfit(name, g)],
+        "fast_paths": ["compiled training step", "fused decoder", "vLLM"] if has_kernels else [],
+        "self_check": teacher.self_check,
+    }
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

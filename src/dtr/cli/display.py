@@ -177,6 +177,19 @@ def doctor_table(facts: dict[str, Any]) -> Table:
     return table
 
 
+def model_table(facts: dict[str, Any]) -> Table:
+    """`dtr doctor MODEL` for people."""
+    table = Table(title=facts["model_type"], show_header=False)
+    table.add_row("layers", ", ".join(f"{number} {kind}" for kind, number in facts["layers"].items()))
+    num_layers = sum(facts["layers"].values())
+    table.add_row("can be replaced", f"{len(facts['replaceable_layers'])} of {num_layers}")
+    table.add_row("attention", facts["attention"])
+    table.add_row("mixers that fit", ", ".join(facts["mixers"]))
+    table.add_row("fast paths", ", ".join(facts["fast_paths"]) or "none; training and generation run as they are")
+    table.add_row("checked", escape(facts["self_check"]))
+    return table
+
+
 def speed_table(record: dict[str, Any]) -> Table:
     """`dtr bench distill` for people."""
     machine = record["hardware"]

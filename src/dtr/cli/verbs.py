@@ -226,12 +226,22 @@ def serve(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: DebugOpt = False
+    model: Annotated[str | None, typer.Argument(help="A model, to say what would be done with it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: DebugOpt = False,
 ) -> None:
-    """Say what this machine can do: devices, backends and why, versions, missing extras."""
-    from dtr.cli.display import doctor_table
+    """Say what this machine can do: devices, backends and why, versions, missing extras; or what MODEL is made of."""
+    from dtr.cli.display import doctor_table, model_table
     from dtr.environment import doctor as examine
+    from dtr.environment import doctor_of_model
 
+    if model is not None:
+        found = doctor_of_model(model)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            show_table(model_table(found))
+        return
     facts = examine()
     if as_json:
         print(json.dumps(facts))

@@ -135,6 +135,14 @@ def make_backbone_hybrid(
     model: Any, mixers: Mapping[int, nn.Module], specs: Mapping[int, dict[str, Any]], *, share_modules: bool
 ) -> Any:
     """As `make_hybrid`, for a model that is known by a probe."""
+    family: Any = type(model)
+    if family.config_class.model_type != model.config.model_type:
+        raise ModelError(
+            "model",
+            got=f"a {family.__name__} with the config of a {model.config.model_type}",
+            expected=f"that of a {family.config_class.model_type}, as a saved hybrid finds its class by it",
+            hint="Such a type is not supported.",
+        )
     backbone = backbone_of(model)
     cls: Any = hybrid_class(model.config.model_type, type(model).__name__)
     layers = decoder_layers(model)
@@ -228,11 +236,11 @@ def know_hybrid(source: str, options: dict[str, Any]) -> None:
 def __getattr__(name: str) -> Any:
     """Classes by name, for `trust_remote_code`, which takes them from this module."""
     if name.startswith("Hybrid"):
-        wanted = name.removeprefix("Hybrid")
-        for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-            if class_name == wanted:
-                return hybrid_class(model_type, class_name)
-        for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type].__name__ == wanted:
-                return hybrid_config_class(model_type)
+        family: Any = getattr(transformers, name.removeprefix("Hybrid"), None)
+        # Several types may share a class, which has the config of one of them.
+        if isinstance(family, type) and issubclass(family, transformers.PreTrainedModel):
+            config_class: Any = family.config_class
+            return hybrid_class(config_class.model_type, family.__name__)
+        if isinstance(family, type) and issubclass(family, transformers.PreTrainedConfig):
+            return hybrid_config_class(family.model_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
