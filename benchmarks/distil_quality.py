@@ -190,6 +190,7 @@ def make_bank(recipe: Recipe, teacher: Teacher, text: Text) -> MixerBank:
 def realign_all(recipe: Recipe, teacher: Teacher, bank: MixerBank, text: Text) -> MixerBank:
     """The bank's layers once more, on the hidden states of the hybrid that has all of them."""
     own = {"num_tokens", "seq_len_tokens", "learning_rate", "refit_tokens", "layers"}
+    own |= {"segment_tokens", "short_fraction"}
     return realign(
         teacher,
         bank,
