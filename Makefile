@@ -74,6 +74,7 @@ docs: install
 	$(BIN)/python docs/make_study.py
 	$(BIN)/python docs/make_measurements.py
 	$(BIN)/python docs/make_models.py
+	$(BIN)/python docs/make_long_context.py
 
 # Build, then install the wheel and after it the source archive into a new environment, and run each.
 wheel: install

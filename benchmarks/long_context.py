@@ -84,8 +84,8 @@ def measure(args: argparse.Namespace) -> None:
     deadline = time.monotonic() + args.limit
     teacher = dtr.load_teacher(args.model)
     record: dict[str, Any] = {
-        "command": command_line(), "hardware": hardware(), "commit": own_commit(), "model": teacher.source,
-        "task": "needle, 4 facts", "num_items": args.items, "rows": [],
+        "command": command_line(), "hardware": hardware(teacher.device), "commit": own_commit(),
+        "model": teacher.source, "task": "needle, 4 facts", "num_items": args.items, "rows": [],
     }  # fmt: skip
 
     def add(row: dict[str, Any]) -> None:

@@ -88,8 +88,9 @@ def test_the_reference_is_made_from_this_source():
     assert script.TARGET.read_text(encoding="utf-8") == script.reference(), "run: make docs"
 
 
-def test_the_page_of_model_types_is_made_from_the_committed_result():
-    script = load_script(ROOT / "docs" / "make_models.py")
+@pytest.mark.parametrize("maker", ["make_models", "make_long_context"])
+def test_a_page_of_results_is_made_from_the_committed_record(maker):
+    script = load_script(ROOT / "docs" / f"{maker}.py")
     assert script.TARGET.read_text(encoding="utf-8") == script.page(), "run: make docs"
 
 
