@@ -102,3 +102,15 @@ def test_where_heads_look_is_their_own_softmax() -> None:
     assert sorted(reach.layers()) == list(range(model.config.num_hidden_layers))
     with pytest.raises(DtrError, match="none with its answer"):
         attention_reach(teacher, [absent])
+
+
+def test_models_that_are_known_by_a_probe_alone_are_refused_in_one_line() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=128)).eval()
+    teacher = dtr.as_teacher(model, byte_tokenizer())
+    with pytest.raises(DtrError, match="segment_tokens: got 8 for model type 'gpt2'; expected one of llama"):
+        dtr.distill(teacher, token_blocks(), num_tokens=64, segment_tokens=8)
+    with pytest.raises(DtrError, match="attention_reach: got model type 'gpt2'"):
+        attention_reach(teacher, [])

@@ -86,7 +86,7 @@ def distill(
     """
     specs, chosen = check_distillation(teacher, mixer=mixer, options=options, layers=layers, backend=backend)
     tokens = seq_len_tokens if isinstance(text, str | list) else text.seq_len_tokens
-    check_segments(segment_tokens, seq_len_tokens=tokens)
+    check_segments(segment_tokens, seq_len_tokens=tokens, teacher=teacher)
     if isinstance(text, str | list):
         text = load_text(
             text,

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from dtr.arch import capture_attention, decoder_layers
-from dtr.errors import DataError
+from dtr.arch import FAMILIES, capture_attention, decoder_layers, is_family
+from dtr.errors import DataError, ModelError
 from dtr.ops.rotary import rotate
 from dtr.tasks.base import Item, LikelihoodRequest
 from dtr.teacher import Teacher
@@ -57,7 +57,15 @@ def attention_reach(teacher: Teacher, items: Iterable[Item]) -> AttentionReach:
 
     Raises:
         DataError: no item has its answer in its text.
+        ModelError: a model whose projections are not known by name.
     """
+    if not is_family(teacher.model.config):
+        raise ModelError(
+            "attention_reach",
+            got=f"model type '{teacher.model.config.model_type}'",
+            expected=f"one of {', '.join(FAMILIES)}",
+            hint="Other types hand queries and keys to their attention alone.",
+        )
     geometry, found = teacher.geometry, _Shares(teacher)
     stack = decoder_layers(teacher.model)
     for item in items:

@@ -92,6 +92,7 @@ def check_training(recipe: Recipe, teacher: Teacher, settings: SearchSettings | 
     specs, layers = check_distillation(
         teacher, **prepare_mixers(recipe), layers=recipe.distill.layers, backend=recipe.runtime.backend
     )
+    check_segments(recipe.distill.segment_tokens, seq_len_tokens=recipe.distill.seq_len_tokens, teacher=teacher)
     check_step(recipe, teacher, specs, len(layers))
     if settings is not None:
         check_budget(teacher, specs, len(layers), settings)
