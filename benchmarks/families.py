@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import dtr
 from dtr.arch import make_runner
+from dtr.environment import command_line, hardware, own_commit
 from dtr.errors import DtrError
 from dtr.hybrid.modeling import make_hybrid
 
@@ -318,19 +319,20 @@ def main() -> None:
             message = f"{type(error).__name__}: {first_line(error)}"
             record = {"model_type": model_type, "status": "wrong", "checks": {}, "message": message}
         signal.alarm(0)
-        records.append(record)
+        records.append(record | {"commit": own_commit()})
         write(args.out, records)
         print(f"{model_type:24s} {record['status']:8s} {record['message'][:300]}", flush=True)
     print(json.loads(args.out.read_text(encoding="utf-8"))["counts"])
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """The result, in which types that were not asked for this time stay as they were."""
+    """The result, in which types that were not asked for this time stay as they were; each has the commit it ran at."""
     before = json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else []
     by_type = {record["model_type"]: record for record in [*before, *records]}
     models = [by_type[model_type] for model_type in sorted(by_type)]
     counts = {status: sum(r["status"] == status for r in models) for status in ("works", "refused", "wrong")}
-    facts = {"transformers": transformers.__version__, "torch": torch.__version__, "counts": counts, "models": models}
+    facts = {"transformers": transformers.__version__, "torch": torch.__version__, "hardware": hardware()}
+    facts |= {"command": command_line(), "counts": counts, "models": models}
     path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 

@@ -40,7 +40,7 @@ def page() -> str:
         "`python benchmarks/families.py` tries it: self-check at load, distillation (errors fall), a hybrid of no "
         "linear layers bit for bit, layers run one by one, cache, padding on the left, beams, and reload in a fresh "
         f"process without dtr. {counts}. A type that was not built is no statement about dtr: its config needs sizes "
-        "that the program does not know, or a package.",
+        f"that the program does not know, or a package. {_made(facts['models'])}",
     ]
     text = "\n\n".join(part if part.startswith("#") else textwrap.fill(part, 120) for part in parts)
     for name, group in groups.items():
@@ -49,6 +49,13 @@ def page() -> str:
             text += f"\n\n## {TITLES[name]}\n\n| type | layers that can be replaced | reason |\n| --- | --- | --- |\n"
             text += "\n".join(rows)
     return text + "\n"
+
+
+def _made(records: list[dict[str, Any]]) -> str:
+    commits = {record.get("commit") for record in records}
+    if len(commits) == 1 and None not in commits:
+        return f"All at commit {commits.pop()}."
+    return "Made in several runs: types were tried again after changes, the others stayed as they were."
 
 
 def _layers(record: dict[str, Any]) -> str:
