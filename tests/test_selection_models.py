@@ -258,6 +258,19 @@ def test_floors_on_perplexity_and_on_generation(teacher, bank, task, tmp_path):
             assert kept.m_opt.value <= kept.floor == pytest.approx(kept.teacher.value / 0.9)
 
 
+def test_guards_of_one_name_are_scored_apart(teacher, bank, task, tmp_path):
+    """As one task at two lengths: the second would read the first one's scores from the journal."""
+    half = replace(task, splits={**task.splits, "validation": task.splits["validation"][:50]})
+    guards = [GuardFloor(task=task, p_min=0.5), GuardFloor(task=half, p_min=0.5)]
+    found = search(
+        teacher, bank, task, strategy="exact", **PLAIN, p_min=0.5, guards=guards, journal=tmp_path / "j.jsonl"
+    ).trace
+    assert [guard.name for guard in found.guards] == [task.name, f"{task.name} (2)"]
+    assert [len(guard.m_opt.per_item) for guard in found.guards] == [NUM_ITEMS, 50]
+    header = json.loads((tmp_path / "j.jsonl").read_text().splitlines()[0])
+    assert list(header["identity"]["guards"]) == [task.name, f"{task.name} (2)"]
+
+
 def test_impact_is_zero_where_nothing_changes_and_high_where_the_answer_is_lost(teacher, bank, task):
     generator = torch.Generator().manual_seed(0)
     questions = [range(4 * at, 4 * at + 4) for at in range(60)]

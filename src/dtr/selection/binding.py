@@ -65,7 +65,8 @@ def check_teacher(teacher: Teacher, task: Task, settings: SearchSettings) -> Non
         RecipeError: a P_min or floor that the teacher itself does not reach, or a share of a score of 0.
     """
     limits = [(task, settings.p_min, settings.p_min_kind, "search")]
-    limits += [(x.task, x.p_min, x.p_min_kind, f"search.guards ({x.task.name})") for x in settings.guards]
+    named = zip(settings.guard_names, settings.guards)
+    limits += [(x.task, x.p_min, x.p_min_kind, f"search.guards ({name})") for name, x in named]
     for one, p_min, kind, where in limits:
         score = evaluate(teacher, one, split="validation", batch_tokens=settings.batch_tokens)
         resolve_p_min(p_min, kind, score, where=where)
@@ -128,8 +129,8 @@ def find_layers(
             # Without portions and confirmation, all items need no names: the journal stays as short as it can be.
             items=items if len(items.groups) > 1 else None,
             guards=[
-                GuardTask(name=guard.task.name, score=score, p_min=guard.p_min, p_min_kind=guard.p_min_kind)
-                for guard, score in zip(settings.guards, guarding)
+                GuardTask(name=name, score=score, p_min=guard.p_min, p_min_kind=guard.p_min_kind)
+                for name, guard, score in zip(settings.guard_names, settings.guards, guarding)
             ],
             parts=_parts(task, settings),
             budget=budget,
@@ -276,7 +277,7 @@ def _open_journal(
         "dtype": str(teacher.dtype),
         "bank": bank.fingerprint,
         "task": fingerprint(task),
-        "guards": {guard.task.name: fingerprint(guard.task) for guard in settings.guards},
+        "guards": {name: fingerprint(guard.task) for name, guard in zip(settings.guard_names, settings.guards)},
         "seed": settings.seed,
     }
     return shared_journal(world, lambda: Journal(path, identity=identity, resume=True))

@@ -48,6 +48,18 @@ class SearchSettings(SearchSection):
             raise as_recipe_error(error, SearchSettings, "dtr.search") from error
 
     @property
+    def guard_names(self) -> list[str]:
+        """A name for each guard, none of them twice: scores in a journal are told apart by it.
+
+        One task may guard at several lengths, as `needle` and `needle (2)`.
+        """
+        names: list[str] = []
+        for guard in self.guards:
+            number = sum(other.task.name == guard.task.name for other in self.guards[: len(names)]) + 1
+            names.append(guard.task.name if number == 1 else f"{guard.task.name} ({number})")
+        return names
+
+    @property
     def limits(self) -> Limits:
         """The part that says when a hybrid is good enough."""
         return Limits(
