@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, pico_teacher
 
-from dtr.corpus import stream_text
+from dtr.corpus import sources, stream_text
 from dtr.corpus.faults import Faults
 from dtr.distillation.trainer import distill
 from dtr.errors import DataError
@@ -62,6 +62,18 @@ def test_an_epoch_holds_every_document_once_but_those_held_out(folder):
     assert max(train.values()) == 1
     assert len({word[:3] for word in train}) >= 40
     assert text.num_tokens == 70 * 5 * 16
+
+
+@pytest.mark.parametrize("whole_bytes", [64_000_000, 64])
+def test_a_file_that_was_changed_but_kept_its_size_is_another_text(folder, monkeypatch, whole_bytes):
+    """A resumed run would go on with other text; large files are known by pieces of them."""
+    monkeypatch.setattr(sources, "WHOLE_BYTES", whole_bytes)
+    before, file = open_text(folder).fingerprint, folder / "b.jsonl"
+    assert before == open_text(folder).fingerprint
+    text = file.read_text()
+    file.write_text(text[:-9] + ("a" if text[-9] != "a" else "b") + text[-8:])
+    assert len(file.read_text()) == len(text)
+    assert open_text(folder).fingerprint != before
 
 
 def test_the_seed_decides_everything(folder):
