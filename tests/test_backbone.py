@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -100,11 +100,33 @@ def test_encoder_decoders_are_refused_in_one_line():
         dtr.as_teacher(model, families.byte_tokenizer())
 
 
-def test_kinds_without_a_core_are_refused_with_those_that_have_one():
+@pytest.mark.parametrize("kind", ["mamba2", "jet_block"])
+def test_kinds_without_a_core_are_refused_with_those_that_have_one(kind):
+    """jet_block's own convolution would be left out without a word."""
     teacher, _ = distilled("gpt2")
     text = dtr.TokenBlocks.from_tensors(*torch.ones(2, 2, 8, dtype=torch.int32), source="ones")
-    with pytest.raises(RecipeError, match="gated_deltanet"):
-        dtr.distill(teacher, text, mixer="mamba2", num_tokens=16)
+    fitting = "Take one of gated_deltanet, gated_linear_attention, kimi_delta_attention, retention"
+    with pytest.raises(RecipeError, match=fitting):
+        dtr.distill(teacher, text, mixer=kind, num_tokens=16)
+
+
+def test_layers_whose_arguments_depend_on_lower_layers_fail_their_check():
+    """As a layer that also reads the output of the first one: evaluation would go on with a stale one."""
+    model, seen = families.make_model("gpt2"), {}
+
+    class Passing(torch.nn.ModuleList):
+        def __iter__(self):
+            for number, block in enumerate(super().__iter__()):
+                yield partial(block, first=seen["out"]) if number == 1 and seen else block
+
+    blocks = Passing(model.transformer.h)
+    own = blocks[1].forward
+    blocks[1].forward = lambda *args, first=0.0, **kwargs: own(*args, **kwargs) + first
+    blocks[0].register_forward_hook(lambda _module, _args, out: seen.update(out=out))
+    model.transformer.h = blocks
+    model.register_forward_hook(lambda *_: seen.clear())
+    with pytest.raises(ModelError, match="self-check 'layer by layer'"):
+        dtr.as_teacher(model, families.byte_tokenizer())
 
 
 def test_a_model_whose_attention_is_something_else_fails_its_check(monkeypatch):

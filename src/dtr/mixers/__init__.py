@@ -17,6 +17,7 @@ from dtr.mixers.gated_linear_attention import GatedLinearAttention
 from dtr.mixers.hedgehog import Hedgehog
 from dtr.mixers.jet_block import JetBlock
 from dtr.mixers.kimi_delta_attention import KimiDeltaAttention
+from dtr.mixers.linear import LinearMixer
 from dtr.mixers.mamba2 import Mamba2
 from dtr.mixers.qwen35_gated_deltanet import Qwen35GatedDeltaNet
 from dtr.mixers.retention import Retention
@@ -51,9 +52,14 @@ def make_mixer(kind: str, geometry: HeadGeometry, layer_idx: int, options: dict[
 
 def misfit(kind: str, geometry: HeadGeometry) -> str:
     """What of the attention a kind has no place for, so that it cannot stand in; empty where it can."""
-    if isinstance(geometry, BackboneGeometry) and not issubclass(MIXERS[kind], DecayingMixer):
-        return "projections of its own family's form"
-    return MIXERS[kind].misfit(geometry)
+    found = MIXERS[kind]
+    if isinstance(geometry, BackboneGeometry):
+        if not issubclass(found, DecayingMixer):
+            return "projections of its own family's form"
+        if found.mix_tokens is not LinearMixer.mix_tokens:
+            # A core is handed heads after their rotary positions, where no convolution belongs.
+            return "queries, keys and values that its own module makes"
+    return found.misfit(geometry)
 
 
 def stand_in(
@@ -136,11 +142,8 @@ def check_mixer(kind: str, geometry: HeadGeometry, options: dict[str, Any] | Non
     Raises:
         RecipeError: it cannot, with the kinds that can; or as `make_mixer`.
     """
-    why = misfit(kind, geometry) if isinstance(geometry, BackboneGeometry) else ""
-    if not why:
-        with torch.device("meta"):
-            make_mixer(kind, geometry, 0, options)
-    if why := why or misfit(kind, geometry):
+    check_options(kind, options or {})
+    if why := misfit(kind, geometry):
         fitting = ", ".join(name for name in MIXERS if not misfit(name, geometry))
         raise RecipeError(
             "mixer.kind",
@@ -148,6 +151,8 @@ def check_mixer(kind: str, geometry: HeadGeometry, options: dict[str, Any] | Non
             expected="a mixer that can stand in for this attention",
             hint=f"Take one of {fitting}.",
         )
+    with torch.device("meta"):
+        make_mixer(kind, geometry, 0, options)
 
 
 def mixer_from_teacher(
