@@ -20,7 +20,7 @@ from dtr.evaluation.generation import generate_texts
 from dtr.evaluation.probe import impact
 from dtr.hybrid.cache import decode_cache_bytes
 from dtr.mixers import mixer_from_teacher
-from dtr.pipeline.preparation import search_settings
+from dtr.pipeline.preparation import search_settings, what_was_read
 from dtr.recipe.sections import Recipe
 from dtr.selection import binding
 from dtr.selection.items import split_items
@@ -28,7 +28,7 @@ from dtr.selection.meter import PassMeter
 from dtr.selection.search import search
 from dtr.selection.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
-from dtr.tasks.base import GenerationRequest
+from dtr.tasks.base import GenerationRequest, fingerprint
 
 NUM_LAYERS = 9
 NUM_ITEMS = 125
@@ -269,6 +269,9 @@ def test_guards_of_one_name_are_scored_apart(teacher, bank, task, tmp_path):
     assert [len(guard.m_opt.per_item) for guard in found.guards] == [NUM_ITEMS, 50]
     header = json.loads((tmp_path / "j.jsonl").read_text().splitlines()[0])
     assert list(header["identity"]["guards"]) == [task.name, f"{task.name} (2)"]
+    # A resumed run must notice a change of either.
+    read = what_was_read(teacher, None, [task, task, half])
+    assert {read[f"guard {task.name}"], read[f"guard {task.name} (2)"]} == {fingerprint(task), fingerprint(half)}
 
 
 def test_impact_is_zero_where_nothing_changes_and_high_where_the_answer_is_lost(teacher, bank, task):

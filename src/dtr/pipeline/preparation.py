@@ -27,7 +27,7 @@ from dtr.recipe import Recipe, TaskSection
 from dtr.selection.binding import check_search, check_teacher
 from dtr.selection.settings import GuardFloor, SearchSettings
 from dtr.tasks import load_task
-from dtr.tasks.base import Task, fingerprint
+from dtr.tasks.base import Task, fingerprint, names_apart
 from dtr.tasks.training import training_prompts
 from dtr.teacher import Teacher, load_teacher, pick_device, tokenizer_fingerprint
 
@@ -104,7 +104,9 @@ def what_was_read(
     """Fingerprints by name, so that a resumed run notices when anything has changed meanwhile."""
     read = {"teacher": teacher.fingerprint, "tokenizer": tokenizer_fingerprint(teacher.tokenizer)}
     read |= {} if text is None else {"text": text.fingerprint}
-    read |= {"task" if at == 0 else f"guard {task.name}": fingerprint(task) for at, task in enumerate(tasks)}
+    # The first is what search looks at, the others are its guards.
+    names = ["task", *(f"guard {name}" for name in names_apart(tasks[1:]))]
+    read |= {name: fingerprint(task) for name, task in zip(names, tasks)}
     return read | ({} if bank is None else {"bank": bank.fingerprint})
 
 

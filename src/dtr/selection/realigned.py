@@ -10,7 +10,7 @@ from dtr.distillation.bank import MixerBank
 from dtr.evaluation.score import Score
 from dtr.selection.binding import make_evaluator
 from dtr.selection.search import hybrid_of
-from dtr.tasks.base import Task
+from dtr.tasks.base import Task, names_apart
 from dtr.teacher import Teacher
 
 
@@ -67,5 +67,5 @@ def score_realigned(
         val_before=score(bank, "validation"),
         val=score(realigned, "validation"),
         test=score(realigned, "test"),
-        lost_guards=tuple(guard.name for guard in guards if is_worse(guard)),
+        lost_guards=tuple(name for name, guard in zip(names_apart(guards), guards) if is_worse(guard)),
     )

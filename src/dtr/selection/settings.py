@@ -11,7 +11,7 @@ from pydantic import InstanceOf, ValidationError
 from dtr.recipe.errors import as_recipe_error
 from dtr.recipe.sections import RuntimeSection, SearchSection
 from dtr.selection.criteria import Limits, PMinKind
-from dtr.tasks.base import Task
+from dtr.tasks.base import Task, names_apart
 
 _RUNTIME = RuntimeSection()
 
@@ -49,15 +49,8 @@ class SearchSettings(SearchSection):
 
     @property
     def guard_names(self) -> list[str]:
-        """A name for each guard, none of them twice: scores in a journal are told apart by it.
-
-        One task may guard at several lengths, as `needle` and `needle (2)`.
-        """
-        names: list[str] = []
-        for guard in self.guards:
-            number = sum(other.task.name == guard.task.name for other in self.guards[: len(names)]) + 1
-            names.append(guard.task.name if number == 1 else f"{guard.task.name} ({number})")
-        return names
+        """A name for each guard, none of them twice."""
+        return names_apart([guard.task for guard in self.guards])
 
     @property
     def limits(self) -> Limits:

@@ -107,6 +107,21 @@ class Task(Protocol):
     def summarize(self, grades: Sequence[Grade]) -> Score: ...
 
 
+def names_apart(tasks: Sequence[Task]) -> list[str]:
+    """A name for each task, none of them twice: one task at two lengths is `needle` and `needle (2)`.
+
+    Scores in a journal and fingerprints of a run are told apart by it.
+    """
+    names: list[str] = []
+    for task in tasks:
+        name, number = task.name, 1
+        while name in names:
+            number += 1
+            name = f"{task.name} ({number})"
+        names.append(name)
+    return names
+
+
 def fingerprint(task: Task) -> str:
     """Hash of everything the score depends on: rows, prompts, metric. 16 hex digits."""
     digest = hashlib.sha256(repr((task.kind, task.metric, task.chat_template)).encode())
