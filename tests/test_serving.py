@@ -217,23 +217,30 @@ def test_ratios_are_of_lengths_that_both_models_ran() -> None:
     assert benchmark.ratios(rows) == {"64": want | {"time_per_token": less, "time_to_first_token": less}}
 
 
+def test_lengths_of_a_benchmark_leave_room_for_what_is_written() -> None:
+    """The default fits whatever a model was made for: a prompt of 32K would leave none of 32K positions."""
+    assert benchmark._lengths(None, 136, 32_768) == [2048 - 136, 8192 - 136, 32_768 - 136]
+    assert benchmark._lengths(None, 136, 8192) == [2048 - 136, 8192 - 136]
+    assert benchmark._lengths([90], 10, 100) == [90]
+
+
 def test_a_benchmark_beyond_the_positions_or_without_vllm_is_refused(tmp_path, monkeypatch) -> None:
     config_with(DELTA, max_position_embeddings=100).save_pretrained(tmp_path)
-    load = benchmark.Load(context_tokens=90, new_tokens=11)
-    monkeypatch.setattr(command, "installed_version", lambda: ("vllm", "0.26.0"))
-    monkeypatch.setattr(plugin, "installed_version", lambda: ("vllm", "0.26.0"))
-    with pytest.raises(DtrError, match="--contexts: got 101 tokens with those written; expected at most 100"):
-        benchmark.bench_serve(tmp_path, None, [load])
-    monkeypatch.setattr(command, "installed_version", lambda: None)
-    monkeypatch.setattr(plugin, "installed_version", lambda: None)
+    for module in (command, plugin, benchmark):
+        monkeypatch.setattr(module, "installed_version", lambda: ("vllm", "0.26.0"))
+    for contexts in ([90], None):
+        with pytest.raises(DtrError, match=r"--contexts: got 1\d\d tokens with those written; expected at most 100"):
+            benchmark.bench_serve(tmp_path, None, contexts=contexts, new_tokens=11)
+    for module in (command, plugin, benchmark):
+        monkeypatch.setattr(module, "installed_version", lambda: None)
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: object())
     with pytest.raises(DtrError, match="vllm is not installed; versions"):
-        benchmark.bench_serve(tmp_path, None, [load])
+        benchmark.bench_serve(tmp_path, None)
 
 
 def test_a_server_that_dies_is_told_with_its_last_words_and_one_that_lives_is_stopped(tmp_path) -> None:
     def program(text: str) -> command.ServeCommand:
-        port = benchmark._free_port()
+        port = benchmark.free_port()
         return command.ServeCommand(
             arguments=(sys.executable, "-S", "-c", text.replace("PORT", str(port))),
             source="",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, pico_model
 
-from dtr.serving.benchmark import serving
+from dtr.serving.benchmark import free_port, serving
 from dtr.serving.command import serve_command
 from dtr.serving.plugin import installed_version, version_obstacle
 
@@ -72,7 +72,7 @@ def test_six_clients_get_the_tokens_of_transformers(family: str, tmp_path) -> No
         given = torch.tensor([ids])
         written = hybrid.generate(given, attention_mask=torch.ones_like(given), **limits)
         want.append(written[0, len(ids) :].tolist())
-    command = serve_command(folder, port=8765, extra=(*SERVER, "--enforce-eager"))
+    command = serve_command(folder, port=free_port(), extra=(*SERVER, "--enforce-eager"))
     with serving(command, log=tmp_path / "server.log"), ThreadPoolExecutor(6) as clients:
         got = list(clients.map(lambda ids: ask(command.address, command.model, ids), prompts))
     assert got == want

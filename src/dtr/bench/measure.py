@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +31,8 @@ from dtr.pipeline.preparation import (
 )
 from dtr.recipe import Recipe
 from dtr.selection.binding import check_search
+from dtr.serving.benchmark import bench_serve, ratios
+from dtr.serving.plugin import installed_version
 from dtr.tasks.base import Task
 from dtr.teacher import Teacher, load_teacher, pick_device
 
@@ -75,6 +79,47 @@ def bench_generation(
         if on_row is not None:
             on_row(record | speedups(rows) | {"rows": rows})
     return record | speedups(rows) | {"rows": rows}
+
+
+def bench_serving(
+    hybrid: Path,
+    teacher: str | None,
+    *,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """`dtr bench serve`: teacher and hybrid in vLLM at every length, their ratios, and what they were measured on.
+
+    `options` as `dtr.serving.benchmark.bench_serve` takes them; `on_row` is called with the record so far.
+    """
+    facts = {
+        "command": command_line(),
+        "hardware": _hardware_apart(),
+        "versions": library_versions(),
+        "commit": own_commit(),
+        "hybrid": str(hybrid),
+        "teacher": teacher,
+        "vllm": installed_version(),
+    }
+
+    def record(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return facts | {"ratios": ratios(rows), "rows": rows}
+
+    def tell(rows: list[dict[str, Any]]) -> None:
+        if on_row is not None:
+            on_row(record(rows))
+
+    return record(bench_serve(hybrid, teacher, on_row=tell, **options))
+
+
+def _hardware_apart() -> dict[str, Any]:
+    """Hardware, asked for in a process of its own: one that looks at a GPU keeps some of its memory."""
+    code = (
+        "import json; from dtr.devices import pick_device; from dtr.environment import hardware;"
+        "print(json.dumps(hardware(pick_device('auto'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def bench_strategies(

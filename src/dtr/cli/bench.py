@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,9 @@ bench = typer.Typer(help="Measure speed; each ends in one JSON line.", no_args_i
 MixerOpt = Annotated[str, typer.Option("--mixer", help="Kind of mixer.")]
 MixerOptionsOpt = Annotated[
     list[str] | None, typer.Option("--mixer-option", metavar="NAME=VALUE", help="An option of the mixer; repeatable.")
+]
+RecordOpt = Annotated[
+    Path | None, typer.Option("--out", help="Write the JSON into this file too, anew after every row.")
 ]
 
 
@@ -69,22 +73,14 @@ def bench_generate(
     steps: Annotated[int, typer.Option("--steps", help="Decoded tokens per measurement.", min=1)] = 16,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the JSON into this file too, anew after every size.")
-    ] = None,
+    out: RecordOpt = None,
     debug: DebugOpt = False,
 ) -> None:
     """Prefill, decoding and cache of a hybrid against its teacher, at several lengths and batch sizes."""
     from dtr.bench.measure import bench_generation
     from dtr.bench.speedups import numbers
     from dtr.cli.display import generation_table
-    from dtr.errors import OutputError
-    from dtr.files import write_json
 
-    if out is not None and not out.resolve().parent.is_dir():
-        raise OutputError(
-            "--out", got=str(out), expected="a file in a folder that exists", hint="Make the folder first."
-        )
     record = bench_generation(
         model,
         num_linear=num_linear,
@@ -96,7 +92,7 @@ def bench_generate(
         num_steps=steps,
         device=device,
         dtype=dtype,
-        on_row=None if out is None else functools.partial(write_json, out),
+        on_row=_writer(out),
     )
     show_table(generation_table(record))
     print(json.dumps(record))
@@ -109,43 +105,28 @@ def bench_serve(
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="Hub name or folder to compare with, as vLLM loads it.")
     ] = None,
-    contexts: Annotated[str, typer.Option("--contexts", help="Tokens of a prompt, by commas.")] = "2048,8192,32768",
+    contexts: Annotated[
+        str | None, typer.Option("--contexts", help="Tokens of a prompt, by commas; to 2K, 8K and 32K when left out.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after each.", min=2)] = 128,
     most: Annotated[int, typer.Option("--most", help="Most requests open at once.", min=1)] = 256,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the JSON into this file too, anew after every row.")
-    ] = None,
+    out: RecordOpt = None,
     debug: DebugOpt = False,
 ) -> None:
     """Teacher and hybrid in vLLM under load, by vLLM's own client; other options go to both servers."""
+    from dtr.bench.measure import bench_serving
     from dtr.bench.speedups import numbers
     from dtr.cli.display import serving_table
-    from dtr.environment import command_line, hardware, library_versions, own_commit
-    from dtr.errors import OutputError
-    from dtr.files import write_json
-    from dtr.serving import benchmark
-    from dtr.serving.plugin import installed_version
 
-    if out is not None and not out.resolve().parent.is_dir():
-        raise OutputError(
-            "--out", got=str(out), expected="a file in a folder that exists", hint="Make the folder first."
-        )
-    record: dict[str, Any] = {
-        "hybrid": str(hybrid), "teacher": teacher, "rows": [], "ratios": {}, "vllm": installed_version(),
-        "hardware": hardware(), "versions": library_versions(), "commit": own_commit(), "command": command_line(),
-    }  # fmt: skip
-
-    def add(row: dict[str, Any]) -> None:
-        record["rows"].append(row)
-        record["ratios"] = benchmark.ratios(record["rows"])
-        if out is not None:
-            write_json(out, record)
-
-    loads = [
-        benchmark.Load(context_tokens=num, new_tokens=new_tokens, most_sequences=most)
-        for num in numbers("--contexts", contexts)
-    ]
-    benchmark.bench_serve(hybrid, teacher, loads, extra=tuple(context.args), on_row=add)
+    record = bench_serving(
+        hybrid,
+        teacher,
+        contexts=None if contexts is None else numbers("--contexts", contexts),
+        new_tokens=new_tokens,
+        most_sequences=most,
+        extra=tuple(context.args),
+        on_row=_writer(out),
+    )
     show_table(serving_table(record))
     print(json.dumps(record))
 
@@ -176,6 +157,20 @@ def bench_search(
     if record:
         show_table(strategy_table(record))
         print(json.dumps(record))
+
+
+def _writer(out: Path | None) -> Callable[[dict[str, Any]], None] | None:
+    """What writes a record into the file of --out; raises OutputError where there can be none."""
+    from dtr.errors import OutputError
+    from dtr.files import write_json
+
+    if out is None:
+        return None
+    if not out.resolve().parent.is_dir():
+        raise OutputError(
+            "--out", got=str(out), expected="a file in a folder that exists", hint="Make the folder first."
+        )
+    return functools.partial(write_json, out)
 
 
 def _options(model: str, pairs: list[str] | None) -> dict[str, Any]:

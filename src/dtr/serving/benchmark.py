@@ -20,10 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from dtr.errors import DeviceError, ModelError
-from dtr.serving.command import ServeCommand, serve_command, vllm_command
+from dtr.serving.command import ServeCommand, read_config, serve_command, vllm_command
+from dtr.serving.plugin import installed_version, version_obstacle
 
 _MOST_AT_ONCE = re.compile(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x")
 _START_SECONDS = 1200.0
+LENGTHS = (2048, 8192, 32_768)
+"""Tokens in all, of prompt and answer, where no contexts are given."""
+SPARE_TOKENS = 8
+"""A prompt of so many random tokens may have a few more once it was text."""
 _CLIENT = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -54,22 +59,26 @@ class Load:
 def bench_serve(
     hybrid: Path,
     teacher: str | None,
-    loads: Sequence[Load],
     *,
+    contexts: Sequence[int] | None = None,
+    new_tokens: int = 128,
+    most_sequences: int = 256,
     extra: tuple[str, ...] = (),
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_row: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """Measure a hybrid and its teacher at each load; a server of its own for each, so that all memory is its own.
+    """Measure a hybrid and its teacher at each length; a server of its own for each, so that all memory is its own.
 
     Args:
         hybrid: folder of a saved hybrid.
         teacher: hub name or folder of the teacher; None measures the hybrid alone.
-        loads: lengths and numbers of requests.
+        contexts: tokens of a prompt; when left out, such that 2K, 8K and 32K are filled, as far as the model goes.
+        new_tokens: tokens written after each prompt.
+        most_sequences: most requests that are open at once; as many as the server's cache holds, if that is fewer.
         extra: arguments for both servers.
-        on_row: called with each row as it comes.
+        on_row: called with all rows so far after each one.
 
     Returns:
-        For each load and model a row: `requests_per_second`, `output_tokens_per_second`, time to first token and time
+        For each length and model a row: `requests_per_second`, `output_tokens_per_second`, time to first token and time
         per token at p50 and p99 in seconds, both with as many requests open as fit (`fill`) and with one (`alone`), and
         `most_sequences`, how many sequences of full length the cache holds.
 
@@ -77,14 +86,17 @@ def bench_serve(
         ModelError: the folder is no hybrid that can be served, or a length is beyond its positions.
         DeviceError: vLLM is not installed or of another version, or a server or client failed.
     """
-    commands = {"hybrid": _checked(hybrid, loads)}
+    command, num_positions = _checked(hybrid)
+    lengths = _lengths(contexts, new_tokens + SPARE_TOKENS, num_positions)
+    loads = [Load(context_tokens=num, new_tokens=new_tokens, most_sequences=most_sequences) for num in lengths]
+    commands = {"hybrid": command}
     if teacher is not None:
-        commands["teacher"] = vllm_command(teacher, "teacher", port=_free_port())
-    rows = []
+        commands["teacher"] = vllm_command(teacher, "teacher", port=free_port())
+    rows: list[dict[str, Any]] = []
     for load in loads:
-        for name, command in commands.items():
-            rows.append({"model": name, "context_tokens": load.context_tokens} | _measure(command, load, extra))
-            on_row(rows[-1])
+        for name, one in commands.items():
+            rows.append({"model": name, "context_tokens": load.context_tokens} | _measure(one, load, extra))
+            on_row(rows)
     return rows
 
 
@@ -127,30 +139,34 @@ def serving(command: ServeCommand, extra: Sequence[str] = (), *, log: Path) -> I
                     _wait_for_group(server, patience)
 
 
-def _checked(hybrid: Path, loads: Sequence[Load]) -> ServeCommand:
-    """The hybrid's command, if vLLM is there and all lengths are within its positions."""
-    from dtr.serving.command import read_config
-    from dtr.serving.plugin import installed_version, version_obstacle
-
-    command = serve_command(hybrid, port=_free_port())
+def _checked(hybrid: Path) -> tuple[ServeCommand, int]:
+    """The hybrid's command, if vLLM is there, and the model's positions."""
+    command = serve_command(hybrid, port=free_port())
     if installed_version() is None:
         raise DeviceError("vllm", got=version_obstacle(), expected="vLLM, whose client asks", hint="Install it.")
-    most, longest = read_config(hybrid).max_position_embeddings, max(x.context_tokens + x.new_tokens for x in loads)
-    if longest > most:
+    return command, read_config(hybrid).max_position_embeddings
+
+
+def _lengths(contexts: Sequence[int] | None, room: int, num_positions: int) -> list[int]:
+    """Tokens of prompts, each with room for what is written after it."""
+    if contexts is None:
+        contexts = [length - room for length in LENGTHS if room < length <= num_positions]
+    longest = max(contexts, default=num_positions) + room
+    if longest > num_positions:
         raise ModelError(
             "--contexts",
             got=f"{longest:,} tokens with those written",
-            expected=f"at most {most:,}, the model's positions",
+            expected=f"at most {num_positions:,}, the model's positions",
             hint="Take shorter contexts.",
         )
-    return command
+    return list(contexts)
 
 
 def _measure(command: ServeCommand, load: Load, extra: tuple[str, ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="dtr-serve-") as scratch:
         log, length = Path(scratch) / "server.log", load.context_tokens + load.new_tokens
         # Every request's prompt is another one: what a prefix cache would hold is of no use.
-        own = ("--max-model-len", str(length + 8), "--no-enable-prefix-caching", *extra)
+        own = ("--max-model-len", str(length + SPARE_TOKENS), "--no-enable-prefix-caching", *extra)
         with serving(command, own, log=log):
             said = _MOST_AT_ONCE.findall(log.read_text(encoding="utf-8", errors="replace"))
             if not said:
@@ -197,7 +213,8 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str, log: P
         if server.poll() is not None:
             raise DeviceError("vllm", got=_last_words(log.read_bytes()), expected="a server that starts")
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
+            # It is on this machine, whatever proxy the environment names.
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{address}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             if time.monotonic() > deadline:
@@ -232,7 +249,8 @@ def _last_words(output: bytes) -> str:
     return (errors or lines or ["nothing"])[-1][-400:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
