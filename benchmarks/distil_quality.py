@@ -30,7 +30,7 @@ from distil_measures import Measures
 from dtr.corpus.mixing import Text
 from dtr.distillation import loop
 from dtr.distillation.bank import MixerBank, load_bank
-from dtr.distillation.realignment import realign
+from dtr.distillation.realignment import NOT_OF_DISTILLATION, realign
 from dtr.distillation.trainer import distill
 from dtr.environment import hardware, own_commit
 from dtr.files import write_json
@@ -189,15 +189,13 @@ def make_bank(recipe: Recipe, teacher: Teacher, text: Text) -> MixerBank:
 
 def realign_all(recipe: Recipe, teacher: Teacher, bank: MixerBank, text: Text) -> MixerBank:
     """The bank's layers once more, on the hidden states of the hybrid that has all of them."""
-    own = {"num_tokens", "seq_len_tokens", "learning_rate", "refit_tokens", "layers"}
-    own |= {"segment_tokens", "short_fraction"}
     return realign(
         teacher,
         bank,
         text,
         list(bank.mixers),
         **recipe.realign.model_dump(),
-        **recipe.distill.model_dump(exclude=own),
+        **recipe.distill.model_dump(exclude=set(NOT_OF_DISTILLATION)),
         seed=recipe.seed,
     )
 

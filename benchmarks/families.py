@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from random_model import byte_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -132,18 +133,6 @@ def make_model(model_type: str) -> Any:
             elif "norm" in name.lower() and weight.is_floating_point():
                 weight.add_(torch.randn_like(weight) * 0.1)
     return model.eval()
-
-
-def byte_tokenizer() -> Any:
-    """One token per byte, plus <eos>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
 def apart(got: torch.Tensor, expected: torch.Tensor) -> str:

@@ -13,19 +13,18 @@ Rows are written as they come; after --limit seconds no new one begins.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dtr
+from dtr.bench.closeness import Sequences, layer_errors
 from dtr.distillation.bank import MixerBank, load_bank
-from dtr.distillation.targets import capture_targets
 from dtr.environment import command_line, hardware, own_commit
 from dtr.errors import DtrError
 from dtr.evaluation.attention_reach import attention_reach
@@ -40,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """All of 4,096 tokens a step."""
 MIXER = {"mixer": "gated_deltanet", "options": {"head_copies": 2, "quadratic": True, "exact_first": True}}
-BUCKETS = (0, 128, 512, 2048, 8192)
+POSITIONS = (0, 128, 512, 2048, 8192)
 
 
 def main() -> None:
@@ -120,14 +119,14 @@ def scores(
     args: argparse.Namespace,
     teacher: Teacher,
     banks: dict[str, MixerBank],
-    by_reach: Sequence[int],
+    by_reach: list[int],
     length: int,
     deadline: float,
 ) -> Iterator[dict[str, Any]]:
     """Rows of one length: the teacher, then for each share and order the hybrid of each bank."""
     num_layers, task = teacher.num_layers, needle(length, args.items)
     asked: dict[str, Any] = {"kind": "needle", "length": length}
-    orders = {"reach": list(by_reach), "even": evenly(num_layers)}
+    orders = {"reach": by_reach, "even": evenly(num_layers)}
     seen_teacher = False
     for name, bank in banks.items():
         evaluator = Evaluator(
@@ -162,26 +161,14 @@ def evenly(num_layers: int) -> list[int]:
     return list(dict.fromkeys([*places, *range(num_layers)]))
 
 
-@torch.no_grad()
 def errors_by_position(teacher: Teacher, bank: MixerBank, blocks: torch.Tensor) -> dict[str, Any]:
-    """Each layer's normalised error in buckets of position, over blocks (N, T) that teacher and mixers read whole."""
-    bounds = [first for first in BUCKETS if first < blocks.shape[1]] + [blocks.shape[1]]
-    mixers = bank.in_dtype(teacher.dtype)
-    sums = {number: torch.zeros(2, len(bounds) - 1, dtype=torch.float64) for number in mixers}
-
-    def visit(number: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
-        out, _ = mixers[number](hidden, rotary)
-        for row, value in enumerate((out.float() - target.float(), target.float())):
-            power = value.square().sum(-1).sum(0).double().cpu()
-            sums[number][row] += torch.stack([power[a:b].sum() for a, b in itertools.pairwise(bounds)])
-
-    with capture_targets(teacher.model, mixers, visit):
-        for block in blocks.split(1):
-            teacher.model.model(input_ids=block.to(teacher.device, torch.long), use_cache=False)
-    table = torch.stack([error / power for error, power in sums.values()])
-    names = [f"{a}-{b}" for a, b in itertools.pairwise(bounds)]
-    by_layer = {bank.layer_of[number]: [round(x, 4) for x in row] for number, row in zip(sums, table.tolist())}
-    return {"nmse_by_position": dict(zip(names, table.mean(0).tolist())), "nmse_by_layer": by_layer}
+    """Each layer's normalised error by position, over blocks (N, T) that teacher and mixers read whole."""
+    text, mixers = Sequences.of(blocks.tolist()), bank.in_dtype(teacher.dtype)
+    found = layer_errors(teacher, mixers, text, batch_size=1, positions=POSITIONS)
+    by_layer = {bank.layer_of[number]: one.nmse_by_position for number, one in found.items()}
+    names = next(iter(by_layer.values()))
+    mean = {name: sum(one[name] for one in by_layer.values()) / len(by_layer) for name in names}
+    return {"nmse_by_position": mean, "nmse_by_layer": by_layer}
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ TARGET = ROOT / "docs" / "models.md"
 TITLES = {
     "works": "Works",
     "refused": "Refused by dtr",
-    "wrong": "Loads, but a check failed",
+    "wrong": "A check failed, or did not end in time",
     "not built": "Not built here",
 }
+COUNTED = {"works": "work", "refused": "are refused by dtr", "wrong": "failed", "not built": "were not built here"}
 
 
 def page() -> str:
@@ -27,7 +28,7 @@ def page() -> str:
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in TITLES}
     for record in facts["models"]:
         groups["not built" if record.get("reason") == "not built" else record["status"]].append(record)
-    counts = ", ".join(f"{len(group)} {TITLES[name].lower()}" for name, group in groups.items())
+    counts = ", ".join(f"{len(group)} {COUNTED[name]}" for name, group in groups.items())
     parts = [
         "# Model types",
         "Llama, Mistral, Qwen2 and Qwen3 (and SmolLM2, Qwen2.5) have whole mixers and fused kernels. Any other "
@@ -39,7 +40,7 @@ def page() -> str:
         f"Below is a small random model of every causal type of transformers {facts['transformers']}, as "
         "`python benchmarks/families.py` tries it: self-check at load, distillation (errors fall), a hybrid of no "
         "linear layers bit for bit, layers run one by one, cache, padding on the left, beams, and reload in a fresh "
-        f"process without dtr. {counts}. A type that was not built is no statement about dtr: its config needs sizes "
+        f"process without dtr. Of {len(facts['models'])} types, {counts}. A type that was not built is no statement about dtr: its config needs sizes "
         f"that the program does not know, or a package. {_made(facts['models'])}",
     ]
     text = "\n\n".join(part if part.startswith("#") else textwrap.fill(part, 120) for part in parts)

@@ -81,6 +81,20 @@ def is_family(config: Any) -> bool:
     return config.model_type.removeprefix(HYBRID_PREFIX) in FAMILIES
 
 
+def require_family(config: Any, where: str, *, hint: str, given: object = None) -> None:
+    """Raise ModelError unless a config is of `FAMILIES`: `where` names what other models do not have yet.
+
+    `given` is the setting's value, where it is a setting.
+    """
+    if not is_family(config):
+        raise ModelError(
+            where,
+            got=f"{'' if given is None else f'{given} for '}model type '{config.model_type}'",
+            expected=f"one of {', '.join(sorted(FAMILIES))}, which alone have this",
+            hint=hint,
+        )
+
+
 def check_supported(config: Any) -> None:
     """Raise ModelError unless the config is of a causal model type of transformers, or of a hybrid of one."""
     if not is_family(config) and config.model_type.removeprefix(HYBRID_PREFIX) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -101,13 +115,7 @@ def read_geometry(config: Any) -> HeadGeometry:
     check_supported(config)
     if getattr(config, "backbone", None):
         return BackboneGeometry(**config.backbone["geometry"])
-    if not is_family(config):
-        raise ModelError(
-            "model",
-            got=f"model type '{config.model_type}'",
-            expected=f"one of {', '.join(sorted(FAMILIES))}, which alone have this fast path",
-            hint="Use model.generate.",
-        )
+    require_family(config, "model", hint="Use model.generate.")
     family = config.model_type.removeprefix(HYBRID_PREFIX)
     bias = bool(getattr(config, "attention_bias", False))
     return HeadGeometry(

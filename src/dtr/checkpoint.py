@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dtr.anatomy import some
-from dtr.arch import FAMILIES, check_library, check_supported, is_family
+from dtr.arch import check_library, check_supported, require_family
 from dtr.devices import pick_device, pick_dtype
 from dtr.errors import DtrError, ModelError
 from dtr.files import CHECKSUMS, changed_since_written
@@ -55,17 +55,13 @@ def read_model(source: str | Path, *, device: str, dtype: str, trust_remote_code
     where, extra = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
     # A wrong family is told before its weights are read.
     options = {"trust_remote_code": trust_remote_code, **extra}
-    _guarded(source, lambda: know_hybrid(where, options))
+    if not extra:
+        _guarded(source, lambda: know_hybrid(where, options))
     config = _guarded(source, lambda: AutoConfig.from_pretrained(where, **options))
     check_supported(config)
     has_classes = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    if has_classes and not is_family(config):
-        raise ModelError(
-            f"teacher.source {source}",
-            got=f"a classifier of type '{config.model_type}'",
-            expected=f"a causal language model, or a classifier of {', '.join(sorted(FAMILIES))}",
-            hint="Give the language model.",
-        )
+    if has_classes:
+        require_family(config, f"teacher.source {source}, a classifier", hint="Give the language model.")
     auto = AutoModelForSequenceClassification if has_classes else AutoModelForCausalLM
     tokenizer = _guarded(source, lambda: AutoTokenizer.from_pretrained(where, **options))
     if tokenizer.pad_token is None:

@@ -10,8 +10,7 @@ Shapes: B batch (1), T tokens, D hidden dim.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -36,13 +35,12 @@ from dtr.arch import (
     make_runner,
     with_mixer,
 )
+from dtr.backbone.probe import narrow_window
 from dtr.errors import ModelError
 from dtr.hybrid.modeling import make_hybrid
 
 NUM_TOKENS = 24
 """Length of the text that checks run on."""
-WINDOW_TOKENS = 8
-"""Sliding windows are narrowed to this meanwhile, so that the text is longer than they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,20 +188,6 @@ def _found(check: Check, subject: Subject) -> str:
     # Code that is not ours runs here, and whatever it raises, the fact has not been shown to hold.
     except Exception as error:
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-@contextmanager
-def narrow_window(config: Any) -> Iterator[None]:
-    """While open, a sliding window is short enough for our text to show whether it is heeded."""
-    window = getattr(config, "sliding_window", None)
-    if not window or window <= WINDOW_TOKENS:
-        yield
-        return
-    config.sliding_window = WINDOW_TOKENS
-    try:
-        yield
-    finally:
-        config.sliding_window = window
 
 
 def _first_tokens(subject: Subject) -> str:

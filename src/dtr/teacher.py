@@ -20,6 +20,7 @@ from dtr.arch import (
     is_family,
     read_geometry,
     replaceable_layers,
+    require_family,
 )
 from dtr.backbone.probe import backbone_of
 from dtr.checkpoint import load_model, read_model
@@ -123,13 +124,9 @@ def load_teacher(
         device, dtype = "cpu", str(pick_dtype(dtype, place)).removeprefix("torch.")
     model, tokenizer = read_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     teacher = as_teacher(model, tokenizer, source=str(source))
-    if shard and not is_family(model.config):
-        raise ModelError(
-            "teacher.shard",
-            got=f"model type '{model.config.model_type}'",
-            expected="a Llama, Mistral, Qwen2 or Qwen3, which alone are spread over ranks",
-            hint="Leave it out; with parallel 'data' each rank holds the whole model.",
-        )
+    if shard:
+        hint = "Leave it out; with parallel 'data' each rank holds the whole model."
+        require_family(model.config, "teacher.shard", hint=hint)
     return shard_teacher(teacher, place) if shard else teacher
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dtr.arch import LayerRunner, make_runner, with_mixer
+from dtr.arch import LayerRunner, make_runner, run_body, with_mixer
 from dtr.distillation.targets import capture_targets
 from dtr.mixers.base import Mixer
 from dtr.teacher import Teacher
@@ -112,10 +112,15 @@ def divergences(
 
 @torch.no_grad()
 def layer_errors(
-    teacher: Teacher, mixers: Mapping[int, Mixer], text: Sequences, *, batch_size: int = 8
+    teacher: Teacher,
+    mixers: Mapping[int, Mixer],
+    text: Sequences,
+    *,
+    batch_size: int = 8,
+    positions: Sequence[int] = POSITIONS,
 ) -> dict[int, LayerErrors]:
-    """Each mixer's error where the teacher shows it its input; arguments as for `divergences`."""
-    sums = {number: _PositionSums(2, teacher.device) for number in mixers}
+    """Each mixer's error where the teacher shows it its input; `positions` begin buckets, the rest as `divergences`."""
+    sums = {number: _PositionSums(2, teacher.device, positions) for number in mixers}
     mask = torch.empty(0)
 
     def visit(number: int, hidden: torch.Tensor, rotary: Any, target: torch.Tensor) -> None:
@@ -126,7 +131,7 @@ def layer_errors(
     with capture_targets(teacher.model, mixers, visit):
         # `visit` reads the mask.
         for input_ids, mask in text.batches(batch_size, teacher.device):  # noqa: B007
-            teacher.model.model(input_ids=input_ids, use_cache=False)
+            run_body(teacher.model, input_ids)
     found = {}
     for number, one in sums.items():
         error, power = one.mean().tolist()
@@ -149,14 +154,15 @@ def _compare(runner: LayerRunner, theirs_ND: torch.Tensor, ours_ND: torch.Tensor
 class _PositionSums:
     """Sums of a few values of each token, by bucket of its position."""
 
-    def __init__(self, num_values: int, device: torch.device) -> None:
-        self._sums = torch.zeros(len(POSITIONS), num_values, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(len(POSITIONS), dtype=torch.float64, device=device)
+    def __init__(self, num_values: int, device: torch.device, positions: Sequence[int] = POSITIONS) -> None:
+        self._positions = positions
+        self._sums = torch.zeros(len(positions), num_values, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(len(positions), dtype=torch.float64, device=device)
 
     def add(self, values_NV: torch.Tensor, mask_BT: torch.Tensor) -> None:
         """`values_NV` has a row for each True of the mask, in its order."""
         positions = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand_as(mask_BT)[mask_BT]
-        buckets = torch.bucketize(positions, torch.tensor(POSITIONS[1:], device=mask_BT.device), right=True)
+        buckets = torch.bucketize(positions, torch.tensor(self._positions[1:], device=mask_BT.device), right=True)
         self._sums.index_add_(0, buckets, values_NV.double())
         self._counts.index_add_(0, buckets, torch.ones_like(buckets, dtype=torch.float64))
 
@@ -165,8 +171,8 @@ class _PositionSums:
 
     def means(self) -> dict[str, list[float]]:
         """Mean of each value, by name of the bucket; buckets without a token are left out."""
-        ends = [str(end - 1) for end in POSITIONS[1:]] + [""]
-        names = [str(first) if str(first) == end else f"{first}-{end}" for first, end in zip(POSITIONS, ends)]
+        ends = [str(end - 1) for end in self._positions[1:]] + [""]
+        names = [str(first) if str(first) == end else f"{first}-{end}" for first, end in zip(self._positions, ends)]
         counts = self._counts.tolist()
         return {name: (row / n).tolist() for name, row, n in zip(names, self._sums, counts) if n}
 

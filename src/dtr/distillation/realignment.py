@@ -32,6 +32,11 @@ from dtr.mixers.base import Mixer
 from dtr.mixers.stand_in import StandIn
 from dtr.teacher import Teacher
 
+NOT_OF_DISTILLATION = frozenset(
+    {"num_tokens", "seq_len_tokens", "learning_rate", "refit_tokens", "layers", "segment_tokens", "short_fraction"}
+)
+"""Settings of `distill` that `realign` does not take over: it has its own, or none."""
+
 
 class HybridPass:
     """One pass of teacher and hybrid side by side, layer by layer, so that only one layer's states are alive.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dtr.arch import FAMILIES, attention_of, decoder_layers, is_family
+from dtr.arch import attention_of, decoder_layers, is_family, require_family
 from dtr.distillation.bank import MixerBank, Spec, read_numbers, read_specs
 from dtr.distillation.compiled import pays
 from dtr.distillation.students import Students
@@ -40,15 +40,13 @@ def check_distillation(
 
 
 def check_segments(segment_tokens: int | None, *, seq_len_tokens: int, teacher: Teacher | None = None) -> None:
-    """Raise RecipeError unless whole segments make up a sequence, and the teacher, once loaded, can have them."""
-    if segment_tokens is not None and teacher is not None and not is_family(teacher.model.config):
-        raise RecipeError(
-            "distill.segment_tokens",
-            got=f"{segment_tokens} for model type '{teacher.model.config.model_type}'",
-            expected=f"one of {', '.join(FAMILIES)}, whose attention takes angles alone",
-            hint="Leave it out.",
-        )
-    if segment_tokens is not None and seq_len_tokens % segment_tokens:
+    """Raise RecipeError or ModelError unless whole segments make up a sequence, and the teacher can have them."""
+    if segment_tokens is None:
+        return
+    if teacher is not None:
+        where, config = "distill.segment_tokens", teacher.model.config
+        require_family(config, where, hint="Leave it out.", given=segment_tokens)
+    if seq_len_tokens % segment_tokens:
         raise RecipeError(
             "distill.segment_tokens",
             got=f"{segment_tokens} for sequences of {seq_len_tokens} tokens",

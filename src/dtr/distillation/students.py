@@ -158,7 +158,10 @@ class Students:
         input_ids = input_ids.to(self._teacher.device, torch.long)
         if not self._can_replay:
             return self._step(input_ids)
-        return self._replays.setdefault(input_ids.shape, Replay(self._step))(input_ids)
+        if input_ids.shape not in self._replays:
+            # One for long and one for short steps, where there are both.
+            self._replays[input_ids.shape] = Replay(self._step)
+        return self._replays[input_ids.shape](input_ids)
 
     @property
     def refusal(self) -> str | None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from dtr.arch import FAMILIES, capture_attention, decoder_layers, is_family
-from dtr.errors import DataError, ModelError
+from dtr.arch import attention_of, capture_attention, require_family, run_body
+from dtr.errors import DataError
 from dtr.ops.rotary import rotate
 from dtr.tasks.base import Item, LikelihoodRequest
 from dtr.teacher import Teacher
@@ -59,15 +59,9 @@ def attention_reach(teacher: Teacher, items: Iterable[Item]) -> AttentionReach:
         DataError: no item has its answer in its text.
         ModelError: a model whose projections are not known by name.
     """
-    if not is_family(teacher.model.config):
-        raise ModelError(
-            "attention_reach",
-            got=f"model type '{teacher.model.config.model_type}'",
-            expected=f"one of {', '.join(FAMILIES)}",
-            hint="Other types hand queries and keys to their attention alone.",
-        )
+    config = teacher.model.config
+    require_family(config, "attention_reach", hint="The projections of other types have names of their own.")
     geometry, found = teacher.geometry, _Shares(teacher)
-    stack = decoder_layers(teacher.model)
     for item in items:
         [request] = [one for one in item.requests if isinstance(one, LikelihoodRequest)]
         ids, answer = _tokens_and_places(teacher.tokenizer, request)
@@ -76,12 +70,11 @@ def attention_reach(teacher: Teacher, items: Iterable[Item]) -> AttentionReach:
         answer = answer.to(teacher.device)
 
         def visit(layer: int, hidden_BTD: torch.Tensor, rotary: Any, _output: torch.Tensor) -> None:
-            attention: Any = stack[layer].self_attn
-            weights = _last_weights(attention, hidden_BTD, rotary, geometry.head_dim)
+            weights = _last_weights(attention_of(teacher.model, layer), hidden_BTD, rotary, geometry.head_dim)
             found.add(layer, weights, answer)  # noqa: B023  called before the next item
 
         with capture_attention(teacher.model, range(teacher.num_layers), visit):
-            teacher.model.model(input_ids=torch.tensor([ids], device=teacher.device), use_cache=False)
+            run_body(teacher.model, torch.tensor([ids], device=teacher.device))
         found.num_items += 1
     if not found.num_items:
         raise DataError("items", got="none with its answer in its text", expected="a task like needle")

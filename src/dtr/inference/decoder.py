@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dtr.arch import FAMILIES, decoder_layers, is_family, layer_kind, read_geometry
+from dtr.arch import decoder_layers, layer_kind, read_geometry, require_family
 from dtr.errors import ModelError
 from dtr.inference.blocks import Attend, MixerBlock, Prompt, Step, make_block
 from dtr.inference.prompt_graphs import GraphRecorder, PromptGraphs
@@ -261,13 +261,7 @@ class Decoder:
 def check_fast(model: Any, capacity_tokens: int) -> None:
     """Raise ModelError unless this is a language model whose every layer the fast path runs."""
     config = model.config
-    if not is_family(config):
-        raise ModelError(
-            "model",
-            got=f"a {config.model_type}",
-            expected=f"one of {', '.join(sorted(FAMILIES))}, which alone have the fast path",
-            hint="Use model.generate, which takes every family.",
-        )
+    require_family(config, "model", hint="Use model.generate, which takes every family.")
     if not hasattr(model, "lm_head"):
         raise ModelError("model", got=type(model).__name__, expected="a causal language model, which writes tokens")
     window = getattr(config, "sliding_window", None) or capacity_tokens

@@ -8,7 +8,7 @@ from typing import Any
 
 from dtr.corpus.mixing import Text
 from dtr.distillation.bank import MixerBank, load_bank
-from dtr.distillation.realignment import realign
+from dtr.distillation.realignment import NOT_OF_DISTILLATION, realign
 from dtr.distillation.trainer import distill
 from dtr.distributed import World, current_world, join_world
 from dtr.files import replacing_folder, write_checksums, write_json
@@ -110,15 +110,13 @@ def prepare_realigned(
     realigned = _load_finished(folder.realigned, teacher, layers, recipe.runtime.backend)
     if realigned is None:
         assert ready.text is not None
-        apart = {"num_tokens", "seq_len_tokens", "learning_rate", "refit_tokens", "layers"}
-        apart |= {"segment_tokens", "short_fraction"}
         realigned = realign(
             teacher,
             bank,
             ready.text,
             layers,
             **recipe.realign.model_dump(),
-            **recipe.distill.model_dump(exclude=apart),
+            **recipe.distill.model_dump(exclude=set(NOT_OF_DISTILLATION)),
             seed=recipe.seed,
             checkpoint=folder.realign_checkpoint,
             on_event=emit,
