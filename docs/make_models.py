@@ -40,8 +40,8 @@ def page() -> str:
         f"Below is a small random model of every causal type of transformers {facts['transformers']}, as "
         "`python benchmarks/families.py` tries it: self-check at load, distillation (errors fall), a hybrid of no "
         "linear layers bit for bit, layers run one by one, cache, padding on the left, beams, and reload in a fresh "
-        f"process without dtr. Of {len(facts['models'])} types, {counts}. A type that was not built is no statement about dtr: its config needs sizes "
-        f"that the program does not know, or a package. {_made(facts['models'])}",
+        f"process without dtr. Of {len(facts['models'])} types, {counts}. A type that was not built is no statement "
+        f"about dtr: its config needs sizes that the program does not know, or a package. {_made(facts['models'])}",
     ]
     text = "\n\n".join(part if part.startswith("#") else textwrap.fill(part, 120) for part in parts)
     for name, group in groups.items():
