@@ -37,7 +37,7 @@ from dtr.errors import DtrError
 from dtr.hybrid.modeling import make_hybrid
 
 OUT = Path(__file__).parent / "results" / "families.json"
-MAX_SECONDS = 60
+MAX_SECONDS = 300
 MAX_PARAMETERS = 30_000_000
 NUM_TOKENS = 32
 TOLERANCE = 1e-3

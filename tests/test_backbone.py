@@ -12,10 +12,14 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import dtr
 from dtr.backbone.probe import backbone_of
+from dtr.bench.distillation import bench_distill
+from dtr.bench.subjects import load_subjects
 from dtr.distillation.bank import load_bank
 from dtr.environment import doctor_of_model
-from dtr.errors import ModelError, RecipeError
+from dtr.errors import DtrError, ModelError, RecipeError
+from dtr.evaluation.attention_reach import attention_reach
 from dtr.hybrid.modeling import make_hybrid
+from dtr.serving.command import serve_command
 
 families = load_script(ROOT / "benchmarks" / "families.py")
 
@@ -60,7 +64,10 @@ def test_a_hybrid_of_any_anatomy_holds_together(subject, tmp_path):
     expected = hybrid(ids, use_cache=False).logits
     plain = teacher.model(ids, use_cache=False).logits
     assert not torch.allclose(expected, plain, atol=1e-3), "nothing was replaced"
-    assert torch.equal(make_hybrid(teacher.model, {}, {})(ids, use_cache=False).logits, plain)
+    unchanged = make_hybrid(teacher.model, {}, {})
+    assert torch.equal(unchanged(ids, use_cache=False).logits, plain)
+    ways = ("_attn_implementation", "_experts_implementation")
+    assert all(getattr(unchanged.config, way, 0) == getattr(teacher.model.config, way, 0) for way in ways)
     assert not families.runner_fault(teacher.model, bank.in_dtype(torch.float32), ids, expected)
     assert not families.cache_fault(hybrid, ids, expected)
     assert not families.padding_fault(teacher.model, hybrid, ids)
@@ -127,6 +134,48 @@ def test_layers_whose_arguments_depend_on_lower_layers_fail_their_check():
     model.register_forward_hook(lambda *_: seen.clear())
     with pytest.raises(ModelError, match="self-check 'layer by layer'"):
         dtr.as_teacher(model, families.byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of a teacher and of a hybrid."""
+    teacher, bank = distilled("gpt2")
+    folder = tmp_path_factory.mktemp("gpt2")
+    hybrid = make_hybrid(teacher.model, bank.in_dtype(torch.float32), {i: bank.spec(i) for i in bank.mixers})
+    for name, model in (("teacher", teacher.model), ("hybrid", hybrid)):
+        model.save_pretrained(folder / name)
+        teacher.tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def blocks():
+    return dtr.TokenBlocks.from_tensors(*torch.ones(2, 2, 8, dtype=torch.int32), source="ones")
+
+
+NOT_FOR_PROBED_MODELS = {
+    "distill.refit_tokens": lambda folder: dtr.distill(distilled("gpt2")[0], blocks(), num_tokens=16, refit_tokens=8),
+    "distill.segment_tokens": lambda folder: dtr.distill(
+        distilled("gpt2")[0], blocks(), num_tokens=16, segment_tokens=4
+    ),
+    "attention_reach": lambda folder: attention_reach(distilled("gpt2")[0], []),
+    "dtr bench distill": lambda folder: list(bench_distill(distilled("gpt2")[0], sizes=[(1, 8)])),
+    "dtr bench generate": lambda folder: load_subjects(
+        str(folder / "hybrid"), num_linear=None, mixer="gated_deltanet", keep=None, device="cpu", dtype="float32"
+    ),
+    "config.json": lambda folder: serve_command(folder / "hybrid"),
+    "dtr_gpt2": lambda folder: dtr.export_hybrid(folder / "hybrid", folder / "stock"),
+    "model": lambda folder: dtr.Decoder(distilled("gpt2")[0].model, batch_size=1, capacity_tokens=16),
+}
+
+
+@pytest.mark.parametrize("what", NOT_FOR_PROBED_MODELS)
+def test_what_other_models_do_not_have_is_refused_in_one_line(what, saved):
+    """Before any work, and by the entry points that people take."""
+    with pytest.raises(DtrError) as caught:
+        NOT_FOR_PROBED_MODELS[what](saved)
+    assert what in str(caught.value)
+    assert "gpt2" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_whose_attention_is_something_else_fails_its_check(monkeypatch):

@@ -153,6 +153,9 @@ def make_backbone_hybrid(
     placed = [dict(specs[i]) if i in specs else None for i in range(len(layers))]
     config = cls.config_class(**fields, mixers=placed, backbone=vars(backbone))
     config._attn_implementation = source._attn_implementation
+    # How experts are multiplied, too: another way rounds otherwise.
+    if (experts := getattr(source, "_experts_implementation", None)) is not None:
+        config._experts_implementation = experts
     config.architectures = [cls.__name__]
     hybrid.__class__, hybrid.config = cls, config
     vars(hybrid).pop("_dtr_backbone", None)
