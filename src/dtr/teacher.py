@@ -126,7 +126,7 @@ def load_teacher(
     teacher = as_teacher(model, tokenizer, source=str(source))
     if shard:
         hint = "Leave it out; with parallel 'data' each rank holds the whole model."
-        require_family(model.config, "teacher.shard", hint=hint)
+        require_family(model.config, "runtime.shard_teacher", hint=hint)
     return shard_teacher(teacher, place) if shard else teacher
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dtr.arch import require_family
 from dtr.bench.baseline import baseline_tokens_per_second
 from dtr.bench.trial import MixerMaker, Trial, median_seconds
 from dtr.distributed import World
@@ -62,6 +63,7 @@ def bench_distill(
     Raises:
         DeviceError: the backend's results are wrong on this machine.
     """
+    require_family(teacher.model.config, "dtr bench distill", hint="Other teachers are distilled without a fast step.")
     world, say = world or World(), on_phase or (lambda phase: None)
     say("comparing the kernels with a reference in float64")
     make = partial(mixer_from_teacher, mixer, options=options_of_new(mixer, options), backend=backend)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dtr.arch import HYBRID_PREFIX, decoder_layers, model_class
+from dtr.arch import HYBRID_PREFIX, decoder_layers, model_class, require_family
 from dtr.errors import RecipeError
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import mixer_from_teacher, options_of_new
@@ -51,6 +51,7 @@ def load_subjects(
     options = options_of_new(mixer, options)
     model, _ = load_model(source, device=device, dtype=dtype)
     config = model.config
+    require_family(config, "dtr bench generate", hint="Other models and their hybrids run by model.generate alone.")
     if config.model_type.startswith(HYBRID_PREFIX):
         if num_linear is not None or keep is not None:
             raise RecipeError(

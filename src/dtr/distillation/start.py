@@ -25,11 +25,16 @@ def check_distillation(
     options: dict[str, Any] | None = None,
     layers: list[int] | None = None,
     backend: str = "auto",
+    segment_tokens: int | None = None,
+    refit_tokens: int = 0,
 ) -> tuple[list[Spec], list[int]]:
-    """Refuse mixers, layers and kernels that this teacher cannot have, before text is read; `distill` does the same.
+    """Refuse what this teacher cannot have, before text is read; `distill` does the same.
 
-    Returns the kinds and the layers. Raises RecipeError and DeviceError.
+    Returns the kinds and the layers. Raises RecipeError, ModelError and DeviceError.
     """
+    for name, value in (("segment_tokens", segment_tokens), ("refit_tokens", refit_tokens)):
+        if value:
+            require_family(teacher.model.config, f"distill.{name}", hint="Leave it out.", given=value)
     specs = read_specs(mixer, options)
     for spec in specs:
         check_mixer(spec["kind"], teacher.geometry, {key: value for key, value in spec.items() if key != "kind"})
@@ -39,14 +44,9 @@ def check_distillation(
     return specs, chosen
 
 
-def check_segments(segment_tokens: int | None, *, seq_len_tokens: int, teacher: Teacher | None = None) -> None:
-    """Raise RecipeError or ModelError unless whole segments make up a sequence, and the teacher can have them."""
-    if segment_tokens is None:
-        return
-    if teacher is not None:
-        where, config = "distill.segment_tokens", teacher.model.config
-        require_family(config, where, hint="Leave it out.", given=segment_tokens)
-    if seq_len_tokens % segment_tokens:
+def check_segments(segment_tokens: int | None, *, seq_len_tokens: int) -> None:
+    """Raise RecipeError unless whole segments make up a sequence."""
+    if segment_tokens is not None and seq_len_tokens % segment_tokens:
         raise RecipeError(
             "distill.segment_tokens",
             got=f"{segment_tokens} for sequences of {seq_len_tokens} tokens",

@@ -84,9 +84,17 @@ def distill(
         DeviceError: the backend cannot run here, or memory ran out; the message names the setting to change.
         Interrupted: Ctrl-C; the state was saved if `checkpoint` is given.
     """
-    specs, chosen = check_distillation(teacher, mixer=mixer, options=options, layers=layers, backend=backend)
+    specs, chosen = check_distillation(
+        teacher,
+        mixer=mixer,
+        options=options,
+        layers=layers,
+        backend=backend,
+        segment_tokens=segment_tokens,
+        refit_tokens=refit_tokens,
+    )
     tokens = seq_len_tokens if isinstance(text, str | list) else text.seq_len_tokens
-    check_segments(segment_tokens, seq_len_tokens=tokens, teacher=teacher)
+    check_segments(segment_tokens, seq_len_tokens=tokens)
     if isinstance(text, str | list):
         text = load_text(
             text,

@@ -90,9 +90,11 @@ def prepare_run(recipe: Recipe, bank: str | Path | None, emit: Listener) -> Prep
 def check_training(recipe: Recipe, teacher: Teacher, settings: SearchSettings | None = None) -> None:
     """Refuse mixers, layers, sizes and a budget that this teacher and this machine cannot have; raises RecipeError."""
     specs, layers = check_distillation(
-        teacher, **prepare_mixers(recipe), layers=recipe.distill.layers, backend=recipe.runtime.backend
+        teacher,
+        **prepare_mixers(recipe),
+        **recipe.distill.model_dump(include={"layers", "segment_tokens", "refit_tokens"}),
+        backend=recipe.runtime.backend,
     )
-    check_segments(recipe.distill.segment_tokens, seq_len_tokens=recipe.distill.seq_len_tokens, teacher=teacher)
     check_step(recipe, teacher, specs, len(layers))
     if settings is not None:
         check_budget(teacher, specs, len(layers), settings)

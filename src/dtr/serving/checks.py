@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dtr.arch import HYBRID_PREFIX, HeadGeometry, read_geometry
+from dtr.arch import HYBRID_PREFIX, HeadGeometry, read_geometry, require_family
 from dtr.errors import ModelError
 from dtr.mixers import Mixer, make_mixer
 
@@ -39,6 +39,7 @@ def check_servable(config: Any, *, num_ranks: int = 1) -> None:
             expected="a hybrid that dtr has saved",
             hint="Other models are served by vLLM as they are.",
         )
+    require_family(config, "config.json", hint=GENERATE)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise ModelError(

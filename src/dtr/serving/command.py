@@ -103,13 +103,15 @@ def read_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
+    from dtr.hybrid.backbone import know_hybrid
     from dtr.hybrid.configuration import register_configs
 
     if not (folder / "config.json").is_file():
         raise ModelError(str(folder), got="no config.json", expected="the folder of a saved hybrid, as RUN/hybrid")
     register_configs()
     try:
-        return AutoConfig.from_pretrained(folder)
+        know_hybrid(str(folder), {})
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
