@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A source archive has no history; where there is one, it wins.
@@ -14,6 +15,21 @@ import pytest
 import torch
 import yaml
 from tiny import byte_tokenizer, pico_model
+
+from dtr.interrupt import SIGNALS
+
+
+def heed_signals():
+    """Take back what a shell's background job and nohup hand down, that Ctrl-C and its like are ignored.
+
+    Programs that tests start inherit it, and there is nothing to test of a signal that never arrives.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+heed_signals()
 
 
 @pytest.fixture(autouse=True)

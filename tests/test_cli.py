@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from conftest import heed_signals
 from tiny import byte_tokenizer, pico_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,6 +110,18 @@ def test_phases_apart_equal_the_run(finished, place, dtr, tmp_path):
     assert '"event": "candidate"' in err
     first, second = (json.loads((f / "report.json").read_text()) for f in (folder, tmp_path / "search"))
     assert first["m_opt"] == second["m_opt"]
+
+
+def test_ctrl_c_reaches_programs_of_a_suite_that_runs_in_the_background():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        heed_signals()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        # A `sh -c` child keeps an ignored signal ignored: this one must not.
+        killed = subprocess.run(["sh", "-c", "kill -INT $$; exit 0"])
+        assert killed.returncode == -signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("moment", ["distill", "candidate"])
