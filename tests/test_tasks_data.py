@@ -11,6 +11,7 @@ import pytest
 
 from dtr.errors import DataError, RecipeError
 from dtr.tasks import load_task
+from dtr.tasks.base import GenerationRequest, LikelihoodRequest
 from dtr.tasks.fields import map_row
 from dtr.tasks.jsonl import Row
 from dtr.tasks.prompts import fill, fill_target
@@ -258,7 +259,7 @@ def test_what_is_no_text_is_refused_wherever_a_model_would_read_it(tmp_path, val
     message = r"rows\.parquet:3: got .* in 'note'; expected text or a number"
     for use in (
         lambda: fill("{question} {note}", row, "task.prompt"),
-        lambda: fill_target("{answer} {note}", "answer", "a", row, chat_template=False),
+        lambda: fill_target("{answer} {note}", "answer", "a", row, "", chat_template=False),
         lambda: map_row(row, {"context": "{note}"}),
     ):
         with pytest.raises(DataError, match=message):
@@ -266,8 +267,33 @@ def test_what_is_no_text_is_refused_wherever_a_model_would_read_it(tmp_path, val
     assert fill("{question} {note}", replace(row, data={"question": "q", "note": 0.5}), "task.prompt") == "q 0.5"
 
 
+@pytest.mark.parametrize(
+    ("source", "prompt", "scored", "shown", "said"),
+    [
+        ("multiple_choice", "Q: {question} A: ", ("Q: a A:", " red"), None, "put before the answers"),
+        ("classification", "{question}\n\n", ("a", "\n\nred"), None, "put before the answers"),
+        ("generation", "{question}\n", ("a", "\nred"), "a", "left out, and the model writes it"),
+    ],
+)
+def test_white_space_at_the_end_of_prompts_is_told_with_its_number(tmp_path, source, prompt, scored, shown, said):
+    row = {"question": "a", "choices": ["red", "green"], "label_text": "red", "answer": 0}
+    row |= {"answer": "red"} if source == "generation" else {}
+    for split, letters in (("validation", "abc"), ("test", "de")):
+        rows = [row | {"question": letter, "label": 0} for letter in letters]
+        rows[1] |= {"label": 1, "label_text": "green"}
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match=f"prompts of 3 of 3 validation and 2 of 2 test items.*{said}"):
+        task = load_task(source, path=str(tmp_path), prompt=prompt)
+    assert said in task.notes[-1]
+    requests = task.splits["validation"][0].requests
+    likely = [request for request in requests if isinstance(request, LikelihoodRequest)]
+    assert (likely[0].context, likely[0].target) == scored
+    assert [r.context for r in requests if isinstance(r, GenerationRequest)] == ([shown] if shown else [])
+
+
 def test_an_answer_brings_its_own_space_or_gets_one():
     row = Row(file=Path("rows.jsonl"), line=1, data={})
-    texts = [fill_target(None, "answer", text, row, chat_template=False) for text in ("bad", " bad", "\nbad")]
-    assert texts == [" bad", " bad", "\nbad"]
-    assert fill_target(None, "answer", " bad", row, chat_template=True) == "bad"
+    given = [("bad", "Q:"), (" bad", "Q:"), ("\nbad", "Q:"), ("bad", "Q: "), ("bad", "Q:\n")]
+    texts = [fill_target(None, "answer", text, row, context, chat_template=False) for text, context in given]
+    assert texts == [" bad", " bad", "\nbad", "bad", "bad"]
+    assert fill_target(None, "answer", " bad", row, "Q:", chat_template=True) == "bad"

@@ -16,6 +16,7 @@ from tiny import byte_tokenizer, pico_model, pico_teacher
 
 from dtr.errors import DataError, RecipeError
 from dtr.evaluation.evaluator import Evaluator, evaluate
+from dtr.evaluation.score import LOST_NATS
 from dtr.tasks import load_task
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval: make test-lm-eval")
@@ -61,7 +62,7 @@ def choice_task(folder: Path, name: str, splits=(("validation", 12), ("test", 30
         rows = rows_of(name, split, num_rows)
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     choices = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "{{answer}}"}
-    write_yaml(folder, f"own_{name}", **choices, **SHAPES[name][0], metric_list=ACCURACY, **config)
+    write_yaml(folder, f"own_{name}", **{**choices, **SHAPES[name][0], "metric_list": ACCURACY, **config})
 
 
 @pytest.fixture(autouse=True)
@@ -180,18 +181,63 @@ def test_generated_answers_go_through_the_harness_filters(tmp_path):
     assert list(evaluate(pico_teacher(), task).per_item) == [sample["exact_match"] for sample in samples]
 
 
+def test_prompts_that_end_in_white_space_are_told_and_scored_as_by_the_harness(tmp_path):
+    choice_task(tmp_path, "piqa", doc_to_text="Question: {{question}}\nAnswer: ", target_delimiter="")
+    with pytest.warns(UserWarning, match="prompts of 12 of 12 validation and 30 of 30 test items.*before the answers"):
+        task = load_task("lm_eval:own_piqa", path=str(tmp_path))
+    assert task.splits["test"][0].requests[0].context.endswith("\nAnswer:")
+    found = Evaluator(pico_model(), byte_tokenizer(), task, "test").respond()
+    theirs = [[r[0][0] for r in sample["resps"]] for sample in harness_samples(tmp_path, "own_piqa")]
+    assert [[r.log_prob for r in responses] for responses in found] == [pytest.approx(x, abs=1e-4) for x in theirs]
+    generation_task(tmp_path, doc_to_text="{{prompt}}\nAnswer:\n")
+    with pytest.warns(UserWarning, match="prompts of 4 of 4 validation and 6 of 6 test items.*left there"):
+        writing = load_task("lm_eval:own_writing", path=str(tmp_path))
+    written, reference = writing.splits["test"][3].requests
+    assert written.context.endswith("\nAnswer:\n")
+    assert reference.target == "\n3"
+    assert "left there" in writing.notes[-1]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_loses(tmp_path, wrong):
+    from dtr.tasks.base import Generation, Likelihood
+
+    def likely(log_prob):
+        return Likelihood(log_prob=log_prob, is_greedy=True, num_tokens=1)
+
+    choice_task(tmp_path, "piqa")
+    choices = load_task("lm_eval:own_piqa", path=str(tmp_path))
+    item = next(item for item in choices.splits["test"] if item.row["target"] == 0)
+    assert choices.grade(item, [likely(-1.0), likely(-2.0)]).value == 1.0
+    # In the right answer's place as well as beside it.
+    for responses in ([likely(wrong), likely(-2.0)], [likely(-1.0), likely(wrong)]):
+        grade = choices.grade(item, responses)
+        assert (grade.value, grade.log_likelihood) == (0.0, -LOST_NATS)
+    generation_task(tmp_path)
+    writing = load_task("lm_eval:own_writing", path=str(tmp_path))
+    right = Generation(text=writing.splits["test"][3].row["answer"])
+    assert writing.grade(writing.splits["test"][3], [right, likely(-1.0)]).value == 1.0
+    assert writing.grade(writing.splits["test"][3], [right, likely(wrong)]).value == 0.0
+    for split in ("validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"{split} red green"}) + "\n")
+    perplexity_task(tmp_path)
+    words = load_task("lm_eval:own_text", path=str(tmp_path))
+    grades = [words.grade(words.splits["test"][0], [likely(x)]) for x in (-3000.0, wrong)]
+    assert grades[0].value == 1000.0
+    assert grades[1].value == LOST_NATS
+    assert math.isfinite(words.summarize(grades[1:]).value)
+
+
+def perplexity_task(folder: Path) -> None:
+    metric = {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
+    texts = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    write_yaml(folder, "own_text", **texts, metric_list=[metric])
+
+
 def test_perplexity_over_words(tmp_path):
     for split in ("validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"{split} red green"}) + "\n")
-    metric = {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
-    write_yaml(
-        tmp_path,
-        "own_text",
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{text}}",
-        metric_list=[metric],
-    )
+    perplexity_task(tmp_path)
     task = load_task("lm_eval:own_text", path=str(tmp_path))
     score = evaluate(pico_teacher(), task)
     assert (score.metric, score.higher_is_better) == ("word_perplexity", False)

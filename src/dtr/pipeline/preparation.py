@@ -70,6 +70,9 @@ def prepare_run(recipe: Recipe, bank: str | Path | None, emit: Listener) -> Prep
     emit({"event": "stage", "text": f"reading the task {recipe.task.path or recipe.task.source}"})
     task = prepare_task(recipe)
     settings = search_settings(recipe, prepare_guards(recipe))
+    for one in (task, *(guard.task for guard in settings.guards)):
+        for note in one.notes:
+            emit({"event": "note", "task": one.name, "text": note})
     check_search(task, settings)
     teacher = prepare_teacher(recipe, emit)
     given = None if bank is None else load_bank(bank, teacher=teacher, backend=recipe.runtime.backend)

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from dtr.evaluation.score import Grade, Score
 
@@ -67,6 +67,10 @@ def all_finite(responses: Sequence[Response]) -> bool:
     return all(math.isfinite(x.log_prob) for x in responses if isinstance(x, Likelihood))
 
 
+EndSpace = Literal["moved", "left out", "kept"]
+"""White space that ends a prompt goes to the answers that are scored, is left to the model to write, or stays."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """One question: the row it came from and the requests it needs."""
@@ -76,6 +80,8 @@ class Item:
     row: Mapping[str, Any] = field(default_factory=dict)
     group: str | None = None
     """Items of one passage or document share a group: they err together, so draws and tests go by group."""
+    end_space: EndSpace | None = None
+    """What became of white space at the end of the prompt; None where there was none."""
 
 
 class Task(Protocol):

@@ -15,8 +15,8 @@ from dtr.evaluation.score import Grade, Score, lost_grade, mean_score
 from dtr.recipe import Section
 from dtr.tasks.base import Item, LabelRequest, Likelihood, Response, all_finite
 from dtr.tasks.jsonl import Row
-from dtr.tasks.multiple_choice import ChoiceTask, choice_request, make_choice_task
-from dtr.tasks.prompts import fill, fill_target
+from dtr.tasks.multiple_choice import ChoiceTask, choice_item, make_choice_task
+from dtr.tasks.prompts import fill
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options, refuse_settings
 from dtr.tasks.splits import SplitRows, draw_splits, group_of, read_splits, rows_of
 
@@ -131,7 +131,5 @@ def _make_item(row: Row, spec: TaskSpec, labels: list[str]) -> Item:
     if spec.prompt is None:
         row.text("text")
     context = fill(spec.prompt if spec.prompt is not None else DEFAULT_PROMPT, row, "task.prompt")
-    targets = [fill_target(spec.target, "label_text", text, row, chat_template=spec.chat_template) for text in labels]
-    requests = tuple(choice_request(context, target, row, spec) for target in targets)
     answer = {"choices": labels, "answer": labels.index(label_text)}
-    return Item(id=row.id, requests=requests, row=answer, group=group_of(row, spec))
+    return choice_item(row, spec, context, "label_text", labels, answer)

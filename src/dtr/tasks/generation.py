@@ -29,7 +29,14 @@ from dtr.tasks.metrics import (
     measure,
     normalize,
 )
-from dtr.tasks.prompts import fill, fill_target, likelihood_request, question_prompt
+from dtr.tasks.prompts import (
+    end_space,
+    end_space_notes,
+    fill,
+    fill_target,
+    likelihood_request,
+    question_prompt,
+)
 from dtr.tasks.sandbox import passes
 from dtr.tasks.spec import TASKS, TaskSpec, read_options
 from dtr.tasks.splits import draw_splits, group_of, read_splits
@@ -141,12 +148,13 @@ def load_generation(spec: TaskSpec) -> GenerationTask:
         # A function that cannot grade a right answer is told before any work is done.
         first = items["validation"][0]
         measure(function, metric, first.row["answers"][0], first.row["answers"], item=first.id)
+    splits = draw_splits(spec, items)
     return GenerationTask(
         name=spec.name,
         metric=metric,
         chat_template=spec.chat_template,
-        splits=draw_splits(spec, items),
-        notes=found.notes,
+        splits=splits,
+        notes=(*found.notes, *end_space_notes(splits)),
         extract=pattern,
         function=function,
         code_seconds=options.code_seconds,
@@ -177,13 +185,15 @@ def _make_item(
         row = replace(row, data={**row.data, "context": _cut_middle(row.data["context"], options.max_context_chars)})
     runs_code = metric == "pass_at_1"
     if spec.prompt is not None:
-        context = fill(spec.prompt, row, "task.prompt")
+        written = fill(spec.prompt, row, "task.prompt")
     else:
-        context = row.text("prompt") if "prompt" in row.data else question_prompt(row)
-        context = code.chat_question(context) if runs_code and spec.chat_template else context
+        written = row.text("prompt") if "prompt" in row.data else question_prompt(row)
+        written = code.chat_question(written) if runs_code and spec.chat_template else written
+    context = written
     if not spec.chat_template:
         # White space at the end of a prompt would be a token the model has rarely seen there.
-        context = code.open_end(context, options.stop) if runs_code else context.rstrip()
+        context = code.open_end(written, options.stop) if runs_code else written.rstrip()
+    end = end_space(written, "kept" if context == written else "left out", chat_template=spec.chat_template)
     answers = [] if runs_code and "answer" not in row.data else _read_answers(row, options.answer_field)
     requests: list[Request] = [
         GenerationRequest(context=context, max_new_tokens=options.max_new_tokens, stop=tuple(options.stop))
@@ -192,15 +202,16 @@ def _make_item(
         # The reference text, which may hold the way to the answer that is compared.
         given = row.data.get("answer", answers[0])
         reference = answers[0] if isinstance(given, list) else row.as_text("answer", given)
-        target = fill_target(spec.target, "answer", reference, row, chat_template=spec.chat_template)
-        requests.append(likelihood_request(context, target, chat_template=spec.chat_template))
+        target = fill_target(spec.target, "answer", reference, row, written, chat_template=spec.chat_template)
+        requests.append(likelihood_request(written, target, chat_template=spec.chat_template))
     if runs_code:
         # A completion goes on where the prompt's code stops, so both belong to the program.
         entry_point = row.text("entry_point") if "entry_point" in row.data else None
         program = {"program": row.text("prompt"), "tests": row.text("tests"), "entry_point": entry_point}
-        return Item(id=row.id, requests=tuple(requests), row=program, group=group_of(row, spec))
+        return Item(id=row.id, requests=tuple(requests), row=program, group=group_of(row, spec), end_space=end)
     accepted = [answer if pattern is None else extract_last(pattern, answer) or answer for answer in answers]
-    return Item(id=row.id, requests=tuple(requests), row={"answers": accepted}, group=group_of(row, spec))
+    row_kept = {"answers": accepted}
+    return Item(id=row.id, requests=tuple(requests), row=row_kept, group=group_of(row, spec), end_space=end)
 
 
 def _cut_middle(text: str, num_chars: int) -> str:

@@ -17,6 +17,7 @@ from dtr.errors import DataError, RecipeError, did_you_mean
 from dtr.evaluation.score import LOST_NATS, Grade, Score, lost_grade, mean_score, perplexity_score
 from dtr.recipe import Section
 from dtr.tasks.base import (
+    EndSpace,
     Generation,
     GenerationRequest,
     Item,
@@ -28,7 +29,7 @@ from dtr.tasks.base import (
 )
 from dtr.tasks.harness_rows import HARNESS_PREFIX, HarnessRows
 from dtr.tasks.jsonl import Row
-from dtr.tasks.prompts import likelihood_request
+from dtr.tasks.prompts import end_space, end_space_notes, likelihood_request
 from dtr.tasks.spec import TaskSpec, read_options, refuse_settings
 from dtr.tasks.splits import draw_splits, read_splits
 
@@ -114,12 +115,13 @@ def load_harness(spec: TaskSpec) -> HarnessTask:
     metric, pipeline = _choose_metric(spec, task), _choose_filter(task, options.filter)
     found = read_splits(spec)
     items = {split: _make_items(rows, spec, task) for split, rows in found.rows.items()}
+    splits = draw_splits(spec, items)
     return HarnessTask(
         name=spec.name,
         metric=metric,
         chat_template=spec.chat_template,
-        splits=draw_splits(spec, items),
-        notes=found.notes,
+        splits=splits,
+        notes=(*found.notes, *end_space_notes(splits)),
         task=task,
         filter=pipeline,
     )
@@ -188,7 +190,10 @@ def _make_item(row: Row, spec: TaskSpec, task: Any) -> Item:
     requests: list[Request] = list(asked)
     if isinstance(asked[0], GenerationRequest) and isinstance(target, str) and target.strip():
         # The likelihood of the reference answer breaks ties in search; the harness does not see it.
-        requests.append(likelihood_request(asked[0].context, f" {target.strip()}", chat_template=spec.chat_template))
+        written = asked[0].context
+        between = "" if written[-1:].isspace() else " "
+        answer = between + target.strip()
+        requests.append(likelihood_request(written, answer, chat_template=spec.chat_template))
     choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else None
     right = target if choices is None or not isinstance(target, int) or target >= len(choices) else choices[target]
     return Item(
@@ -196,7 +201,16 @@ def _make_item(row: Row, spec: TaskSpec, task: Any) -> Item:
         requests=tuple(requests),
         row={"doc": dict(doc), "num_asked": len(asked), "answer": right, "target": target},
         group=None if spec.group is None else str(doc.get(spec.group)),
+        end_space=_end_space(instances[0], spec),
     )
+
+
+def _end_space(instance: Any, spec: TaskSpec) -> EndSpace | None:
+    """What is written goes on from the prompt as it is, as in the harness."""
+    if instance.request_type == "loglikelihood_rolling":
+        return None
+    done: EndSpace = "moved" if instance.request_type == "loglikelihood" else "kept"
+    return end_space(instance.args[0], done, chat_template=spec.chat_template)
 
 
 def _user_turn(messages: list[dict[str, str]], **_options: Any) -> str:

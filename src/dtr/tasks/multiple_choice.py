@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field
 
@@ -18,7 +19,14 @@ from dtr.recipe import Section
 from dtr.tasks.base import Item, Likelihood, LikelihoodRequest, Response, all_finite
 from dtr.tasks.jsonl import Row
 from dtr.tasks.metrics import TextMetric, find_metric, is_import_path, measure
-from dtr.tasks.prompts import fill, fill_target, likelihood_request, question_prompt
+from dtr.tasks.prompts import (
+    end_space,
+    end_space_notes,
+    fill,
+    fill_target,
+    likelihood_request,
+    question_prompt,
+)
 from dtr.tasks.spec import TASKS, TaskSpec, choose_metric, read_options
 from dtr.tasks.splits import draw_splits, group_of, read_splits
 
@@ -101,13 +109,14 @@ def make_choice_task(
         first = items["validation"][0]
         right = first.row["choices"][first.row["answer"]]
         measure(function, metric, right, [right], item=first.id)
+    splits = draw_splits(spec, items)
     return ChoiceTask(
         name=spec.name,
         kind=spec.kind,
         metric=metric,
         chat_template=spec.chat_template,
-        splits=draw_splits(spec, items),
-        notes=notes,
+        splits=splits,
+        notes=(*notes, *end_space_notes(splits)),
         is_normed=(auto if is_function else metric) == "acc_norm",
         function=function,
     )
@@ -124,22 +133,29 @@ def _make_item(row: Row, spec: TaskSpec, options: MultipleChoiceOptions) -> Item
     if not 0 <= answer < len(choices):
         raise row.wrong(field, answer, f"an index from 0 to {len(choices) - 1}, one of {len(choices)} choices")
     context = question_prompt(row) if spec.prompt is None else fill(spec.prompt, row, "task.prompt")
-    targets = [fill_target(spec.target, "choice", text, row, chat_template=spec.chat_template) for text in choices]
-    requests = tuple(choice_request(context, target, row, spec) for target in targets)
-    return Item(
-        id=row.id, requests=requests, row={"choices": list(choices), "answer": answer}, group=group_of(row, spec)
-    )
+    return choice_item(row, spec, context, "choice", choices, {"choices": list(choices), "answer": answer})
 
 
-def choice_request(context: str, target: str, row: Row, spec: TaskSpec) -> LikelihoodRequest:
-    """The request of one choice.
+def choice_item(
+    row: Row, spec: TaskSpec, context: str, field: str, choices: Sequence[str], answer: dict[str, Any]
+) -> Item:
+    """An item that ranks choices after a context; `field` holds each one in the target template.
 
     Raises:
-        DataError: the choice is blank.
+        DataError: a choice is blank.
     """
-    if not target.strip():
-        raise row.wrong("choices", target, "a choice with at least one visible character")
-    return likelihood_request(context, target, chat_template=spec.chat_template)
+    is_chat = spec.chat_template
+    targets = [fill_target(spec.target, field, text, row, context, chat_template=is_chat) for text in choices]
+    for target in targets:
+        if not target.strip():
+            raise row.wrong("choices", target, "a choice with at least one visible character")
+    return Item(
+        id=row.id,
+        requests=tuple(likelihood_request(context, target, chat_template=is_chat) for target in targets),
+        row=answer,
+        group=group_of(row, spec),
+        end_space=end_space(context, "moved", chat_template=is_chat),
+    )
 
 
 def _read_choices(row: Row) -> list[str]:

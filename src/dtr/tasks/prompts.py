@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 import string
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dtr.errors import DataError, RecipeError
-from dtr.tasks.base import LikelihoodRequest
+from dtr.tasks.base import EndSpace, Item, LikelihoodRequest
 from dtr.tasks.jsonl import Row
 
 MAX_PLACEHOLDERS = 100
@@ -106,13 +108,39 @@ def likelihood_request(context: str, target: str, *, chat_template: bool) -> Lik
     return LikelihoodRequest(context=context, target=target)
 
 
-def fill_target(template: str | None, field: str, value: str, row: Row, *, chat_template: bool) -> str:
+def end_space(context: str, done: EndSpace, *, chat_template: bool) -> EndSpace | None:
+    """`done` if the context ends in white space; a chat template closes the context itself."""
+    return done if not chat_template and context[-1:].isspace() else None
+
+
+_DONE: dict[EndSpace, str] = {
+    "moved": "It was put before the answers that are scored, as lm-evaluation-harness does.",
+    "left out": "It was left out, and the model writes it.",
+    "kept": "It was left there: scores by writing may be far below what the model can do.",
+}
+
+
+def end_space_notes(splits: Mapping[str, Sequence[Item]]) -> tuple[str, ...]:
+    """Warn of prompts that end in white space, with their number; what is said, for the report."""
+    notes = []
+    for done, what in _DONE.items():
+        numbers = Counter(split for split, items in splits.items() for item in items if item.end_space == done)
+        if numbers:
+            counts = " and ".join(f"{num} of {len(splits[split])} {split}" for split, num in numbers.items())
+            note = f"White space ends the prompts of {counts} items, which tokenizers join to the next word. {what}"
+            warnings.warn(note, stacklevel=3)
+            notes.append(note)
+    return tuple(notes)
+
+
+def fill_target(template: str | None, field: str, value: str, row: Row, context: str, *, chat_template: bool) -> str:
     """The answer's text: a template of the recipe with the row's fields and `field`, or `value` itself.
 
-    Without a template one space goes before it, unless it brings white space of its own; a chat turn starts without.
+    Without a template one space goes before it, unless it or the end of the context brings white space of its own; a
+    chat turn starts without.
     """
     if template is not None:
         return fill(template, row, "task.target", {field: value})
     if chat_template:
         return value.lstrip(" ")
-    return value if value[:1].isspace() else f" {value}"
+    return value if value[:1].isspace() or context[-1:].isspace() else f" {value}"
