@@ -1,12 +1,12 @@
 """Is what vLLM answers what our decoder answers, and how fast are teacher and hybrid in it? On one GPU.
 
     python benchmarks/serve_vllm.py --out vllm.json                                   # a pico model, in a minute
-    python benchmarks/serve_vllm.py --out vllm.json --teacher smollm2-demo --num-linear 24
+    python benchmarks/serve_vllm.py --out vllm.json --teacher smollm2-demo --num-tokens 2000000 --graphs
     python benchmarks/serve_vllm.py --out vllm.json --teacher TEACHER --hybrid RUN/hybrid
 
-Without --hybrid the layers are made on the spot: untrained, which speed does not depend on. Each engine runs in a
-process of its own, eagerly first, so that what is missing is seen early. Rows are written as they come; after --limit
-seconds no new part begins, and one that runs is stopped.
+Without --hybrid the layers are made on the spot: trained on --num-tokens of Python's documentation, or not at all, as
+speed does not depend on it. Each engine runs in a process of its own, and eagerly first, so that what is missing is
+seen early. Rows are written as they come; after --limit seconds no new part begins, and one that runs is stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PROMPT_TOKENS = (1, 2, 3, 17, 64, 65, 100, 150, 200, 333, 1, 40)
 NEW_TOKENS = 64
+OPTIONS = {"head_copies": 2, "quadratic": True, "exact_first": True}
+MIXER = {"mixer": "gated_deltanet", "options": OPTIONS, "learning_rate": 4e-3, "batch_size": 32}
+ROW = "row: "
+"""Stands before a row among what an engine prints."""
 
 
 def main() -> None:
@@ -32,14 +39,18 @@ def main() -> None:
     parser.add_argument("--teacher", help="hub name, folder, GGUF file or smollm2-demo; else a pico model alone")
     parser.add_argument("--hybrid", type=Path, help="a saved hybrid; else made from the teacher")
     parser.add_argument("--num-linear", type=int, help="layers that are made linear; three in four by default")
+    parser.add_argument("--num-tokens", type=int, default=0, help="tokens that they are trained on; 0: not trained")
+    parser.add_argument("--parts", default="pico,agree,speed", help="which of these, by commas")
     parser.add_argument("--contexts", default="2048,8192,32768", help="tokens of a prompt, by commas")
+    parser.add_argument("--most-at-once", type=int, default=256, help="most sequences at once")
     parser.add_argument("--work", type=Path, default=Path("serve-vllm"), help="folder for models that are made")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds in all")
     parser.add_argument("--graphs", action="store_true", help="speeds with compiled steps and CUDA graphs, as served")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        print(json.dumps(run_part(json.loads(args.part))))
+        for row in run_part(json.loads(args.part)):
+            print(ROW + json.dumps(row), flush=True)
         return
     deadline = time.monotonic() + args.limit
     folders = make_models(args)
@@ -49,43 +60,48 @@ def main() -> None:
         if seconds < 20:
             print(f"left out, as the time is up: {part}", flush=True)
             continue
-        record["rows"].append(in_a_process(part, seconds))
-        print(json.dumps(record["rows"][-1]), flush=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for row in in_a_process(part, seconds):
+            record["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def plan(args: argparse.Namespace, folders: dict[str, str]) -> list[dict[str, Any]]:
     """The parts in order: equality before speed, eager before graphs."""
+    wanted = args.parts.split(",")
     # Random weights: in bfloat16 any two ways differ soon, in float32 none may.
     pico = {"kind": "agree", "folder": folders["pico"], "model": "pico", "dtype": "float32"}
-    parts = [pico | {"eager": eager} for eager in (True, False)]
-    if "hybrid" not in folders:
-        return parts
-    parts.append({"kind": "agree", "folder": folders["hybrid"], "model": "hybrid", "eager": not args.graphs})
-    for context in map(int, args.contexts.split(",")):
+    parts = [pico | {"eager": eager} for eager in (True, False)] if "pico" in wanted else []
+    if "hybrid" in folders and "agree" in wanted:
+        parts.append({"kind": "agree", "folder": folders["hybrid"], "model": "hybrid", "eager": not args.graphs})
+    if "hybrid" in folders and "speed" in wanted:
         for model in ("hybrid", "teacher"):
             one = {"kind": "speed", "folder": folders[model], "model": model, "eager": not args.graphs}
-            parts.append(one | {"context": context})
+            contexts = [int(num) for num in args.contexts.split(",")]
+            parts.append(one | {"contexts": contexts, "most_at_once": args.most_at_once})
     return parts
 
 
-def in_a_process(part: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The part's row; an engine that fails or hangs costs its own part alone."""
+def in_a_process(part: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+    """The part's rows as they come; an engine that fails or hangs costs what it had not said yet."""
     command = [sys.executable, __file__, "--out", "-", "--part", json.dumps(part)]
     # One process with the engine in it: what it has allocated can be asked for.
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
     begin = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, env=os.environ | variables, capture_output=True, text=True, timeout=seconds, errors="replace"
-        )
-    except subprocess.TimeoutExpired:
-        return part | {"error": f"stopped after {seconds:.0f} s"}
-    row = {"seconds_in_all": round(time.monotonic() - begin, 1)}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return part | row | {"error": (done.stderr or done.stdout)[-3000:]}
-    return part | row | json.loads(lines[-1])
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        child = subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=log, text=True)
+        timer = threading.Timer(seconds, child.kill)
+        timer.start()
+        assert child.stdout is not None, "it is a pipe"
+        for line in child.stdout:
+            if line.startswith(ROW):
+                row = json.loads(line.removeprefix(ROW))
+                yield part | {"seconds_in_all": round(time.monotonic() - begin, 1)} | row
+        timer.cancel()
+        if child.wait():
+            log.seek(0)
+            seconds = time.monotonic() - begin
+            yield part | {"error": f"ended with {child.returncode} after {seconds:.0f} s: {log.read()[-3000:]}"}
 
 
 def environment() -> dict[str, Any]:
@@ -102,6 +118,9 @@ def make_models(args: argparse.Namespace) -> dict[str, str]:
     """Folders by name: pico, and with a teacher, teacher and hybrid."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dtr.corpus import stream_text
+    from dtr.hybrid.modeling import make_hybrid
 
     torch.manual_seed(0)
     # Heads and widths that all kernels take, weights large enough that no two tokens are nearly as likely.
@@ -123,9 +142,22 @@ def make_models(args: argparse.Namespace) -> dict[str, str]:
     teacher.tokenizer.save_pretrained(folders["teacher"])
     if args.hybrid is None:
         num_layers = teacher.model.config.num_hidden_layers
-        hybrid = as_hybrid(teacher.model.float(), args.num_linear or num_layers * 3 // 4)
+        num_linear = args.num_linear or num_layers * 3 // 4
+        if args.num_tokens:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            teacher.model.to(device)
+            # Tokenized while it trains, and no more of it than that takes.
+            text = stream_text(
+                "python-docs", tokenizer=teacher.tokenizer, seq_len_tokens=512, num_held_out_tokens=16_384
+            )
+            bank = dtr.distill(teacher, text, num_tokens=args.num_tokens, **MIXER)
+            mixers, linear = bank.in_dtype(torch.float32), linear_layers(num_layers, num_linear)
+            specs = {index: bank.spec(index) for index in linear}
+            hybrid = make_hybrid(teacher.model.float(), {index: mixers[index] for index in linear}, specs)
+        else:
+            hybrid = as_hybrid(teacher.model.float(), num_linear)
         hybrid.tokenizer = teacher.tokenizer
-        hybrid.bfloat16().save_pretrained(folders["hybrid"])
+        hybrid.cpu().bfloat16().save_pretrained(folders["hybrid"])
     return folders
 
 
@@ -137,22 +169,25 @@ def as_hybrid(model: Any, num_linear: int, shake: float = 0.0) -> Any:
     from dtr.hybrid.modeling import make_hybrid
     from dtr.mixers import mixer_from_teacher
 
-    options = {"head_copies": 2, "quadratic": True, "exact_first": True}
-    num_layers, geometry = model.config.num_hidden_layers, read_geometry(model.config)
-    num_kept = num_layers - num_linear
-    kept = {round((i + 1) * num_layers / num_kept) - 1 for i in range(num_kept)}
-    mixers = {}
-    for index in set(range(num_layers)) - kept:
-        mixer = mixer_from_teacher("gated_deltanet", geometry, index, model.model.layers[index].self_attn, options)
+    geometry, mixers = read_geometry(model.config), {}
+    for index in linear_layers(model.config.num_hidden_layers, num_linear):
+        mixer = mixer_from_teacher("gated_deltanet", geometry, index, model.model.layers[index].self_attn, OPTIONS)
         with torch.no_grad():
             for name, weight in mixer.named_parameters():
                 if shake and any(part in name for part in ("gate", "decay", "write", "quadratic")):
                     weight.add_(shake * torch.randn_like(weight))
         mixers[index] = mixer
-    return make_hybrid(model, mixers, {index: {"kind": "gated_deltanet"} | options for index in mixers})
+    return make_hybrid(model, mixers, {index: {"kind": "gated_deltanet"} | OPTIONS for index in mixers})
 
 
-def run_part(part: dict[str, Any]) -> dict[str, Any]:
+def linear_layers(num_layers: int, num_linear: int) -> list[int]:
+    """All but those that keep attention, which are spread evenly."""
+    num_kept = num_layers - num_linear
+    kept = {round((i + 1) * num_layers / num_kept) - 1 for i in range(num_kept)}
+    return sorted(set(range(num_layers)) - kept)
+
+
+def run_part(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     return agree(part) if part["kind"] == "agree" else speed(part)
 
 
@@ -184,7 +219,18 @@ def random_prompts(lengths: list[int], vocabulary: int) -> list[list[int]]:
     return [torch.randint(5, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
-def agree(part: dict[str, Any]) -> dict[str, Any]:
+def text_prompts(lengths: list[int], folder: str) -> list[list[int]]:
+    """Pieces of Python's documentation, which a model that knows text goes on with surely."""
+    from transformers import AutoTokenizer
+
+    from dtr.corpus.python_docs import read_documents
+
+    text = "".join(text for text, _ in zip(read_documents(), range(40)))
+    ids, places = AutoTokenizer.from_pretrained(folder)(text)["input_ids"], range(0, sum(lengths) * 3, 3)
+    return [ids[place : place + num] for place, num in zip(places, lengths)]
+
+
+def agree(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Greedy tokens by vLLM, of all prompts together and in chunks of 64, and by our decoder, prompt by prompt.
 
     `num_equal_control` says how many are the same by our decoder and by transformers: what rounding alone changes.
@@ -196,7 +242,10 @@ def agree(part: dict[str, Any]) -> dict[str, Any]:
 
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, part.get("dtype", "bfloat16"))
     model = AutoModelForCausalLM.from_pretrained(part["folder"], dtype=dtype).eval().to(device)
-    prompts = random_prompts([*PROMPT_TOKENS] * 2, model.config.vocab_size)
+    lengths = [*PROMPT_TOKENS] * 2
+    # What follows random tokens is a close call at each step, which rounding decides.
+    has_words = part["model"] != "pico"
+    prompts = text_prompts(lengths, part["folder"]) if has_words else random_prompts(lengths, model.config.vocab_size)
     wanted, control = [], []
     for ids in prompts:
         given = torch.tensor([ids], device=device)
@@ -211,7 +260,7 @@ def agree(part: dict[str, Any]) -> dict[str, Any]:
     llm = engine(part, max_model_len=1024, max_num_batched_tokens=64, max_num_seqs=8, gpu_memory_utilization=0.5)
     got = answers(llm, prompts, NEW_TOKENS)
     places = [next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), NEW_TOKENS) for a, b in zip(wanted, got)]
-    return {
+    yield {
         "num_prompts": len(prompts),
         "num_equal": places.count(NEW_TOKENS),
         "num_equal_control": sum(a == b for a, b in zip(wanted, control)),
@@ -219,42 +268,50 @@ def agree(part: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def speed(part: dict[str, Any]) -> dict[str, Any]:
-    """Time to first token, tokens and requests per second of as many sequences as fit, up to 256."""
-    context, new_tokens = part["context"], 128
-    llm = engine(part, max_model_len=context + new_tokens, max_num_seqs=256, gpu_memory_utilization=0.9)
+def speed(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """For each length time to first token, tokens and requests per second of as many sequences as fit."""
+    new_tokens, longest = 128, max(part["contexts"])
+    llm = engine(
+        part, max_model_len=longest + new_tokens, max_num_seqs=part["most_at_once"], gpu_memory_utilization=0.9
+    )
     vocabulary = llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
-    capacity = most_sequences(llm)
-    num = int(min(256, capacity, max(16, 2**22 // context)))
-    one = random_prompts([context], vocabulary)
-    answers(llm, one, 4)
-    first = statistics.median(timed(lambda: answers(llm, one, 1)) for _ in range(3))
-    prompts = random_prompts([context] * num, vocabulary)
-    reading = timed(lambda: answers(llm, prompts, 1))
-    whole = timed(lambda: answers(llm, prompts, new_tokens))
-    return {
-        "most_sequences": capacity,
-        "num_sequences": num,
-        "new_tokens": new_tokens,
-        "time_to_first_token_seconds": round(first, 4),
-        "requests_per_second": round(num / whole, 3),
-        "prompt_tokens_per_second": round(num * context / reading),
-        "decode_tokens_per_second": round(num * (new_tokens - 1) / max(1e-9, whole - reading)),
-    }
+    for context in part["contexts"]:
+        capacity = most_sequences(llm, context + new_tokens)
+        num = int(max(1, min(part["most_at_once"], capacity, 2**22 // context)))
+        one = random_prompts([context], vocabulary)
+        answers(llm, one, 4)
+        first = statistics.median(timed(answers, llm, one, 1) for _ in range(3))
+        prompts = random_prompts([context] * num, vocabulary)
+        reading = timed(answers, llm, prompts, 1)
+        whole = timed(answers, llm, prompts, new_tokens)
+        yield {
+            "context": context,
+            "most_sequences": capacity,
+            "num_sequences": num,
+            "new_tokens": new_tokens,
+            "time_to_first_token_seconds": round(first, 4),
+            "requests_per_second": round(num / whole, 3),
+            "prompt_tokens_per_second": round(num * context / reading),
+            "decode_tokens_per_second": round(num * (new_tokens - 1) / max(1e-9, whole - reading)),
+        }
 
 
-def most_sequences(llm: Any) -> float:
-    """Sequences of full length whose cache fits."""
+def most_sequences(llm: Any, num_tokens: int) -> float:
+    """Sequences of that length whose cache fits."""
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
     config = llm.llm_engine.vllm_config
     core = llm.llm_engine.engine_core.engine_core
-    return round(get_max_concurrency_for_kv_cache_config(config, core.scheduler.kv_cache_config), 2)
+    longest, config.model_config.max_model_len = config.model_config.max_model_len, num_tokens
+    try:
+        return round(get_max_concurrency_for_kv_cache_config(config, core.scheduler.kv_cache_config), 2)
+    finally:
+        config.model_config.max_model_len = longest
 
 
-def timed(work: Any) -> float:
+def timed(work: Any, *arguments: Any) -> float:
     begin = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - begin
 
 
