@@ -13,7 +13,8 @@ from docs_pages import ROOT, load_script
 from tiny import pico_teacher
 
 from dtr.bench import distillation
-from dtr.bench.distillation import bench_distill, check_backend, parse_sizes
+from dtr.bench.distillation import bench_distill, check_backend
+from dtr.bench.sizes import parse_sizes
 from dtr.cli import main
 from dtr.distillation import students
 from dtr.errors import DeviceError, RecipeError
@@ -79,7 +80,7 @@ def test_a_step_with_wrong_gradients_is_not_timed(monkeypatch):
 
 def test_sizes():
     assert parse_sizes("32x512,8x2048") == [(32, 512), (8, 2048)]
-    for text in ("32", "0x5", "axb", ""):
+    for text in ("32", "0x5", "axb", "", "2x-4", "1x2x3", "2x4,2x4", "1x" + "9" * 5000, "1x2147483648"):
         with pytest.raises(RecipeError, match="--sizes"):
             parse_sizes(text)
 
@@ -98,13 +99,48 @@ def test_the_verb_prints_a_table_and_one_json_line(place):
 
 @pytest.mark.parametrize("verb", ["distill", "generate"])
 def test_an_unknown_option_of_the_mixer_is_told_before_there_is_a_model(verb, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["dtr", "bench", verb, "no/such/model", "--mixer-option", "head_copy=2"])
+    sizes = ["--batch", "1"] if verb == "generate" else []
+    monkeypatch.setattr(sys, "argv", ["dtr", "bench", verb, "no/such/model", "--mixer-option", "head_copy=2", *sizes])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
     told = capsys.readouterr().err
     assert "head_copies" in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "values"),
+    [
+        ("distill", "--sizes", ("0x8", "-1x8", "9999999999x8", "8", "8x8,8x8")),
+        ("distill", "--steps", ("0", "-3", "9" * 30)),
+        ("generate", "--contexts", ("0", "-1", "9" * 30, "8,8", "fill")),
+        ("generate", "--batch", ("0", "-1", "9" * 30, "fill")),
+        ("generate", "--keep", ("-1", "9" * 30, "1,1")),
+        ("generate", "--steps", ("0", "-3", "9" * 30)),
+        ("generate", "--num-linear", ("0", "-3")),
+        ("serve", "--new-tokens", ("1", "9" * 30)),
+        ("serve", "--most", ("0", "9" * 30)),
+        ("serve", "--contexts", ("0", "9" * 30)),
+    ],
+)
+def test_sizes_out_of_bounds_are_told_before_there_is_a_model(verb, option, values, monkeypatch, capsys):
+    for value in values:
+        monkeypatch.setattr(sys, "argv", ["dtr", "bench", verb, "no/such/model", f"{option}={value}", "--device=cpu"])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        told = capsys.readouterr().err
+        assert (stopped.value.code, "Traceback" in told) == (2, False), told
+        assert option in told, (value, told)
+
+
+def test_sizes_beyond_the_machine_are_told_before_anything_is_timed(place, monkeypatch, capsys):
+    for option, named in (("--sizes=9999999x9999", "--sizes"), ("--mixer-option=head_copies=9999999", "mixer.options")):
+        monkeypatch.setattr(sys, "argv", ["dtr", "bench", "distill", str(place / "model"), option, "--device=cpu"])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        told = capsys.readouterr().err
+        assert (stopped.value.code, f"{named}: got" in told, "Traceback" in told) == (2, True, False), told
 
 
 def test_an_option_without_a_value_names_its_flag(place, monkeypatch, capsys):

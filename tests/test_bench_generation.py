@@ -11,7 +11,8 @@ from tiny import byte_tokenizer, pico_teacher
 
 from dtr.bench import generation
 from dtr.bench.generation import bench_generate, check_decoder, fill_batch
-from dtr.bench.speedups import numbers, speedups
+from dtr.bench.sizes import numbers
+from dtr.bench.speedups import speedups
 from dtr.bench.subjects import Subjects, load_subjects
 from dtr.cli import main
 from dtr.errors import DeviceError, RecipeError
@@ -107,7 +108,7 @@ def test_in_16_bits_the_fast_path_is_judged_by_the_rounding_of_the_plain_one(mon
 
 def test_sizes_and_layers_of_generation_are_checked(place):
     assert numbers("--batch", "1, 16,fill", words=("fill",)) == [1, 16, "fill"]
-    for text in ("", "0", "1,x", "1.5", "-1"):
+    for text in ("", "0", "1,x", "1.5", "-1", "8,8", "2147483648", "9" * 5000, "\u0661"):
         with pytest.raises(RecipeError, match="--contexts"):
             numbers("--contexts", text)
     options = {"mixer": "gated_deltanet", "device": "cpu", "dtype": "float32"}
@@ -115,8 +116,15 @@ def test_sizes_and_layers_of_generation_are_checked(place):
         load_subjects(str(place / "model"), num_linear=9, keep=None, **options)
     with pytest.raises(RecipeError, match="--keep"):
         load_subjects(str(place / "model"), num_linear=3, keep=[0, 1], **options)
+    model = pico_teacher().model
     with pytest.raises(DeviceError, match="on a CPU"):
-        fill_batch(pico_teacher().model, 8)
+        fill_batch(model, 8)
+    with pytest.raises(RecipeError, match=r"--contexts: got 2,000,000,002 tokens in 8 sequences, [\d,.]+ GB"):
+        list(
+            bench_generate(
+                Subjects(teacher=model, hybrid=model, note=""), contexts=[8, 2 * 10**9], batches=[8, 1], num_steps=2
+            )
+        )
 
 
 def test_the_command_takes_a_saved_hybrid(place, tmp_path, monkeypatch, capsys):

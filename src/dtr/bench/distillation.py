@@ -13,7 +13,7 @@ from dtr.arch import require_family
 from dtr.bench.baseline import baseline_tokens_per_second
 from dtr.bench.trial import MixerMaker, Trial, median_seconds
 from dtr.distributed import World
-from dtr.errors import DeviceError, RecipeError
+from dtr.errors import DeviceError
 from dtr.mixers import MIXERS, mixer_from_teacher, options_of_new
 from dtr.ops import channel_delta, gated_delta, gated_linear
 from dtr.ops.backend import CHANNEL_DELTA, GATED_DELTA, GATED_LINEAR
@@ -96,17 +96,6 @@ def bench_distill(
                     size["together"]["distill_tokens_per_second"] / size["distill_tokens_per_second"]
                 )
         yield size
-
-
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """`32x512,8x2048` to [(32, 512), (8, 2048)]."""
-    try:
-        sizes = [tuple(int(n) for n in part.split("x")) for part in text.split(",")]
-        if any(len(size) != 2 or min(size) < 1 for size in sizes):
-            raise ValueError
-    except ValueError:
-        raise RecipeError("--sizes", got=f"'{text}'", expected="sequences x tokens, as 32x512,8x2048") from None
-    return sizes  # type: ignore[return-value]
 
 
 def check_backend(device: torch.device, dtype: torch.dtype, operation: str | None, backend: str = "auto") -> float:

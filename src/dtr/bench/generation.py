@@ -22,14 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from dtr.arch import read_geometry
+from dtr.bench.sizes import FILL, check_batches, check_caches
 from dtr.bench.subjects import Subjects
 from dtr.errors import DeviceError
 from dtr.hybrid.cache import HybridCache, RecurrentStateLayer
 from dtr.inference.decoder import PREFILL_TOKENS, Decoder
 from dtr.inference.prompt_graphs import MAX_TOKENS, padded_length
 
-FILL = "fill"
-"""As a batch: the largest with which the teacher's cache fits at that context."""
 MAX_ERROR = 1e-3
 """Largest relative error of the fast path's float32 logits with which it is still timed."""
 MAX_ERROR_RATIO = 1.5
@@ -59,7 +58,10 @@ def bench_generate(
 
     Raises:
         DeviceError: the fast path's logits are wrong on this machine, or "fill" is asked for without a GPU.
+        RecipeError: a size whose cache cannot fit into this machine.
     """
+    check_batches(batches, subjects.teacher.device.type)
+    check_caches(subjects.teacher, contexts, batches, num_steps)
     models = {"teacher": subjects.teacher, "hybrid": subjects.hybrid}
     for model in models.values():
         check_decoder(model)
@@ -119,8 +121,7 @@ def _relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def fill_batch(teacher: Any, num_tokens: int) -> int:
     """Sequences of `num_tokens` tokens whose keys and values fit beside the model on this GPU."""
-    if teacher.device.type != "cuda":
-        raise DeviceError("--batch", got="'fill' on a CPU", expected="a number of sequences", hint="As --batch 1,8.")
+    check_batches([FILL], teacher.device.type)
     _free()
     g = read_geometry(teacher.config)
     keys_and_values = 2 * g.num_kv_heads * g.head_dim * num_tokens * teacher.config.num_hidden_layers * 2

@@ -12,6 +12,7 @@ from typing import Any
 
 from dtr.bench.distillation import bench_distill
 from dtr.bench.generation import bench_generate
+from dtr.bench.sizes import check_batches
 from dtr.bench.speedups import speedups
 from dtr.bench.strategies import SHARES, compare_strategies
 from dtr.bench.subjects import load_subjects
@@ -19,7 +20,7 @@ from dtr.distillation.bank import MixerBank, load_bank
 from dtr.distillation.start import backends_of
 from dtr.distributed import join_world, leave_world
 from dtr.environment import command_line, compile_caches, hardware, library_versions, own_commit
-from dtr.mixers import MIXERS, check_options
+from dtr.mixers import MIXERS, check_options, options_of_new
 from dtr.ops.backend import choose_backend
 from dtr.pipeline.preparation import (
     Listener,
@@ -29,6 +30,7 @@ from dtr.pipeline.preparation import (
     search_settings,
     tell_backends,
 )
+from dtr.pipeline.tryout import check_activations, check_weights
 from dtr.recipe import Recipe
 from dtr.selection.binding import check_search
 from dtr.serving.benchmark import bench_serve, ratios
@@ -55,6 +57,7 @@ def bench_generation(
 
     `on_row` is called with the record so far after every size.
     """
+    check_batches(batches, pick_device(device).type)
     subjects = load_subjects(
         source, num_linear=num_linear, mixer=mixer, options=options, keep=keep, device=device, dtype=dtype
     )
@@ -237,6 +240,9 @@ def bench_distillation(
     say(f"loading {source}")
     teacher = load_teacher(source, device=str(place))
     (choice,) = backends_of(teacher, [(MIXERS[mixer].operation, backend)])
+    check_weights(teacher, [{"kind": mixer, **options_of_new(mixer, options)}], teacher.num_layers)
+    for num_sequences, num_tokens in sizes:
+        check_activations(teacher, num_sequences, num_tokens, where="--sizes", hint="Lower them.")
     results = list(
         bench_distill(
             teacher,

@@ -5,21 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from dtr.errors import RecipeError
-
-
-def numbers(option: str, text: str, *, least: int = 1, words: tuple[str, ...] = ()) -> list[Any]:
-    """`1,16,fill` to [1, 16, "fill"].
-
-    Raises:
-        RecipeError: something else than whole numbers from `least` on and the given words.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part in words or (part.isdecimal() and int(part) >= least) for part in parts):
-        expected = " or ".join([f"whole numbers from {least} on, by commas", *(f"'{word}'" for word in words)])
-        raise RecipeError(option, got=f"'{text}'", expected=expected)
-    return [part if part in words else int(part) for part in parts]
-
 
 def speedups(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratios hybrid to teacher, by context length and then by batch ("fill" for the batch that fills the GPU).

@@ -11,6 +11,7 @@ from dtr.arch import HYBRID_PREFIX, decoder_layers, model_class, require_family
 from dtr.errors import RecipeError
 from dtr.hybrid.modeling import make_hybrid
 from dtr.mixers import mixer_from_teacher, options_of_new
+from dtr.pipeline.tryout import check_weights
 from dtr.teacher import as_teacher, load_model
 
 
@@ -63,6 +64,7 @@ def load_subjects(
     kept = _kept_layers(config.num_hidden_layers, num_linear, keep)
     teacher = as_teacher(model, None, source=source)
     linear = [i for i in range(teacher.num_layers) if i not in kept]
+    check_weights(teacher, [{"kind": mixer, **options}], len(linear), bytes_each=4)
     attention = [layer.self_attn for layer in decoder_layers(model)]
     mixers = {i: mixer_from_teacher(mixer, teacher.geometry, i, attention[i], options) for i in linear}
     for made in mixers.values():

@@ -15,7 +15,7 @@ from dtr.cli.options import DebugOpt, LogOpt, ModelOpt, PMinOpt, RecipeArg, SetO
 
 bench = typer.Typer(help="Measure speed; each ends in one JSON line.", no_args_is_help=True)
 
-
+MAX_STEPS = 1_000_000
 MixerOpt = Annotated[str, typer.Option("--mixer", help="Kind of mixer.")]
 MixerOptionsOpt = Annotated[
     list[str] | None, typer.Option("--mixer-option", metavar="NAME=VALUE", help="An option of the mixer; repeatable.")
@@ -33,14 +33,14 @@ def bench_distill(
     mixer_option: MixerOptionsOpt = None,
     backend: Annotated[str, typer.Option("--backend", help="auto, torch, triton, fla or amx.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    steps: Annotated[int, typer.Option("--steps", help="Timed steps per size.", min=1)] = 10,
+    steps: Annotated[int, typer.Option("--steps", help="Timed steps per size.", min=1, max=MAX_STEPS)] = 10,
     slow: Annotated[bool, typer.Option("--slow", help="Neither compile nor record the step.")] = False,
     baseline: Annotated[bool, typer.Option("--baseline", help="Time the plain float32 loop as well.")] = False,
     debug: DebugOpt = False,
 ) -> None:
     """Time distillation against the teacher's bare forward pass; under torchrun also all processes against one."""
-    from dtr.bench.distillation import parse_sizes
     from dtr.bench.measure import bench_distillation
+    from dtr.bench.sizes import parse_sizes
     from dtr.cli.display import speed_table
 
     record = bench_distillation(
@@ -62,7 +62,9 @@ def bench_distill(
 @bench.command("generate")
 def bench_generate(
     model: Annotated[str, typer.Argument(help="Saved hybrid, or teacher: hub name, folder, GGUF file, smollm2-demo.")],
-    num_linear: Annotated[int | None, typer.Option("--num-linear", help="Of a teacher, layers to make linear.")] = None,
+    num_linear: Annotated[
+        int | None, typer.Option("--num-linear", help="Of a teacher, layers to make linear.", min=1)
+    ] = None,
     mixer: MixerOpt = "gated_deltanet",
     mixer_option: MixerOptionsOpt = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Layers that stay as they are, by commas.")] = None,
@@ -70,7 +72,7 @@ def bench_generate(
     batch: Annotated[
         str, typer.Option("--batch", help="Sequences, by commas; fill: as many as the teacher's cache lets in.")
     ] = "1,16,fill",
-    steps: Annotated[int, typer.Option("--steps", help="Decoded tokens per measurement.", min=1)] = 16,
+    steps: Annotated[int, typer.Option("--steps", help="Decoded tokens per measurement.", min=1, max=MAX_STEPS)] = 16,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
     out: RecordOpt = None,
@@ -78,7 +80,7 @@ def bench_generate(
 ) -> None:
     """Prefill, decoding and cache of a hybrid against its teacher, at several lengths and batch sizes."""
     from dtr.bench.measure import bench_generation
-    from dtr.bench.speedups import numbers
+    from dtr.bench.sizes import numbers
     from dtr.cli.display import generation_table
 
     record = bench_generation(
@@ -108,14 +110,16 @@ def bench_serve(
     contexts: Annotated[
         str | None, typer.Option("--contexts", help="Tokens of a prompt, by commas; to 2K, 8K and 32K when left out.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens written after each.", min=2)] = 128,
-    most: Annotated[int, typer.Option("--most", help="Most requests open at once.", min=1)] = 256,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", help="Tokens written after each.", min=2, max=MAX_STEPS)
+    ] = 128,
+    most: Annotated[int, typer.Option("--most", help="Most requests open at once.", min=1, max=MAX_STEPS)] = 256,
     out: RecordOpt = None,
     debug: DebugOpt = False,
 ) -> None:
     """Teacher and hybrid in vLLM under load, by vLLM's own client; other options go to both servers."""
     from dtr.bench.measure import bench_serving
-    from dtr.bench.speedups import numbers
+    from dtr.bench.sizes import numbers
     from dtr.cli.display import serving_table
 
     record = bench_serving(
@@ -152,7 +156,7 @@ def bench_search(
 
     plan = make_recipe(recipe, model, task, p_min, settings)
     with watched(log) as show:
-        record = bench_strategies(plan, bank, strategies.split(","), on_event=show)
+        record = bench_strategies(plan, bank, [name.strip() for name in strategies.split(",")], on_event=show)
     leave_world()
     if record:
         show_table(strategy_table(record))

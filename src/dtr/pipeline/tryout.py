@@ -97,9 +97,7 @@ def check_step(recipe: Recipe, teacher: Teacher, specs: Sequence[Spec], num_laye
     Raises:
         RecipeError: mixers, or a step's sequences, that need more than all of its memory.
     """
-    facts = hardware(teacher.device)
-    room = facts.get("gpu_memory_bytes") or facts["memory_bytes"]
-    settings, hidden_dim = recipe.distill, teacher.geometry.hidden_dim
+    settings = recipe.distill
     limit = getattr(teacher.model.config, "max_position_embeddings", None)
     if limit and settings.seq_len_tokens > limit:
         warnings.warn(
@@ -107,26 +105,48 @@ def check_step(recipe: Recipe, teacher: Teacher, specs: Sequence[Spec], num_laye
             "what it does beyond them is what mixers will learn.",
             stacklevel=2,
         )
-    if room is None:
-        return
+    check_weights(teacher, specs, num_layers)
+    num_sequences = -(-settings.batch_size // current_world().size)
+    hint = "Lower distill.batch_size or distill.seq_len_tokens."
+    check_activations(teacher, num_sequences, settings.seq_len_tokens, where="distill.batch_size", hint=hint)
+
+
+def machine_room(device: torch.device) -> int | None:
+    """Bytes of memory that there are where models run; None where the system does not say."""
+    facts = hardware(device)
+    return facts.get("gpu_memory_bytes") or facts["memory_bytes"]
+
+
+def check_weights(
+    teacher: Teacher, specs: Sequence[Spec], num_layers: int, *, bytes_each: int = BYTES_PER_TRAINED_WEIGHT
+) -> None:
+    """Refuse mixers whose weights need more than all of this machine's memory; raises RecipeError."""
+    room = machine_room(teacher.device)
     num_weights = sum(p.numel() for spec in specs for p in _shape(teacher, spec).parameters())
-    if (needed := BYTES_PER_TRAINED_WEIGHT * num_weights * num_layers) > room:
+    if room is not None and (needed := bytes_each * num_weights * num_layers) > room:
         raise RecipeError(
             "mixer.options",
-            got=f"{num_layers} layers of {num_weights:,} weights, {needed / 1e9:,.1f} GB to train",
+            got=f"{num_layers} layers of {num_weights:,} weights, {needed / 1e9:,.1f} GB",
             expected=f"mixers that fit into {room / 1e9:,.1f} GB",
             hint="Choose smaller options, or fewer distill.layers.",
         )
-    # A layer's input and its output, of this rank's sequences.
-    num_sequences = -(-settings.batch_size // current_world().size)
-    needed = 2 * num_sequences * settings.seq_len_tokens * hidden_dim * teacher.dtype.itemsize
-    if needed > room:
+
+
+def check_activations(teacher: Teacher, num_sequences: int, num_tokens: int, *, where: str, hint: str) -> None:
+    """Refuse a step whose sequences, on this rank, need more than all of this machine's memory.
+
+    Raises:
+        RecipeError: of the setting `where`.
+    """
+    room = machine_room(teacher.device)
+    needed = 2 * num_sequences * num_tokens * teacher.geometry.hidden_dim * teacher.dtype.itemsize
+    if room is not None and needed > room:
         raise RecipeError(
-            "distill.batch_size",
-            got=f"{num_sequences:,} sequences of {settings.seq_len_tokens:,} tokens, "
+            where,
+            got=f"{num_sequences:,} sequences of {num_tokens:,} tokens, "
             f"{needed / 1e9:,.1f} GB for one layer's input and output",
             expected=f"a step that fits into {room / 1e9:,.1f} GB",
-            hint="Lower distill.batch_size or distill.seq_len_tokens.",
+            hint=hint,
         )
 
 
