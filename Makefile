@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/dtr demo --out demo-run --overwrite
 
 test: install
-	$(PYTEST) -n 2 -m "not slow and not gpu"
+	$(PYTEST) -n 2 --dist worksteal -m "not slow and not gpu"
 
 # For the inner loop: rules of the house, recipes, tasks, search, reports and the tolerance of the tests; little training.
 FAST := exactness recipe layering journal selection selection_strategies paired tasks tasks_metrics corpus streaming

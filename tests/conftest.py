@@ -74,7 +74,7 @@ def place(tmp_path_factory):
         "teacher": {"source": str(folder / "model"), "dtype": "float32"},
         "text": {"source": str(folder / "text.txt"), "num_held_out_tokens": 512},
         "distill": {
-            "num_tokens": 8192,
+            "num_tokens": 4096,
             "seq_len_tokens": 64,
             "batch_size": 4,
             "learning_rate": 5e-3,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forks
 import pytest
 import torch
 from conftest import heed_signals
@@ -38,8 +39,7 @@ def dtr(capsys, monkeypatch):
 @pytest.fixture(scope="session")
 def finished(place):
     """One finished run, shared by the tests that only read it."""
-    command = [sys.executable, "-m", "dtr", "run", str(place / "recipe.yaml"), "--out", str(place / "run")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forks.run("-m", "dtr", "run", place / "recipe.yaml", "--out", place / "run")
     assert done.returncode == 0, done.stderr
     return place / "run", done.stdout
 
@@ -128,8 +128,7 @@ def test_ctrl_c_reaches_programs_of_a_suite_that_runs_in_the_background():
 def test_ctrl_c_and_kill_lose_nothing(finished, place, dtr, tmp_path, moment):
     folder, _ = finished
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "dtr", "run", str(place / "recipe.yaml"), "--out", str(out), "--progress", "json"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = forks.start("-m", "dtr", "run", place / "recipe.yaml", "--out", out, "--progress", "json")
     for line in process.stderr:
         if f'"event": "{moment}"' in line:
             break

@@ -36,7 +36,7 @@ def test_the_result_file_holds_the_recipe_and_its_rivals(place, tmp_path):
     program = load_program("distil_quality")
     out = tmp_path / "quality.json"
     common = [str(place / "recipe.yaml"), "--task", f"words={place / 'task'}", "--out", str(out)]
-    common += ["--recall-fillers", "0", "--recall-items", "4", "6", "--set", "distill.num_tokens=2048"]
+    common += ["--recall-fillers", "0", "--recall-items", "4", "6", "--set", "distill.num_tokens=512"]
     common += ["--set", "search.strategy=uniform"]
     program.main([*common, "--try", "mixer.options.window=8"])
     result = json.loads(out.read_text())
@@ -62,7 +62,7 @@ def test_the_result_file_holds_the_recipe_and_its_rivals(place, tmp_path):
 def test_where_hybrids_part_from_the_teacher(place, tmp_path):
     out = tmp_path / "quality.json"
     arguments = [str(place / "recipe.yaml"), "--task", f"words={place / 'task'}", "--out", str(out), "--for-choosing"]
-    arguments += ["--by-position", "--only-tries", "--set", "distill.num_tokens=2048"]
+    arguments += ["--by-position", "--only-tries", "--set", "distill.num_tokens=512"]
     kinds = '["retention",{"kind":"gated_deltanet","options":{"head_copies":2},"layers":[1,2]}]'
     trials = ["seed=1 realign.num_tokens=1024", f"distill.seq_len_tokens=32 mixer.kind={kinds}"]
     load_program("distil_quality").main([*arguments, "--try", trials[0], "--try", trials[1]])
@@ -87,7 +87,7 @@ def test_where_hybrids_part_from_the_teacher(place, tmp_path):
 def test_rows_made_in_parts_are_those_made_together(place, tmp_path):
     program = load_program("distil_quality")
     common = [str(place / "recipe.yaml"), "--task", f"words={place / 'task'}", "--for-choosing"]
-    common += ["--only-tries", "--set", "distill.num_tokens=1024"]
+    common += ["--only-tries", "--set", "distill.num_tokens=512"]
     trials = ["seed=1", "distill.learning_rate=1e-3", "distill.learning_rate=2e-3"]
     common += [argument for settings in trials for argument in ("--try", settings)]
 

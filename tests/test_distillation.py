@@ -37,6 +37,12 @@ def blocks():
     return token_blocks()
 
 
+@pytest.fixture(scope="module")
+def clean(teacher, blocks):
+    """What a run with `SETTINGS` gives that nothing disturbs; only read it."""
+    return distill(teacher, blocks, **SETTINGS)
+
+
 def weights_of(bank):
     return {f"{i}.{n}": p for i, mixer in bank.mixers.items() for n, p in mixer.named_parameters()}
 
@@ -56,12 +62,13 @@ def test_error_falls_in_every_layer(kind, teacher, blocks):
         with torch.no_grad():
             for layer in decoder_layers(teacher.model):
                 layer.self_attn.q_proj.weight.mul_(4)
-    bank = distill(teacher, blocks, mixer=kind, options=options, **SETTINGS)
+    settings = SETTINGS | {"num_tokens": 8 * 32 * 20}
+    bank = distill(teacher, blocks, mixer=kind, options=options, **settings)
     assert bank.layers == [0, 1, 2, 3]
     for layer in bank.layers:
         assert bank.nmse_after[layer] < share * bank.nmse_before[layer]
     assert [point["num_tokens"] for point in bank.curve] == sorted(point["num_tokens"] for point in bank.curve)
-    assert bank.curve[-1]["num_tokens"] == SETTINGS["num_tokens"]
+    assert bank.curve[-1]["num_tokens"] == settings["num_tokens"]
     assert bank.curve[-1]["mean_nmse"] == pytest.approx(bank.mean_nmse)
 
 
@@ -107,11 +114,10 @@ def test_the_same_seed_gives_the_same_bank_and_another_does_not(teacher, blocks)
     assert not same_weights(first, distill(teacher, blocks, **settings | {"seed": 4}))
 
 
-@pytest.mark.parametrize("stop_at", [1, 7, 20, None])
-def test_an_interrupted_run_resumes_to_the_same_bits(stop_at, teacher, blocks, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop_at", [1, 20, None])
+def test_an_interrupted_run_resumes_to_the_same_bits(stop_at, clean, teacher, blocks, tmp_path, monkeypatch):
     # By the clock, where no steps are given.
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    whole = distill(teacher, blocks, **SETTINGS)
     checkpoint = tmp_path / "state.safetensors"
     steps = 0
 
@@ -128,12 +134,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(stop_at, teacher, blocks, t
         distill(teacher, dying, checkpoint=checkpoint, checkpoint_every_steps=stop_at, **SETTINGS)
     assert checkpoint.exists()
     resumed = distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
-    assert same_weights(whole, resumed)
-    assert resumed.nmse_after == whole.nmse_after
-    assert [p["num_tokens"] for p in resumed.curve] == [p["num_tokens"] for p in whole.curve]
+    assert same_weights(clean, resumed)
+    assert resumed.nmse_after == clean.nmse_after
+    assert [p["num_tokens"] for p in resumed.curve] == [p["num_tokens"] for p in clean.curve]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(teacher, blocks, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on(clean, teacher, blocks, tmp_path):
     def press(event):
         if event["event"] == "distill" and event["step"] == 10:
             os.kill(os.getpid(), signal.SIGINT)
@@ -141,9 +147,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(teacher, blocks, tmp_path):
     checkpoint = tmp_path / "state.safetensors"
     with pytest.raises(Interrupted, match=r"after step 1\d of 30.*--resume"):
         distill(teacher, blocks, checkpoint=checkpoint, on_event=press, **SETTINGS)
-    assert same_weights(
-        distill(teacher, blocks, **SETTINGS), distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS)
-    )
+    assert same_weights(clean, distill(teacher, blocks, checkpoint=checkpoint, **SETTINGS))
 
 
 def test_a_teacher_without_finite_outputs_is_told_before_training(blocks):
@@ -212,6 +216,12 @@ def weights_at(teacher, blocks, layer, step):
     return found
 
 
+@pytest.fixture(scope="module")
+def good(teacher, blocks):
+    """Weights of layer 1 after ten steps of a run that nothing disturbs."""
+    return weights_at(teacher, blocks, 1, 10)
+
+
 @pytest.mark.parametrize(
     ("damage", "stopped_after", "why"),
     [
@@ -220,10 +230,11 @@ def weights_at(teacher, blocks, layer, step):
     ],
     ids=["not a number", "diverged"],
 )
-def test_a_layer_that_goes_wrong_is_stopped_alone(damage, stopped_after, why, teacher, blocks, monkeypatch, tmp_path):
+def test_a_layer_that_goes_wrong_is_stopped_alone(
+    damage, stopped_after, why, clean, good, teacher, blocks, monkeypatch, tmp_path
+):
     monkeypatch.setattr("dtr.distillation.divergence_guard.PATIENCE", 2)
     # Losses are looked at after steps 10 and 12; the second proves the weights of the first.
-    clean, good = distill(teacher, blocks, **SETTINGS), weights_at(teacher, blocks, 1, 10)
     events, checkpoint = [], tmp_path / "state.safetensors"
     spoiled = spoil(blocks, teacher, monkeypatch, damage, at_step=12)
     bank = distill(

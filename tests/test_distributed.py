@@ -55,7 +55,7 @@ leave_world()
 """
 
 
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def search_path() -> str:
@@ -129,13 +129,17 @@ def resume(checkpoint: Path):
     return bank, steps
 
 
-def test_the_command_line_under_torchrun(place, tmp_path):
-    command = [*TWO_PROCESSES, "-m", "dtr", "run"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize("launcher", ["forks", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_the_command_line_on_two_ranks(launcher, place, tmp_path):
     arguments = [str(place / "recipe.yaml"), "--out", str(tmp_path / "run"), "--progress", "quiet"]
     arguments += ["--set", "text.streaming=true", "--set", "realign.num_tokens=2048"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    if launcher == "forks":
+        ranks = forks.run_ranks(2, "-m", "dtr", "run", *arguments)
+    else:
+        command, env = [*TORCHRUN, "-m", "dtr", "run", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+        ranks = [subprocess.run(command, capture_output=True, text=True, env=env)]
+    for rank in ranks:
+        assert rank.returncode == 0, rank.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert len(report["search"]["steps"]) == 4
     assert report["realigned"]["val_before"]["value"] == report["m_opt"]["val"]["value"]

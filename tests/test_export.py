@@ -66,7 +66,7 @@ ids = torch.arange(3, 43)[None]
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        text = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+        text = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
         answers = [model(ids).logits[0].tolist(), text[0].tolist()]
     print(json.dumps([type(model).__module__, type(model).__name__, *answers]))
     assert AutoTokenizer.from_pretrained(folder)("ab")["input_ids"]
@@ -94,7 +94,7 @@ def test_stock_transformers_without_dtr_gives_the_same(tmp_path):
         assert module.startswith("transformers.models.")
         assert name == CLASSES[to]
         torch.testing.assert_close(torch.tensor(logits), hybrid(ids).logits[0], rtol=0, atol=5e-5)
-        ours = hybrid.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+        ours = hybrid.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert text == ours[0].tolist(), home
         config = json.loads((Path(folder) / "config.json").read_text())
         names = {"linear_attention": ("linear_attention", "full_attention"), "mamba": ("mamba", "attention")}[spelling]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from docs_pages import ROOT
 from forks import run
 
 
+@pytest.mark.slow
 def test_nothing_falls_short(tmp_path):
     out = tmp_path / "faults.json"
     sizes = ["--kills", "1", "--corruptions", "2", "--inputs", "2", "--seed", "1", "--seconds", "100", "--out", out]

@@ -206,10 +206,9 @@ def test_misuse_is_told(ids):
     "first",
     [
         "transformers.models.auto.modeling_auto",
-        "transformers.trainer",
         *(
             pytest.param(f"transformers.{name}", marks=pytest.mark.slow)
-            for name in ("models.llama.modeling_llama", "models.auto.configuration_auto", "cache_utils", "pipelines")
+            for name in ("trainer", "models.llama.modeling_llama", "models.auto.configuration_auto", "cache_utils", "pipelines")
         ),
     ],
 )

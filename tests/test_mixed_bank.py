@@ -261,7 +261,7 @@ def test_the_whole_path_through_the_command_line(place, tmp_path, monkeypatch, c
 
     out, recipe = tmp_path / "run", place / "recipe.yaml"
     options = ["--mixer", "gated_deltanet,gated_linear_attention", "--set", "search.run_to_end=false"]
-    options += ["--set", "distill.num_tokens=2048", "--set", "search.test_curve=false"]
+    options += ["--set", "distill.num_tokens=1024", "--set", "search.test_curve=false"]
     assert "mean NMSE" in dtr("distill", recipe, "--out", out, *options, "--progress", "quiet")
     # A bank that is there is taken up by the run.
     dtr("run", recipe, "--out", out, *options, "--resume", "--progress", "json")

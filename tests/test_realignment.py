@@ -90,7 +90,7 @@ def test_an_interrupted_realignment_ends_in_the_same_bits(bank, tmp_path):
 
 
 def test_a_run_reports_it_apart_and_resumes(place, tmp_path):
-    settings = ["search.run_to_end=false", "search.test_curve=false", "search.p_min=0.5"]
+    settings = ["search.run_to_end=false", "search.test_curve=false", "search.p_min=0.5", "distill.num_tokens=2048"]
     plain = run(read_recipe(place / "recipe.yaml", settings), tmp_path / "plain")
     assert plain["realigned"] is None
     assert not (tmp_path / "plain" / "realigned").exists()

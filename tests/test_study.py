@@ -37,7 +37,7 @@ def labels(tmp_path):
 
 def study_of(place: Path, labels: Path, folder: Path) -> Path:
     base = yaml.safe_load((place / "recipe.yaml").read_text())
-    base["distill"]["num_tokens"] = 2048
+    base["distill"]["num_tokens"] = 1024
     base["search"] = {"p_min": 0.5, "p_min_confidence": None}
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     teacher = {"source": base["teacher"]["source"]}
@@ -104,6 +104,7 @@ def test_the_study_runs_and_writes_the_table_and_its_page(study, place, labels, 
     assert "- `strict`: " in page.partition("## Where the aim was missed")[2]
 
 
+@pytest.mark.slow
 def test_banks_and_models_that_are_there_in_a_process_apart(study, place, labels, tmp_path, monkeypatch, capsys):
     plan, results = study_of(place, labels, tmp_path), tmp_path / "results"
     arguments = [plan, "--results", results, "--only", "choices"]
