@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtr.errors import DataError, RecipeError
-from dtr.tasks import load_task
+from dtr.tasks import extraction, load_task
 from dtr.tasks.base import Generation, GenerationRequest, Likelihood, fingerprint
 from dtr.tasks.generation import normalize
 
@@ -174,6 +174,27 @@ def test_the_last_number_is_extracted_from_text_and_reference(tmp_path, field, p
     assert item.requests[1].target == " 2 * 500 = 1000.\n#### 1,002"
     grades = [task.grade(item, [Generation(text=t), likely(-1)]).value for t in ("7 + 9\n#### 1002", "#### 7", "none")]
     assert grades == [1.0, 0.0, 0.0]
+
+
+def test_a_pattern_that_never_ends_names_itself_and_the_item(tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "SECONDS", 0.02)
+    hard = "a" * 60 + "b"
+    task = load_task(pair(tmp_path, QA), options={"extract": "(a|aa)+$", "score_answer": False})
+    item = task.splits["test"][0]
+    assert task.grade(item, [Generation(text="aaa")]).value == 0.0
+    message = (
+        r"task\.options\.extract: got '\(a\|aa\)\+\$', which is not done after 0\.02 s with 61 characters of item "
+    )
+    with pytest.raises(DataError, match=message + item.id):
+        task.grade(item, [Generation(text=hard)])
+    with pytest.raises(DataError, match=message + r"validation\.jsonl:1"):
+        load_task(pair(tmp_path, [{"prompt": "p", "answer": hard}]), options={"extract": "(a|aa)+$"})
+
+
+@pytest.mark.parametrize("pattern", ["(?:(?:a{1000}){1000}){1000}", "a{999999999999999999999999}", "[ab]{1000000000}"])
+def test_a_pattern_that_would_fill_the_memory_is_refused(tmp_path, pattern):
+    with pytest.raises(RecipeError, match=r"task\.options\.extract: got '.*whose repeats multiply to [\d,]{9,}"):
+        load_task(pair(tmp_path, QA), options={"extract": pattern})
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_a_csv_file_is_text_and_digits_are_numbers_where_one_is_meant(tmp_path):
     ("text", "message"),
     [
         ("prompt,answer\nSPLIT,a,b\n", r"validation\.csv:1: got 3 cells; expected 2, one for each column"),
-        ("prompt,answer,answer\nSPLIT,a,b\n", "got the columns prompt, answer, answer; expected each name once"),
+        ("prompt,answer,answer\nSPLIT,a,b\n", "got the column 'answer' twice; expected each column once"),
         ('prompt,answer\nSPLIT,"a\n', "broken CSV at line 2"),
         ("prompt,answer\nSPLIT,gr\u00fcn\n".encode("utf-16"), "text that is not UTF-8 .*CSV UTF-8"),
         ("prompt,answer\nx,gr\u00fcn\n".encode("utf-16-le"), "not UTF-8 .zero bytes, as UTF-16 has them"),

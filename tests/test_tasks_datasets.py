@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import datasets
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
+from dtr.corpus.reading import read_documents
 from dtr.errors import DataError, DeviceError, RecipeError
 from dtr.recipe import read_recipe
 from dtr.tasks import load_task
+from dtr.tasks.sources import read_rows
 
 PIQA = {"question": "goal", "choices": ["sol1", "sol2"], "answer": "label"}
 ARC = {"choices": "choices.text", "labels": "choices.label", "answer": "answerKey"}
@@ -50,6 +54,32 @@ def test_every_kind_of_file_gives_the_same_items(kind, tmp_path):
     for split in ("validation", "test"):
         assert [i.requests for i in task.splits[split]] == [i.requests for i in expected.splits[split]]
         assert [i.row["answer"] for i in task.splits[split]] == [n % 2 for n in range(len(task.splits[split]))]
+
+
+def write_twice(path: Path, table: pyarrow.Table) -> None:
+    """A file in which the column `text` comes twice, as joins of tables leave it."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif path.suffix == ".arrow":
+        with pyarrow.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    elif path.suffix == ".csv":
+        path.write_text("text,id,text\nfirst,1,second\n")
+    else:
+        path.write_text('{"text": "first", "id": 1, "text": "second"}\n')
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "csv", "jsonl"])
+def test_a_name_that_is_there_twice_is_refused_by_name(kind, tmp_path):
+    table = pyarrow.Table.from_arrays([["first"], [1], ["second"]], names=["text", "id", "text"])
+    path = tmp_path / f"test.{kind}"
+    write_twice(path, table)
+    message = rf"test\.{kind}(:1)?: got the (column|key) 'text' twice"
+    with pytest.raises(DataError, match=message):
+        read_rows(path)
+    if kind in ("parquet", "jsonl"):
+        with pytest.raises(DataError, match=message):
+            list(read_documents(path))
 
 
 def test_answers_by_letter_and_nested_fields(tmp_path):

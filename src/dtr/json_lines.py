@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,9 +55,13 @@ def parse_object(line: str) -> dict[str, Any]:
     return data
 
 
+def named_twice(names: Sequence[str]) -> str | None:
+    """The first name that comes again; None where each comes once."""
+    counts = Counter(names)
+    return next((name for name in counts if counts[name] > 1), None)
+
+
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key '{next(name for name in data if names.count(name) > 1)}' twice in one object")
-    return data
+    if (name := named_twice([name for name, _ in pairs])) is not None:
+        raise ValueError(f"the key '{name}' twice in one object")
+    return dict(pairs)

@@ -157,6 +157,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
         if "text" not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise DataError(str(path), got=f"the columns {names}", expected="a column 'text'")
+        if table.schema_arrow.names.count("text") > 1:
+            raise DataError(str(path), got="the column 'text' twice", expected="it once", hint="Rename one of them.")
         for batch in table.iter_batches(batch_size=1024, columns=["text"]):
             for value in batch.column(0).to_pylist():
                 if value is not None and not isinstance(value, str):

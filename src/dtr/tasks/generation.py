@@ -8,7 +8,6 @@ Rows `{prompt, answer}`, or `{context, question, answers}` with several accepted
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +18,7 @@ from dtr.evaluation.score import Grade, Score, lost_grade, mean_score
 from dtr.recipe import Section
 from dtr.tasks import code
 from dtr.tasks.base import Generation, GenerationRequest, Item, Likelihood, Request, Response, all_finite
+from dtr.tasks.extraction import Extractor
 from dtr.tasks.jsonl import Row
 from dtr.tasks.metrics import (
     TextMetric,
@@ -52,7 +52,7 @@ class GenerationOptions(Section):
     stop: list[str] = Field(default_factory=lambda: ["\n"], max_length=100)
     """The text ends before the first of these. For `pass_at_1`, when left out, where a function is over (the next line
     that begins with def, class, # and others); with a chat template nowhere."""
-    extract: str | None = None
+    extract: str | None = Field(default=None, max_length=10_000)
     """Regular expression; its last match (its first group, if it has one) is compared instead of the whole text. For
     `pass_at_1` with a chat template, when left out, the first code block that defines the function asked for."""
     max_context_chars: int | None = Field(default=None, ge=2, le=10**9)
@@ -77,7 +77,7 @@ class GenerationTask:
     chat_template: bool
     splits: Mapping[str, Sequence[Item]]
     notes: tuple[str, ...] = ()
-    extract: re.Pattern[str] | None = None
+    extract: Extractor | None = None
     function: TextMetric = exact_match
     """What `metric` names; for `pass_at_1` not used."""
     code_seconds: int = 5
@@ -86,14 +86,14 @@ class GenerationTask:
         """The metric of the written text; text without a match of `extract` counts as none.
 
         Raises:
-            DataError: the metric is no finite number on this item.
+            DataError: the metric is no finite number on this item, or `extract` takes too long on it.
         """
         assert len(responses) == len(item.requests), "one response per request"
         written, *rest = responses
         assert isinstance(written, Generation)
         if not all_finite(responses):
             return lost_grade()
-        found = written.text if self.extract is None else extract_last(self.extract, written.text)
+        found = written.text if self.extract is None else self.extract.last(written.text, item=item.id)
         log_likelihood = sum(answer.log_prob for answer in rest if isinstance(answer, Likelihood))
         if found is None:
             value = 0.0
@@ -112,14 +112,6 @@ class GenerationTask:
         return mean_score(self.metric, grades)
 
 
-def extract_last(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last match (its first group, if it has one), or None."""
-    found = None
-    for match in pattern.finditer(text):
-        found = match[1] if pattern.groups else match[0]
-    return found
-
-
 @TASKS.register("generation")
 def load_generation(spec: TaskSpec) -> GenerationTask:
     """Read a generation task.
@@ -133,12 +125,7 @@ def load_generation(spec: TaskSpec) -> GenerationTask:
     if metric == "pass_at_1":
         _check_execution(options)
         options = _for_code(options, chat_template=spec.chat_template)
-    try:
-        pattern = re.compile(options.extract) if options.extract is not None else None
-    except re.error as error:
-        raise RecipeError(
-            "task.options.extract", got=f"{options.extract!r} ({error})", expected="a regular expression"
-        ) from None
+    pattern = Extractor(options.extract) if options.extract is not None else None
     found = read_splits(spec)
     items = {
         split: [_make_item(row, spec, options, pattern, metric) for row in found.rows[split]] for split in found.rows
@@ -178,9 +165,7 @@ def _check_execution(options: GenerationOptions) -> None:
         )
 
 
-def _make_item(
-    row: Row, spec: TaskSpec, options: GenerationOptions, pattern: re.Pattern[str] | None, metric: str
-) -> Item:
+def _make_item(row: Row, spec: TaskSpec, options: GenerationOptions, pattern: Extractor | None, metric: str) -> Item:
     if options.max_context_chars is not None and isinstance(row.data.get("context"), str):
         row = replace(row, data={**row.data, "context": _cut_middle(row.data["context"], options.max_context_chars)})
     runs_code = metric == "pass_at_1"
@@ -209,7 +194,7 @@ def _make_item(
         entry_point = row.text("entry_point") if "entry_point" in row.data else None
         program = {"program": row.text("prompt"), "tests": row.text("tests"), "entry_point": entry_point}
         return Item(id=row.id, requests=tuple(requests), row=program, group=group_of(row, spec), end_space=end)
-    accepted = [answer if pattern is None else extract_last(pattern, answer) or answer for answer in answers]
+    accepted = [answer if pattern is None else pattern.last(answer, item=row.id) or answer for answer in answers]
     row_kept = {"answers": accepted}
     return Item(id=row.id, requests=tuple(requests), row=row_kept, group=group_of(row, spec), end_space=end)
 

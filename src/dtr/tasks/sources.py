@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from dtr.corpus.reading import is_plain_text, read_documents
 from dtr.errors import DataError
-from dtr.json_lines import MAX_ROW_CHARS
+from dtr.json_lines import MAX_ROW_CHARS, named_twice
 from dtr.tasks.jsonl import Row, open_text, read_jsonl
 
 HUB_PREFIX = "datasets:"
@@ -194,8 +194,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         reader = csv.reader(file, strict=True)
         try:
             names = next(reader, [])
-            if len(set(names)) < len(names):
-                raise DataError(str(path), got=f"the columns {', '.join(names)}", expected="each name once")
+            _check_columns(names, path)
             rows: list[dict[str, Any]] = []
             for cells in reader:
                 if not cells:
@@ -223,18 +222,38 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
 
     try:
         if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path).to_pylist()
+            # Not `read_table`, which takes folders of the path for columns and stumbles over repeated names.
+            with pyarrow.parquet.ParquetFile(path) as parquet:
+                return _rows_of_table(parquet.read(), path)
         with path.open("rb") as file:
             # `datasets` writes streams, other tools mostly files.
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
-            return reader.read_all().to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+            return _rows_of_table(reader.read_all(), path)
+    except DataError:
+        raise
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         first = next(iter(str(error).splitlines()), "")
         raise DataError(
             str(path), got=f"a file that cannot be read ({first})", expected=f"a whole {path.suffix[1:]} file"
         ) from None
+
+
+def _rows_of_table(table: Any, path: Path) -> list[dict[str, Any]]:
+    _check_columns(table.column_names, path)
+    return table.to_pylist()
+
+
+def _check_columns(names: Sequence[str], path: Path) -> None:
+    """Refuse a column that is there twice, of which rows would keep the last."""
+    if (name := named_twice(names)) is not None:
+        raise DataError(
+            str(path),
+            got=f"the column '{name}' twice",
+            expected="each column once",
+            hint="Rename or remove one of them.",
+        )
 
 
 def _with_label_text(row: dict[str, Any], labels: Mapping[str, list[str]]) -> dict[str, Any]:
