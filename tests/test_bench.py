@@ -99,8 +99,7 @@ def test_the_verb_prints_a_table_and_one_json_line(place):
 
 @pytest.mark.parametrize("verb", ["distill", "generate"])
 def test_an_unknown_option_of_the_mixer_is_told_before_there_is_a_model(verb, monkeypatch, capsys):
-    sizes = ["--batch", "1"] if verb == "generate" else []
-    monkeypatch.setattr(sys, "argv", ["dtr", "bench", verb, "no/such/model", "--mixer-option", "head_copy=2", *sizes])
+    monkeypatch.setattr(sys, "argv", ["dtr", "bench", verb, "no/such/model", "--mixer-option", "head_copy=2"])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2

@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, pico_teacher
 
 from dtr.bench import generation
 from dtr.bench.generation import bench_generate, check_decoder, fill_batch
-from dtr.bench.sizes import numbers
+from dtr.bench.sizes import numbers, pick_batches
 from dtr.bench.speedups import speedups
 from dtr.bench.subjects import Subjects, load_subjects
 from dtr.cli import main
@@ -108,6 +108,8 @@ def test_in_16_bits_the_fast_path_is_judged_by_the_rounding_of_the_plain_one(mon
 
 def test_sizes_and_layers_of_generation_are_checked(place):
     assert numbers("--batch", "1, 16,fill", words=("fill",)) == [1, 16, "fill"]
+    assert pick_batches(None, "cpu") == [1, 16]
+    assert pick_batches(None, "cuda") == [1, 16, "fill"]
     for text in ("", "0", "1,x", "1.5", "-1", "8,8", "2147483648", "9" * 5000, "\u0661"):
         with pytest.raises(RecipeError, match="--contexts"):
             numbers("--contexts", text)

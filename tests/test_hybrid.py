@@ -208,7 +208,13 @@ def test_misuse_is_told(ids):
         "transformers.models.auto.modeling_auto",
         *(
             pytest.param(f"transformers.{name}", marks=pytest.mark.slow)
-            for name in ("trainer", "models.llama.modeling_llama", "models.auto.configuration_auto", "cache_utils", "pipelines")
+            for name in (
+                "trainer",
+                "models.llama.modeling_llama",
+                "models.auto.configuration_auto",
+                "cache_utils",
+                "pipelines",
+            )
         ),
     ],
 )

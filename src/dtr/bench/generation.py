@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from dtr.arch import read_geometry
-from dtr.bench.sizes import FILL, check_batches, check_caches
+from dtr.bench.sizes import FILL, check_caches, pick_batches
 from dtr.bench.subjects import Subjects
 from dtr.errors import DeviceError
 from dtr.hybrid.cache import HybridCache, RecurrentStateLayer
@@ -60,7 +60,7 @@ def bench_generate(
         DeviceError: the fast path's logits are wrong on this machine, or "fill" is asked for without a GPU.
         RecipeError: a size whose cache cannot fit into this machine.
     """
-    check_batches(batches, subjects.teacher.device.type)
+    batches = pick_batches(batches, subjects.teacher.device.type)
     check_caches(subjects.teacher, contexts, batches, num_steps)
     models = {"teacher": subjects.teacher, "hybrid": subjects.hybrid}
     for model in models.values():
@@ -121,7 +121,7 @@ def _relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def fill_batch(teacher: Any, num_tokens: int) -> int:
     """Sequences of `num_tokens` tokens whose keys and values fit beside the model on this GPU."""
-    check_batches([FILL], teacher.device.type)
+    pick_batches([FILL], teacher.device.type)
     _free()
     g = read_geometry(teacher.config)
     keys_and_values = 2 * g.num_kv_heads * g.head_dim * num_tokens * teacher.config.num_hidden_layers * 2

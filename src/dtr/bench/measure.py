@@ -12,7 +12,7 @@ from typing import Any
 
 from dtr.bench.distillation import bench_distill
 from dtr.bench.generation import bench_generate
-from dtr.bench.sizes import check_batches
+from dtr.bench.sizes import pick_batches
 from dtr.bench.speedups import speedups
 from dtr.bench.strategies import SHARES, compare_strategies
 from dtr.bench.subjects import load_subjects
@@ -47,7 +47,7 @@ def bench_generation(
     options: dict[str, Any],
     keep: list[int] | None,
     contexts: list[int],
-    batches: list[int | str],
+    batches: list[int | str] | None,
     num_steps: int,
     device: str,
     dtype: str,
@@ -57,7 +57,7 @@ def bench_generation(
 
     `on_row` is called with the record so far after every size.
     """
-    check_batches(batches, pick_device(device).type)
+    batches = pick_batches(batches, pick_device(device).type)
     subjects = load_subjects(
         source, num_linear=num_linear, mixer=mixer, options=options, keep=keep, device=device, dtype=dtype
     )

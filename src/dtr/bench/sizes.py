@@ -52,14 +52,18 @@ def _short(text: str) -> str:
     return f"'{text}'" if len(text) <= 60 else f"'{text[:60]}...', {len(text):,} characters"
 
 
-def check_batches(batches: Sequence[int | str], device_type: str) -> None:
-    """Refuse a batch that fills the GPU where there is none.
+def pick_batches(batches: Sequence[int | str] | None, device_type: str) -> list[int | str]:
+    """The batches that are asked for, or where none are 1, 16 and what fills the GPU if there is one.
 
     Raises:
-        DeviceError: likewise.
+        DeviceError: a batch that fills the GPU where there is none.
     """
-    if FILL in batches and device_type != "cuda":
+    on_gpu = device_type == "cuda"
+    if batches is None:
+        return [1, 16, FILL] if on_gpu else [1, 16]
+    if FILL in batches and not on_gpu:
         raise DeviceError("--batch", got="'fill' on a CPU", expected="a number of sequences", hint="As --batch 1,8.")
+    return list(batches)
 
 
 def check_caches(teacher: Any, contexts: Sequence[int], batches: Sequence[int | str], num_steps: int) -> None:

@@ -70,8 +70,13 @@ def bench_generate(
     keep: Annotated[str | None, typer.Option("--keep", help="Layers that stay as they are, by commas.")] = None,
     contexts: Annotated[str, typer.Option("--contexts", help="Tokens, by commas.")] = "512,2048,8192,32768,65536",
     batch: Annotated[
-        str, typer.Option("--batch", help="Sequences, by commas; fill: as many as the teacher's cache lets in.")
-    ] = "1,16,fill",
+        str | None,
+        typer.Option(
+            "--batch",
+            help="Sequences, by commas; fill, on a GPU: as many as the teacher's cache lets in. 1, 16 and on a GPU fill"
+            " when left out.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Decoded tokens per measurement.", min=1, max=MAX_STEPS)] = 16,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -90,7 +95,7 @@ def bench_generate(
         options=_options(model, mixer_option),
         keep=None if keep is None else numbers("--keep", keep, least=0),
         contexts=numbers("--contexts", contexts),
-        batches=numbers("--batch", batch, words=("fill",)),
+        batches=None if batch is None else numbers("--batch", batch, words=("fill",)),
         num_steps=steps,
         device=device,
         dtype=dtype,
