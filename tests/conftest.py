@@ -14,7 +14,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import pytest
 import torch
 import yaml
-from tiny import byte_tokenizer, pico_model
+from tiny import CHEAP, byte_tokenizer, pico_model
 
 from dtr.interrupt import SIGNALS
 
@@ -80,6 +80,7 @@ def place(tmp_path_factory):
             "learning_rate": 5e-3,
             "checkpoint_every_steps": 5,
         },
+        "mixer": {"options": CHEAP},
         "task": {"source": str(folder / "task")},
         # The plain limit, as nothing could be certified with so few items.
         "search": {

@@ -64,7 +64,7 @@ def test_where_hybrids_part_from_the_teacher(place, tmp_path):
     arguments = [str(place / "recipe.yaml"), "--task", f"words={place / 'task'}", "--out", str(out), "--for-choosing"]
     arguments += ["--by-position", "--only-tries", "--set", "distill.num_tokens=512"]
     kinds = '["retention",{"kind":"gated_deltanet","options":{"head_copies":2},"layers":[1,2]}]'
-    trials = ["seed=1 realign.num_tokens=1024", f"distill.seq_len_tokens=32 mixer.kind={kinds}"]
+    trials = ["seed=1 realign.num_tokens=1024", f"distill.seq_len_tokens=32 mixer.options={{}} mixer.kind={kinds}"]
     load_program("distil_quality").main([*arguments, "--try", trials[0], "--try", trials[1]])
     rows = json.loads(out.read_text())["ablation"]
     assert rows[0]["realigned"]["all_linear_kl"] != rows[0]["all_linear_kl"]

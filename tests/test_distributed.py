@@ -13,12 +13,13 @@ import forks
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, pico_teacher, token_blocks
+from tiny import CHEAP, byte_tokenizer, pico_teacher, token_blocks
 
 from dtr.corpus import load_text, stream_text
 from dtr.distillation.trainer import distill
 
 SETTINGS = {"num_tokens": 5 * 32 * 12, "batch_size": 5, "learning_rate": 5e-3, "seed": 3, "checkpoint_every_steps": 6}
+SETTINGS |= {"options": CHEAP}
 
 WORKER = """
 import os
@@ -74,12 +75,17 @@ def launch(
     return forks.run_ranks(num_processes, *arguments, env=env)
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """The bank of one process; only read it."""
+    return distill(pico_teacher(), token_blocks(), **SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("kinds", "num_processes", "teacher"), [(("data", "layers"), 2, "whole"), (("data",), 3, "shard")]
 )
-def test_several_ranks_give_the_bank_of_one(kinds, num_processes, teacher, tmp_path):
+def test_several_ranks_give_the_bank_of_one(kinds, num_processes, teacher, alone, tmp_path):
     # Batches of 5, 4 layers and 2 batches to measure on: no part is the same on all ranks, and some have none.
-    alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
     for rank in launch(tmp_path, ",".join(kinds), num_processes, teacher=teacher):
         assert rank.returncode == 0, rank.stderr
     for kind in kinds:
@@ -89,8 +95,7 @@ def test_several_ranks_give_the_bank_of_one(kinds, num_processes, teacher, tmp_p
                 torch.testing.assert_close(together[f"layers.{layer}.{name}"], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_a_killed_rank_ends_all_and_one_goes_on(tmp_path):
-    alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
+def test_a_killed_rank_ends_all_and_one_goes_on(alone, tmp_path):
     died = launch(tmp_path, "layers", 2, stop_after=10)
     codes = [rank.returncode for rank in died]
     assert -signal.SIGKILL in codes
@@ -102,11 +107,10 @@ def test_a_killed_rank_ends_all_and_one_goes_on(tmp_path):
             torch.testing.assert_close(resumed.mixers[layer].state_dict()[name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bits(alone, tmp_path):
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        alone = distill(pico_teacher(), token_blocks(), **SETTINGS)
         (died,) = launch(tmp_path, "data", 1, stop_after=10)
         assert died.returncode == -signal.SIGKILL
         resumed, steps = resume(tmp_path / "data.safetensors")

@@ -30,7 +30,7 @@ from dtr.recipe import read_recipe
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WORDS = ("red", "green", "blue", "stone", "river", "tree", "cloud", "bird")
 SMALL = {
-    "distill.num_tokens": 2048,
+    "distill.num_tokens": 512,
     "distill.seq_len_tokens": 64,
     "distill.batch_size": 4,
     "text.source": "my_text",
@@ -78,7 +78,7 @@ def dtr(capsys, monkeypatch):
 
 def run_snippet(code: str, names: dict) -> None:
     """Run a snippet as it stands, with a smaller token budget."""
-    exec(compile(code.replace("num_tokens=10_000_000", "num_tokens=2048"), "snippet", "exec"), names)
+    exec(compile(code.replace("num_tokens=10_000_000", "num_tokens=512"), "snippet", "exec"), names)
 
 
 def run_commands(page: Path, dtr) -> None:

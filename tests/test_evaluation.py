@@ -10,7 +10,7 @@ import random
 
 import pytest
 import torch
-from tiny import pico_teacher
+from tiny import CHEAP, pico_teacher
 
 from dtr.arch import LayerRunner, decoder_layers, with_mixer
 from dtr.errors import DataError, ModelError
@@ -25,7 +25,7 @@ from dtr.selection.criteria import at_least
 from dtr.tasks import load_task
 from dtr.tasks.base import GenerationRequest
 
-SPEC = {"kind": "gated_deltanet"}
+SPEC = {"kind": "gated_deltanet", **CHEAP}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,9 @@ def teacher():
 @pytest.fixture(scope="module")
 def mixers(teacher):
     attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
-    return {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a).eval() for i, a in enumerate(attention)}
+    return {
+        i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a, CHEAP).eval() for i, a in enumerate(attention)
+    }
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import forks
 import pytest
 import torch
 from exactness import assert_same_model, assert_same_up_to_rounding
-from tiny import pico_teacher
+from tiny import pico_classifier, pico_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dtr.arch import FAMILIES, LayerRunner, decoder_layers
@@ -136,6 +136,8 @@ with torch.no_grad():
         print(json.dumps([logits, text]))
 if {blocked!r}:
     model.save_pretrained({folder!r} + "/again")
+    from transformers import AutoModelForSequenceClassification
+    print(type(AutoModelForSequenceClassification.from_pretrained({head!r}, trust_remote_code=True)).__module__)
 """
 
 
@@ -144,14 +146,16 @@ if {blocked!r}:
 def test_a_fresh_process_loads_the_folder(blocked, tmp_path):
     hybrid = hybrid_of(pico_teacher(), (0, 2), ("gated_deltanet", "mamba2"))
     hybrid.save_pretrained(tmp_path / "hybrid")
-    code = FRESH.format(blocked=blocked, folder=str(tmp_path / "hybrid"))
+    make_hybrid(pico_classifier(), {}, {}).save_pretrained(tmp_path / "head")
+    code = FRESH.format(blocked=blocked, folder=str(tmp_path / "hybrid"), head=str(tmp_path / "head"))
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PATH": "", "OMP_NUM_THREADS": "1"}
     if blocked:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     else:
         done = forks.run("-c", code, env=env)
     assert done.returncode == 0, done.stderr
-    growing, static = (json.loads(line) for line in done.stdout.strip().splitlines()[-2:])
+    growing, static = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert ("dtr_hybrid_modeling" in done.stdout) == blocked
     assert static == growing
     logits, text = growing
     ids = torch.arange(1, 22)[None]

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from tiny import pico_model, pico_teacher
+from tiny import CHEAP, pico_model, pico_teacher
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,13 +22,15 @@ from dtr.selection.settings import SearchSettings
 from dtr.tasks import load_task
 from dtr.teacher import as_teacher
 
-SPEC = {"kind": "gated_deltanet"}
+SPEC = {"kind": "gated_deltanet", **CHEAP}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def mixers_of(teacher):
     attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
-    return {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a).eval() for i, a in enumerate(attention)}
+    return {
+        i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a, CHEAP).eval() for i, a in enumerate(attention)
+    }
 
 
 def write_task(folder, rows):

@@ -90,7 +90,7 @@ def test_layers_get_the_kinds_that_name_them(teacher, tmp_path):
 
 def test_a_run_with_other_options_for_some_layers(place, tmp_path):
     out = tmp_path / "run"
-    settings = {"mixer.kind": PER_LAYER, "distill.num_tokens": 1024, "search.p_min": 0.01}
+    settings = {"mixer.options": {}, "mixer.kind": PER_LAYER, "distill.num_tokens": 1024, "search.p_min": 0.01}
     recipe = read_recipe(place / "recipe.yaml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     run(recipe, out)
     report = json.loads((out / "report.json").read_text())

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import pico_teacher, token_blocks
+from tiny import CHEAP, pico_teacher, token_blocks
 from torch.nn import functional as F
 
 from dtr.arch import capture_attention
@@ -24,7 +24,7 @@ SETTINGS = {"num_tokens": 24 * 4 * 32, "batch_size": 4, "learning_rate": 5e-3, "
 
 @pytest.fixture(scope="module")
 def bank():
-    return distill(pico_teacher(), token_blocks(), **SETTINGS | {"num_tokens": 10 * 4 * 32})
+    return distill(pico_teacher(), token_blocks(), options=CHEAP, **SETTINGS | {"num_tokens": 10 * 4 * 32})
 
 
 def captured(model, index: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import byte_tokenizer, pico_model, token_blocks
+from tiny import CHEAP, byte_tokenizer, pico_model, token_blocks
 
 import dtr
 from dtr.distillation.loop import is_short_step
@@ -67,10 +67,10 @@ def test_short_steps_lie_evenly(share: float, want: int) -> None:
 
 
 def test_what_is_trained_on_segments_says_so_and_goes_on_to_the_same_bits(teacher, tmp_path) -> None:
-    settings = {"num_tokens": 512, "batch_size": 1, "segment_tokens": 16, "learning_rate": 1e-3}
+    settings = {"num_tokens": 512, "batch_size": 1, "segment_tokens": 16, "learning_rate": 1e-3, "options": CHEAP}
     bank = dtr.distill(teacher, token_blocks(), **settings)
     assert bank.identity["segment_tokens"] == 16
-    plain = dtr.distill(teacher, token_blocks(), num_tokens=512, batch_size=1, learning_rate=1e-3)
+    plain = dtr.distill(teacher, token_blocks(), num_tokens=512, batch_size=1, learning_rate=1e-3, options=CHEAP)
     assert "segment_tokens" not in plain.identity
     again = dtr.distill(teacher, token_blocks(), **settings, checkpoint=tmp_path / "c.safetensors")
     ours, theirs = (next(iter(one.mixers.values())).state_dict() for one in (bank, again))

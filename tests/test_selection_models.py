@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import pico_teacher
+from tiny import CHEAP, pico_teacher
 
 from dtr.arch import decoder_layers
 from dtr.bench import strategies
@@ -49,9 +49,11 @@ def bank(teacher):
 def untrained_bank(teacher):
     """Mixers at their start values: a hybrid as bad as any."""
     attention = [layer.self_attn for layer in decoder_layers(teacher.model)]
-    mixers = {i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a).eval() for i, a in enumerate(attention)}
+    mixers = {
+        i: mixer_from_teacher("gated_deltanet", teacher.geometry, i, a, CHEAP).eval() for i, a in enumerate(attention)
+    }
     return MixerBank(
-        specs=[{"kind": "gated_deltanet"}],
+        specs=[{"kind": "gated_deltanet", **CHEAP}],
         mixers=mixers,
         num_model_layers=teacher.num_layers,
         teacher_fingerprint=teacher.fingerprint,

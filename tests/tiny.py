@@ -14,6 +14,8 @@ from dtr.corpus import TokenBlocks
 from dtr.teacher import Teacher, as_teacher
 
 NUM_LAYERS = 4
+CHEAP = {"head_copies": 1, "quadratic": False}
+"""Options of `gated_deltanet` for tests in which the mixer is beside the point: a third of the default's work."""
 _CHECKED: set[str] = set()
 
 
@@ -54,6 +56,22 @@ def pico_model(family: str = "llama", *, num_layers: int = NUM_LAYERS, seed: int
                 torch.nn.init.normal_(weight, std=0.15)
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
                 torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return model.eval()
+
+
+def pico_classifier(family: str = "llama", num_labels: int = 3):
+    """The same with a head of random classes."""
+    fields = {
+        "vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0,
+    }  # fmt: skip
+    config = model_class(family, "Config")(**fields, num_labels=num_labels)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(family, "ForSequenceClassification")(config)
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=0.15)
     return model.eval()
 
 
