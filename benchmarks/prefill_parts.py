@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from random_model import random_model
+from random_model import SHAPES, random_model
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -28,6 +29,8 @@ from dtr.inference.blocks import DeltaBlock
 from dtr.inference.decoder import Decoder
 from dtr.mixers import mixer_from_teacher
 from dtr.ops import decoding
+from dtr.ops.chunk_layout import lay_out
+from dtr.ops.packed_prompts import delta_sequences
 from dtr.ops.projections import GatedProjection, Norm
 
 
@@ -35,15 +38,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sizes", default="8x32768,1x32768,16x2048", help="batch x tokens, comma-separated")
+    parser.add_argument("--shape", default="smollm2-135m", choices=sorted(SHAPES))
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--linear", type=int, default=27)
-    parser.add_argument("--parts", default="layer,cuts,whole", help="cuts are of the first size only")
+    parser.add_argument("--options", type=json.loads, default={}, help="of the mixer, as JSON")
+    parser.add_argument("--parts", default="layer,cuts,whole", help="cuts are of the first size only; or profile")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    teacher = random_model(num_layers=args.layers).to(args.device, torch.bfloat16).eval()
-    hybrid = as_hybrid(teacher, args.linear)
+    teacher = random_model(num_layers=args.layers, shape=args.shape).to(args.device, torch.bfloat16).eval()
+    hybrid = as_hybrid(teacher, args.linear, args.options)
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes.split(",")]
-    parts = {"layer": layer_parts, "cuts": cuts, "whole": whole}
+    parts = {"layer": layer_parts, "cuts": cuts, "whole": whole, "profile": profile_parts}
     for batch, num_tokens in sizes:
         for name in args.parts.split(","):
             if name != "cuts" or (batch, num_tokens) == sizes[0]:
@@ -51,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
                     print(json.dumps({"part": name, "batch": batch, "tokens": num_tokens} | result), flush=True)
 
 
-def as_hybrid(teacher: Any, num_linear: int) -> Any:
+def as_hybrid(teacher: Any, num_linear: int, options: dict[str, Any]) -> Any:
     """The teacher's twin with linear layers whose gates are open enough to matter."""
     geometry, num_layers = read_geometry(teacher.config), len(teacher.model.layers)
     # The middles of equal stretches keep their attention.
@@ -59,12 +64,12 @@ def as_hybrid(teacher: Any, num_linear: int) -> Any:
     kept = [(2 * i + 1) * num_layers // (2 * num_kept) for i in range(num_kept)]
     mixers = {}
     for i in set(range(num_layers)) - set(kept):
-        mixer = mixer_from_teacher("gated_deltanet", geometry, i, teacher.model.layers[i].self_attn)
+        mixer = mixer_from_teacher("gated_deltanet", geometry, i, teacher.model.layers[i].self_attn, options)
         for name, weight in mixer.named_parameters():
             if name.startswith(("gate_proj", "write_proj", "decay_proj.weight")):
                 torch.nn.init.normal_(weight, std=0.05)
         mixers[i] = mixer.to(teacher.device, teacher.dtype).eval()
-    return make_hybrid(teacher, mixers, {i: {"kind": "gated_deltanet"} for i in mixers})
+    return make_hybrid(teacher, mixers, {i: {"kind": "gated_deltanet", **options} for i in mixers})
 
 
 def guarded(part: Callable[..., Iterator[dict[str, Any]]], *arguments: Any) -> Iterator[dict[str, Any]]:
@@ -92,6 +97,34 @@ def milliseconds(work: Callable[[], Any], *, runs: int = 5) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def profile_parts(_teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[dict[str, Any]]:
+    """A linear layer over packed sequences, as in a server: its time, that of launching it, and its kernels."""
+    p = delta_block(hybrid, 1).projection
+    hidden = torch.randn(batch * num_tokens, hybrid.config.hidden_size, device=hybrid.device, dtype=hybrid.dtype)
+    positions = torch.arange(num_tokens, device=hybrid.device).repeat(batch)[None]
+    cos, sin = (x[0] for x in hybrid.model.rotary_emb(hidden, positions))
+    starts = np.arange(batch + 1) * num_tokens
+    layout = lay_out(starts, hybrid.device, num_heads=p.num_heads)
+    initial = hidden.new_zeros(batch, p.num_heads, p.head_dim, p.head_dim, dtype=torch.float32)
+
+    def work() -> None:
+        delta_sequences(hidden, p, cos, sin, layout, initial)
+
+    yield {"ms": milliseconds(work)}
+    begin = time.perf_counter()
+    for _ in range(10):
+        work()
+    yield {"ms_to_launch": 100 * (time.perf_counter() - begin)}
+    with torch.profiler.profile() as found:
+        for _ in range(10):
+            work()
+    is_cuda = hybrid.device.type == "cuda"
+    rows = [(e.self_device_time_total if is_cuda else e.self_cpu_time_total, e) for e in found.key_averages()]
+    for microseconds, event in sorted(rows, key=lambda row: -row[0])[:30]:
+        if microseconds:
+            yield {"of": event.key[:80], "microseconds": microseconds / 10, "times": event.count / 10}
 
 
 def whole(teacher: Any, hybrid: Any, batch: int, num_tokens: int) -> Iterator[dict[str, Any]]:

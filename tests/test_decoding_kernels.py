@@ -119,13 +119,15 @@ def check_rotate_heads(case: Case, *, tolerance: float) -> None:
     from dtr.ops.gpu import decoding_triton
 
     x = case.randn(case.batch, 37, case.heads, case.dim)
+    # As a product of heads leaves them.
+    mixes = case.randn(case.batch, case.heads, 37, case.dim).transpose(1, 2)
     for num_tables in (1, case.batch):
         cos, sin = (case.randn(num_tables, 37, case.dim) for _ in range(2))
-        for weight, unit in ((None, True), (case.norms.query, False)):
-            got = decoding_triton.rotate_heads(x, cos, sin, weight, 1e-5, unit)
-            weight = None if weight is None else weight.cpu()
-            want = decoding.rotate_heads(x.cpu(), cos.cpu(), sin.cpu(), norm_weight=weight, eps=1e-5, unit_length=unit)
-            close(got, want, tolerance)
+        for weight, unit, mix in ((None, True, None), (case.norms.query, False, None), (case.norms.query, True, mixes)):
+            got = decoding_triton.rotate_heads(x, cos, sin, weight, 1e-5, unit, mix)
+            weight, mix = (None if given is None else given.cpu() for given in (weight, mix))
+            how = {"norm_weight": weight, "eps": 1e-5, "unit_length": unit, "mix_BTHK": mix}
+            close(got, decoding.rotate_heads(x.cpu(), cos.cpu(), sin.cpu(), **how), tolerance)
 
 
 def check_gated_product(case: Case, tolerance: float) -> None:

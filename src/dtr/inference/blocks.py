@@ -121,6 +121,7 @@ class DeltaBlock:
             norms=_norms(mixer, g),
             has_head_bias=g.qkv_bias,
             quadratic=mixer.quadratic,
+            mixes=(mixer.q_quadratic.mix_weight(), mixer.k_quadratic.mix_weight()) if mixer.quadratic else None,
             backend=mixer.backend,
         )
         self._out = stacked([mixer.o_proj])

@@ -41,6 +41,11 @@ class QuadraticFeatures(nn.Module):
         return rotated_quadratic_features(x_BTHK, self.weight, *angles, step_size=STEP_SIZE, backend=backend)
 
     @torch.no_grad()
+    def mix_weight(self) -> torch.Tensor:
+        """8 A (H, K, K), which makes the mix of a projected head."""
+        return STEP_SIZE * self.weight
+
+    @torch.no_grad()
     def joined(self, projection: nn.Linear) -> nn.Linear:
         """8 A after a projection to all heads, as one linear map of the hidden state.
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dtr.ops.dispatch import gated_delta_rule
 from dtr.ops.gated_delta import step as gated_delta_step
 from dtr.ops.projections import DeltaProjection, GatedProjection, HeadNorms
-from dtr.ops.quadratic_features import quadratic_features
+from dtr.ops.quadratic_features import mix_of_heads, quadratic_features
 from dtr.ops.rotary import rotate
 
 
@@ -156,11 +156,13 @@ def rotate_heads(
     norm_weight: torch.Tensor | None = None,
     eps: float = 0.0,
     unit_length: bool = False,
+    mix_BTHK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A prompt's queries or keys: the family's norm if any, rotary positions, unit length if asked. No gradients."""
+    """A prompt's queries or keys: quadratic features with `mix_BTHK`, the family's norm if any, rotary positions, unit
+    length if asked. No gradients."""
     if kernels := _kernels(x_BTHK):
-        return kernels.rotate_heads(x_BTHK, cos_BTK, sin_BTK, norm_weight, eps, unit_length)
-    x = x_BTHK.float()
+        return kernels.rotate_heads(x_BTHK, cos_BTK, sin_BTK, norm_weight, eps, unit_length, mix_BTHK)
+    x = (x_BTHK if mix_BTHK is None else quadratic_features(x_BTHK, mix_BTHK)).float()
     if norm_weight is not None:
         x = F.rms_norm(x, x.shape[-1:], norm_weight.float(), eps)
     x = rotate(x, cos_BTK.float(), sin_BTK.float())
@@ -201,29 +203,62 @@ def delta_prompt_in_parts(
     token_mask_BT: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `delta_prompt`, one operation after the other, each by its kernel where there is one."""
+    t = delta_tokens(projection.norm(hidden_BTD), projection, cos_BTK, sin_BTK)
+    log_decay, strength = t.log_decay_BTH, t.strength_BTH
+    if token_mask_BT is not None:
+        log_decay, strength = (x * token_mask_BT[..., None] for x in (log_decay, strength))
+    if kernels := _kernels(t.q_BTHK, "gated_delta_prefill"):
+        out, state = kernels.prefill(t.q_BTHK, t.k_BTHK, t.v_BTHK, log_decay, strength, scale=1.0)
+    else:
+        rows = (t.q_BTHK, t.k_BTHK, t.v_BTHK, log_decay, strength)
+        out, state = gated_delta_rule(*rows, scale=1.0, backend=projection.backend)
+    out = gated_product(t.gate_BTC.flatten(0, 1), out.flatten(0, 1).flatten(1), activation="identity_gate")
+    return out.view(t.gate_BTC.shape), state
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaTokens:
+    """What each token of a `GatedDeltaNet` layer has by itself."""
+
+    q_BTHK: torch.Tensor
+    """Rotated and of unit length, as `k_BTHK`."""
+    k_BTHK: torch.Tensor
+    v_BTHK: torch.Tensor
+    gate_BTC: torch.Tensor
+    """Of the output, before the sigmoid; C = H K."""
+    log_decay_BTH: torch.Tensor
+    """float32, as `strength_BTH`."""
+    strength_BTH: torch.Tensor
+
+
+def delta_tokens(
+    hidden_BTD: torch.Tensor, projection: DeltaProjection, cos_BTK: torch.Tensor, sin_BTK: torch.Tensor
+) -> DeltaTokens:
+    """Project hidden states, whose norm has run, and make of the rows what the recurrence takes."""
     num_heads, dim, norms = projection.num_heads, projection.head_dim, projection.norms
-    width = num_heads * dim
-    rows = F.linear(projection.norm(hidden_BTD), projection.weight, projection.bias)[..., : projection.num_rows]
-    *wide, decay, write = rows.split([width] * (projection.num_head_rows // width) + [num_heads] * 2, dim=-1)
-    gate = wide[3]
+    width, gates = num_heads * dim, slice(projection.num_head_rows, projection.num_rows)
+    num_wide = 4 * width if projection.mixes is not None else projection.num_head_rows
+    weight, bias = projection.weight, projection.bias
+    assert bias is not None, "the gates have biases"
+    wide = F.linear(hidden_BTD, weight[:num_wide], bias[:num_wide]).split(width, dim=-1)
+    decay, write = F.linear(hidden_BTD, weight[gates], bias[gates]).float().chunk(2, dim=-1)
     q, k, v, _, *mixes = (x.unflatten(-1, (num_heads, dim)) for x in wide)
-    if projection.quadratic:
-        q, k = (quadratic_features(x, mix) for x, mix in zip((q, k), mixes))
+    if projection.mixes is not None:
+        mixes = [mix_of_heads(x, own, step_size=1.0) for x, own in zip((q, k), projection.mixes)]
     eps = 0.0 if norms is None else norms.eps
     weights = (None, None) if norms is None else (norms.query, norms.key)
     q, k = (
-        rotate_heads(x, cos_BTK, sin_BTK, norm_weight=weight, eps=eps, unit_length=True)
-        for x, weight in zip((q, k), weights)
+        rotate_heads(x, cos_BTK, sin_BTK, norm_weight=own, eps=eps, unit_length=True, mix_BTHK=mix)
+        for x, own, mix in zip((q, k), weights, mixes or (None, None))
     )
-    log_decay, strength = -F.softplus(decay.float()), torch.sigmoid(write.float())
-    if token_mask_BT is not None:
-        log_decay, strength = (x * token_mask_BT[..., None] for x in (log_decay, strength))
-    if kernels := _kernels(q, "gated_delta_prefill"):
-        out, state = kernels.prefill(q, k, v, log_decay, strength, scale=1.0)
-    else:
-        out, state = gated_delta_rule(q, k, v, log_decay, strength, scale=1.0, backend=projection.backend)
-    out = gated_product(gate.flatten(0, 1), out.reshape(-1, width), activation="identity_gate")
-    return out.view(*rows.shape[:2], width), state
+    return DeltaTokens(
+        q_BTHK=q,
+        k_BTHK=k,
+        v_BTHK=v,
+        gate_BTC=wide[3],
+        log_decay_BTH=-F.softplus(decay),
+        strength_BTH=torch.sigmoid(write),
+    )
 
 
 def gated_product(gate: torch.Tensor, x: torch.Tensor, *, activation: str) -> torch.Tensor:

@@ -72,6 +72,9 @@ class DeltaProjection(NormedProjection):
     """Whether the biases of q, k and v need not be zero."""
     quadratic: bool = False
     """Whether queries and keys have quadratic features."""
+    mixes: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Weights (H, K, K) of the mixes of q and k, applied to the projected heads: a twelfth of the work of the rows that
+    make them of hidden states, which a step takes, as it is bound by launching kernels."""
     backend: str = "auto"
     """What computes the recurrence over a prompt where no kernel of generation does, as the mixer holds it."""
 

@@ -5,6 +5,8 @@ Shapes: T packed tokens, B sequences, D hidden dim, H heads, K head dim.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -84,6 +86,7 @@ class DeltaPath:
             if mix.bias is not None:
                 p.bias[first : first + width] = mix.bias
             first += width
+        self.projection = dataclasses.replace(p, mixes=(m.q_quadratic.mix_weight(), m.k_quadratic.mix_weight()))
 
     def step(
         self,

@@ -127,10 +127,14 @@ def _rotate_and_store(
 
 @triton.jit(do_not_specialize=["num_rows", "T"])
 def _rotate_heads(
-    x_ptr, cos_ptr, sin_ptr, norm_ptr, out_ptr, eps, num_rows, T, x_stride, cos_batch_stride, H: tl.constexpr,
-    K: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, mix_ptr, cos_ptr, sin_ptr, norm_ptr, out_ptr, eps, num_rows, T, x_stride, mix_batch_stride,
+    mix_token_stride, mix_head_stride, cos_batch_stride, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MIX: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R / BLOCK): heads (B T H, K), tokens `x_stride` apart; cos and sin are (B or 1, T, K)."""
+    """Grid (R / BLOCK): heads (B T H, K), tokens `x_stride` apart; cos and sin are (B or 1, T, K).
+
+    HAS_MIX: quadratic features with these mixes (B, T, H, K) come first.
+    """
     r, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K)
     partner = (i + K // 2) % K
     valid = (r < num_rows)[:, None]
@@ -138,6 +142,13 @@ def _rotate_heads(
     at = token.to(tl.int64)[:, None] * x_stride + (r % H)[:, None] * K
     x = tl.load(x_ptr + at + i[None, :], mask=valid, other=0.0).to(tl.float32)
     other = tl.load(x_ptr + at + partner[None, :], mask=valid, other=0.0).to(tl.float32)
+    if HAS_MIX:
+        mix_ptr += ((token // T).to(tl.int64) * mix_batch_stride + (token % T).to(tl.int64) * mix_token_stride)[:, None]
+        mix_ptr += ((r % H).to(tl.int64) * mix_head_stride)[:, None]
+        inverse = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / K + QUADRATIC_EPS))[:, None]
+        x *= inverse * (1.0 + inverse * tl.load(mix_ptr + i[None, :], mask=valid, other=0.0).to(tl.float32))
+        mix = tl.load(mix_ptr + partner[None, :], mask=valid, other=0.0).to(tl.float32)
+        other *= inverse * (1.0 + inverse * mix)
     if HAS_NORM:
         inverse = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / K + eps))[:, None]
         x *= inverse * tl.load(norm_ptr + i).to(tl.float32)[None, :]
@@ -227,8 +238,11 @@ def rotate_heads(
     norm_weight: torch.Tensor | None,
     eps: float,
     unit_length: bool,
+    mix_BTHK: torch.Tensor | None = None,
 ) -> torch.Tensor:
     B, T, H, K = x_BTHK.shape
+    mix = x_BTHK if mix_BTHK is None else mix_BTHK
+    assert mix.stride(3) == 1, "features lie side by side"
     # Heads may be a part of wider rows.
     is_row = x_BTHK.stride(3) == 1 and x_BTHK.stride(2) == K and (B == 1 or x_BTHK.stride(0) == T * x_BTHK.stride(1))
     x = x_BTHK if is_row else x_BTHK.contiguous()
@@ -238,9 +252,9 @@ def rotate_heads(
     block = max(1, 4096 // K)
     with torch.cuda.device_of(x):
         _rotate_heads[(triton.cdiv(num_rows, block),)](
-            x, cos, sin, x if norm_weight is None else norm_weight, out, eps, num_rows, T,
-            x.stride(1), cos.stride(0) if len(cos) > 1 else 0, H=H, K=K, BLOCK=block, HAS_NORM=norm_weight is not None,
-            UNIT=unit_length, num_warps=4,
+            x, mix, cos, sin, x if norm_weight is None else norm_weight, out, eps, num_rows, T, x.stride(1),
+            *mix.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, H=H, K=K, BLOCK=block,
+            HAS_MIX=mix_BTHK is not None, HAS_NORM=norm_weight is not None, UNIT=unit_length, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -11,11 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from dtr.ops.chunk_layout import ChunkLayout
-from dtr.ops.decoding import gated_product
+from dtr.ops.decoding import delta_tokens, gated_product
 from dtr.ops.gpu.delta_prompt_triton import Gates, map_chunks, scan_chunks, supports
 from dtr.ops.gpu.gated_delta_prefill import prefill
 from dtr.ops.gpu.segments import PackedStates
-from dtr.ops.packed_prompts import tokens
 from dtr.ops.projections import DeltaProjection
 
 
@@ -65,8 +64,8 @@ def _in_parts(
     sin_TK: torch.Tensor,
     packed: PackedStates,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v, gate, log_decay, strength = tokens(hidden_TD, projection, cos_TK, sin_TK)
-    mask = packed.layout.is_text[0][:, None]
-    rows = (x[None] for x in (q, k, v, log_decay * mask, strength * mask))
-    out, last = prefill(*rows, scale=1.0, packed=packed)
-    return gated_product(gate, out[0].flatten(1), activation="identity_gate"), last
+    t = delta_tokens(hidden_TD[None], projection, cos_TK[None], sin_TK[None])
+    mask = packed.layout.is_text[..., None]
+    gates = (x * mask for x in (t.log_decay_BTH, t.strength_BTH))
+    out, last = prefill(t.q_BTHK, t.k_BTHK, t.v_BTHK, *gates, scale=1.0, packed=packed)
+    return gated_product(t.gate_BTC[0], out[0].flatten(1), activation="identity_gate"), last
