@@ -211,6 +211,8 @@ def as_float32(x: Any) -> Any:
     if dataclasses.is_dataclass(x):
         fields = {field.name: as_float32(getattr(x, field.name)) for field in dataclasses.fields(x)}
         return dataclasses.replace(x, **fields)
+    if isinstance(x, tuple):
+        return tuple(as_float32(part) for part in x)
     return x.float().cpu() if isinstance(x, torch.Tensor) else x
 
 

@@ -130,6 +130,17 @@ def check_rotate_heads(case: Case, *, tolerance: float) -> None:
             close(got, decoding.rotate_heads(x.cpu(), cos.cpu(), sin.cpu(), **how), tolerance)
 
 
+def check_delta_gates(case: Case, tolerance: float) -> None:
+    from dtr.ops.gpu import decoding_triton
+
+    rows, mask = case.randn(case.batch, 70, 2 * case.heads), torch.ones(case.batch, 70, dtype=torch.uint8)
+    mask[0, :5] = 0
+    for given in (None, mask.to(case.device)):
+        want = decoding.delta_gates(rows.cpu(), None if given is None else given.cpu())
+        for ours, plain in zip(decoding_triton.delta_gates(rows, given), want):
+            close(ours, plain, tolerance)
+
+
 def check_gated_product(case: Case, tolerance: float) -> None:
     from dtr.ops.gpu import decoding_triton
 
@@ -243,6 +254,7 @@ def check_all(case: Case, tolerance: float) -> None:
         check_attend(case, last, tolerance)
     check_plain_step(case, tolerance)
     check_rotate_heads(case, tolerance=tolerance)
+    check_delta_gates(case, tolerance)
     check_gated_product(case, tolerance)
     check_gated_pair(case, tolerance)
 

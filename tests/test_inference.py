@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 from test_hybrid import hybrid_of
 from tiny import pico_model, pico_teacher
 
-from dtr.arch import FAMILIES, decoder_layers
+from dtr.arch import FAMILIES, decoder_layers, read_geometry
 from dtr.errors import ModelError
 from dtr.hybrid.modeling import make_hybrid
+from dtr.inference.blocks import DeltaBlock
 from dtr.inference.decoder import Decoder
 from dtr.inference.generate import fast_generate
 from dtr.inference.prompt_graphs import PromptGraphs, padded_length
 from dtr.mixers import MIXERS, mixer_from_teacher
+from dtr.ops.decoding import delta_tokens
+from dtr.ops.projections import Norm
 
 LINEAR = [kind for kind in sorted(MIXERS) if MIXERS[kind].is_pure_linear]
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -228,3 +232,20 @@ def test_misuse_is_told(padded):
         Decoder(hybrid_with_options({"window": 8}), batch_size=1, capacity_tokens=16)
     with pytest.raises(ModelError, match="num_beams"):
         fast_generate(model, **padded, num_beams=2, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_mixes_of_projected_heads_are_those_of_joined_rows():
+    model = pico_model()
+    attention = model.model.layers[1].self_attn
+    mixer = mixer_from_teacher("gated_deltanet", read_geometry(model.config), 1, attention, {"quadratic": True}).eval()
+    for features in (mixer.q_quadratic, mixer.k_quadratic):
+        torch.nn.init.normal_(features.weight, std=0.1)
+    projection = DeltaBlock(mixer, Norm(weight=torch.ones(32), eps=1e-5), batch=1).projection
+    assert projection.mixes is not None
+    hidden, angles = torch.randn(2, 9, 32), model.model.rotary_emb(torch.zeros(1), torch.arange(9)[None])
+    found, joined = (
+        delta_tokens(hidden, one, *angles) for one in (projection, dataclasses.replace(projection, mixes=None))
+    )
+    for name in ("q_BTHK", "k_BTHK", "v_BTHK", "gate_BTC"):
+        torch.testing.assert_close(getattr(found, name), getattr(joined, name), rtol=1e-4, atol=1e-5)

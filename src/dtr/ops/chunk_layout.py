@@ -39,6 +39,8 @@ class ChunkLayout:
     """uint8 (Q,), whether a sequence begins with this piece."""
     num_pieces: int
     num_sequences: int
+    is_whole: bool
+    """Whether no sequence needs padding, so that tokens lie where they lay."""
 
 
 def lay_out(starts: np.ndarray, device: torch.device | str, *, num_heads: int = FULL) -> ChunkLayout:
@@ -70,6 +72,7 @@ def lay_out(starts: np.ndarray, device: torch.device | str, *, num_heads: int = 
         is_first_piece=_to_device(is_first.astype(np.uint8), device),
         num_pieces=len(pieces) - 1,
         num_sequences=len(lengths),
+        is_whole=bool(is_text.all()),
     )
 
 

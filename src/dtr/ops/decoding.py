@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dtr.ops.dispatch import gated_delta_rule
 from dtr.ops.gated_delta import step as gated_delta_step
 from dtr.ops.projections import DeltaProjection, GatedProjection, HeadNorms
-from dtr.ops.quadratic_features import mix_of_heads, quadratic_features
+from dtr.ops.quadratic_features import quadratic_features
 from dtr.ops.rotary import rotate
 
 
@@ -203,14 +203,11 @@ def delta_prompt_in_parts(
     token_mask_BT: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `delta_prompt`, one operation after the other, each by its kernel where there is one."""
-    t = delta_tokens(projection.norm(hidden_BTD), projection, cos_BTK, sin_BTK)
-    log_decay, strength = t.log_decay_BTH, t.strength_BTH
-    if token_mask_BT is not None:
-        log_decay, strength = (x * token_mask_BT[..., None] for x in (log_decay, strength))
+    t = delta_tokens(projection.norm(hidden_BTD), projection, cos_BTK, sin_BTK, token_mask_BT)
+    rows = (t.q_BTHK, t.k_BTHK, t.v_BTHK, t.log_decay_BTH, t.strength_BTH)
     if kernels := _kernels(t.q_BTHK, "gated_delta_prefill"):
-        out, state = kernels.prefill(t.q_BTHK, t.k_BTHK, t.v_BTHK, log_decay, strength, scale=1.0)
+        out, state = kernels.prefill(*rows, scale=1.0)
     else:
-        rows = (t.q_BTHK, t.k_BTHK, t.v_BTHK, log_decay, strength)
         out, state = gated_delta_rule(*rows, scale=1.0, backend=projection.backend)
     out = gated_product(t.gate_BTC.flatten(0, 1), out.flatten(0, 1).flatten(1), activation="identity_gate")
     return out.view(t.gate_BTC.shape), state
@@ -227,12 +224,16 @@ class DeltaTokens:
     gate_BTC: torch.Tensor
     """Of the output, before the sigmoid; C = H K."""
     log_decay_BTH: torch.Tensor
-    """float32, as `strength_BTH`."""
+    """float32, as `strength_BTH`; both 0 where a token is padding, which leaves the state as it is."""
     strength_BTH: torch.Tensor
 
 
 def delta_tokens(
-    hidden_BTD: torch.Tensor, projection: DeltaProjection, cos_BTK: torch.Tensor, sin_BTK: torch.Tensor
+    hidden_BTD: torch.Tensor,
+    projection: DeltaProjection,
+    cos_BTK: torch.Tensor,
+    sin_BTK: torch.Tensor,
+    token_mask_BT: torch.Tensor | None = None,
 ) -> DeltaTokens:
     """Project hidden states, whose norm has run, and make of the rows what the recurrence takes."""
     num_heads, dim, norms = projection.num_heads, projection.head_dim, projection.norms
@@ -241,10 +242,10 @@ def delta_tokens(
     weight, bias = projection.weight, projection.bias
     assert bias is not None, "the gates have biases"
     wide = F.linear(hidden_BTD, weight[:num_wide], bias[:num_wide]).split(width, dim=-1)
-    decay, write = F.linear(hidden_BTD, weight[gates], bias[gates]).float().chunk(2, dim=-1)
+    log_decay, strength = delta_gates(F.linear(hidden_BTD, weight[gates], bias[gates]), token_mask_BT)
     q, k, v, _, *mixes = (x.unflatten(-1, (num_heads, dim)) for x in wide)
     if projection.mixes is not None:
-        mixes = [mix_of_heads(x, own, step_size=1.0) for x, own in zip((q, k), projection.mixes)]
+        mixes = [(x.transpose(1, 2) @ own.mT).transpose(1, 2) for x, own in zip((q, k), projection.mixes)]
     eps = 0.0 if norms is None else norms.eps
     weights = (None, None) if norms is None else (norms.query, norms.key)
     q, k = (
@@ -256,9 +257,20 @@ def delta_tokens(
         k_BTHK=k,
         v_BTHK=v,
         gate_BTC=wide[3],
-        log_decay_BTH=-F.softplus(decay),
-        strength_BTH=torch.sigmoid(write),
+        log_decay_BTH=log_decay,
+        strength_BTH=strength,
     )
+
+
+def delta_gates(rows_BTG: torch.Tensor, token_mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log decays and write strengths (B, T, H), float32, of rows with the logits of both; both 0 for padding."""
+    if kernels := _kernels(rows_BTG):
+        return kernels.delta_gates(rows_BTG, token_mask_BT)
+    decay, write = rows_BTG.float().chunk(2, dim=-1)
+    log_decay, strength = -F.softplus(decay), torch.sigmoid(write)
+    if token_mask_BT is not None:
+        log_decay, strength = (x * token_mask_BT[..., None] for x in (log_decay, strength))
+    return log_decay, strength
 
 
 def gated_product(gate: torch.Tensor, x: torch.Tensor, *, activation: str) -> torch.Tensor:

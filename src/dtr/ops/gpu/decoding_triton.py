@@ -162,6 +162,25 @@ def _rotate_heads(
     tl.store(out_ptr + r.to(tl.int64)[:, None] * K + i[None, :], x.to(out_ptr.dtype.element_ty), mask=valid)
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def _delta_gates(
+    rows_ptr, mask_ptr, decay_ptr, strength_ptr, stride, num_tokens, H: tl.constexpr, BH: tl.constexpr,
+    BT: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens / BT): rows of H logits of decays and H of write strengths, tokens `stride` apart; BH >= H."""
+    t, h = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
+    seen = (t < num_tokens)[:, None] & (h < H)[None, :]
+    at = rows_ptr + t.to(tl.int64)[:, None] * stride + h[None, :]
+    decay = -_softplus(tl.load(at, mask=seen, other=0.0).to(tl.float32))
+    strength = _sigmoid(tl.load(at + H, mask=seen, other=0.0).to(tl.float32))
+    if HAS_MASK:
+        is_text = (tl.load(mask_ptr + t, mask=t < num_tokens, other=0) > 0)[:, None]
+        decay, strength = tl.where(is_text, decay, 0.0), tl.where(is_text, strength, 0.0)
+    out = t.to(tl.int64)[:, None] * H + h[None, :]
+    tl.store(decay_ptr + out, decay, mask=seen)
+    tl.store(strength_ptr + out, strength, mask=seen)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _gated_product(
     gate_ptr, x_ptr, out_ptr, gate_stride, x_stride, num_rows, C, BLOCK: tl.constexpr, SILU: tl.constexpr,
@@ -257,6 +276,19 @@ def rotate_heads(
             HAS_MIX=mix_BTHK is not None, HAS_NORM=norm_weight is not None, UNIT=unit_length, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def delta_gates(rows_BTG: torch.Tensor, token_mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    B, T, num_gates = rows_BTG.shape
+    rows = rows_BTG.contiguous()
+    mask = rows if token_mask_BT is None else token_mask_BT.contiguous()
+    log_decay, strength = (rows.new_empty(B, T, num_gates // 2, dtype=torch.float32) for _ in range(2))
+    with torch.cuda.device_of(rows):
+        _delta_gates[(triton.cdiv(B * T, 64),)](
+            rows, mask, log_decay, strength, num_gates, B * T, H=num_gates // 2,
+            BH=triton.next_power_of_2(num_gates // 2), BT=64, HAS_MASK=token_mask_BT is not None, num_warps=4,
+        )  # fmt: skip
+    return log_decay, strength
 
 
 def gated_product(gate: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:

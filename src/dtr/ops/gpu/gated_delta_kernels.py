@@ -143,10 +143,12 @@ def chunk_inverse(
 @triton.jit(do_not_specialize=["T", "segment_chunks"])
 def state_scan(
     k_ptr, v_ptr, beta_ptr, cum_ptr, inverse_ptr, initial_ptr, update_ptr, state_ptr, final_ptr, bounds_ptr, T,
-    segment_chunks, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, AFFINE: tl.constexpr, HAS_BOUNDS: tl.constexpr,
+    segment_chunks, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, HAS_INITIAL: tl.constexpr, AFFINE: tl.constexpr, HAS_BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """Carry the state over the chunks of one head and BV value columns; store each chunk's first state and its u.
+
+    Values are H of W heads that lie side by side, as a joined projection leaves them.
 
     Grid (B H, V / BV, segments of `segment_chunks` chunks), each segment with a first and a last state of its own.
     HAS_BOUNDS: segment p is the chunks from bounds[p] to before bounds[p + 1].
@@ -171,6 +173,7 @@ def state_scan(
     for n in range(begin, end):
         index = bh * num_chunks + n
         row = _head(bh, n * C, T, H)
+        v_row = ((bh // H).to(tl.int64) * T + n * C) * W + bh % H
         valid = n * C + i < T
         k = _load_tokens(k_ptr, row, valid, H, K, 0, C, K)
         k_t = _transposed(k, _token_tile(k_ptr, row, H, K, 0, C, K), valid)
@@ -180,9 +183,9 @@ def state_scan(
         total = tl.load(cum_ptr + index.to(tl.int64) * C + C - 1)
 
         if AFFINE:
-            v = _load_tokens(v_ptr, row, valid & (first < V), H, V, first, C, BV).to(tl.float32)
+            v = _load_tokens(v_ptr, v_row, valid & (first < V), W, V, first, C, BV).to(tl.float32)
         else:
-            v = _load_tokens(v_ptr, row, valid, H, V, first, C, BV).to(tl.float32)
+            v = _load_tokens(v_ptr, v_row, valid, W, V, first, C, BV).to(tl.float32)
 
         narrow = state.to(dtype)
         residual = beta[:, None] * (v - tl.exp(cum)[:, None] * _dot(k, narrow))

@@ -45,20 +45,25 @@ def prefill(
     With `packed`, B is 1 and the tokens are those of several sequences, whose last states (P, H, K, V) are given.
     """
     check_inputs(q_BTHK, k_BTHK, v_BTHV)
-    q, k, v, g, beta = (x.contiguous() for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
-    (B, T, H, K), V = q.shape, v.shape[-1]
+    q, k, g, beta = (x.contiguous() for x in (q_BTHK, k_BTHK, g_BTH, beta_BTH))
+    (B, T, H, K), V = q.shape, v_BTHV.shape[-1]
+    # Values may be a part of wider rows, which are not copied.
+    width = v_BTHV.stride(1) // V
+    rows_in_a_row = B == 1 or v_BTHV.stride(0) == T * width * V
+    is_part = rows_in_a_row and v_BTHV.stride()[1:] == (width * V, V, 1)
+    v, W = (v_BTHV, width) if is_part else (v_BTHV.contiguous(), H)
     BH, N = B * H, triton.cdiv(T, CHUNK_TOKENS)
     cut = Segments.of_chunks(N, segments or num_segments(BH, N)) if packed is None else packed.segments
     inverses = q.new_empty(BH, N, CHUNK_TOKENS, CHUNK_TOKENS)
     cum = q.new_empty(BH, N, CHUNK_TOKENS, dtype=torch.float32)
-    o, updates, states = torch.empty_like(v), torch.empty_like(v), q.new_empty(BH, N, K, V)
+    o, updates, states = q.new_empty(B, T, H, V), q.new_empty(B, T, H, V), q.new_empty(BH, N, K, V)
 
     def scan(initial: torch.Tensor | None, last: torch.Tensor) -> None:
         columns = last.shape[-1]
         BV = min(V, K, scan_block(BH * cut.num_segments, columns))
         state_scan[(BH, columns // BV, cut.num_segments)](
-            k, v, beta, cum, inverses, initial, updates, states, last, cut.bounds, T, cut.length_chunks, H, K=K, V=V,
-            C=CHUNK_TOKENS, BV=BV, HAS_INITIAL=initial is not None, AFFINE=columns > V,
+            k, v, beta, cum, inverses, initial, updates, states, last, cut.bounds, T, cut.length_chunks, H, W=W, K=K,
+            V=V, C=CHUNK_TOKENS, BV=BV, HAS_INITIAL=initial is not None, AFFINE=columns > V,
             HAS_BOUNDS=cut.bounds is not None, num_warps=4, num_stages=num_stages(q),
         )  # fmt: skip
 

@@ -112,7 +112,7 @@ def _forward(q, k, v, g, beta, state, scale):  # type: ignore[no-untyped-def]
     with torch.cuda.device_of(q):
         chunk_inverse[(BH, N)](k, g, beta, cum, inverses, T, H, K=K, num_warps=inverse_warps(k))
         state_scan[(BH, V // BV, 1)](
-            k, v, beta, cum, inverses, state, updates, states, final, None, T, N, H, BV=BV,
+            k, v, beta, cum, inverses, state, updates, states, final, None, T, N, H, W=H, BV=BV,
             HAS_INITIAL=state is not None, AFFINE=False, HAS_BOUNDS=False, num_warps=4, num_stages=num_stages(q),
             **dims,
         )  # fmt: skip

@@ -28,11 +28,12 @@ def run(
     initial_PHKV: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `dtr.ops.packed_prompts.delta_sequences`."""
-    hidden, cos, sin = (x.index_select(0, layout.token) for x in (hidden_TD, cos_TK, sin_TK))
+    rows = hidden_TD, cos_TK, sin_TK
+    hidden, cos, sin = rows if layout.is_whole else (x.index_select(0, layout.token) for x in rows)
     packed = PackedStates(layout=layout, initial_PHKV=initial_PHKV)
     way = _fused if supports(hidden[None], projection.head_dim) else _in_parts
     heads_TC, last = way(hidden, projection, cos, sin, packed)
-    return heads_TC.index_select(0, layout.place), last
+    return heads_TC if layout.is_whole else heads_TC.index_select(0, layout.place), last
 
 
 def _fused(
@@ -64,8 +65,8 @@ def _in_parts(
     sin_TK: torch.Tensor,
     packed: PackedStates,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    t = delta_tokens(hidden_TD[None], projection, cos_TK[None], sin_TK[None])
-    mask = packed.layout.is_text[..., None]
-    gates = (x * mask for x in (t.log_decay_BTH, t.strength_BTH))
-    out, last = prefill(t.q_BTHK, t.k_BTHK, t.v_BTHK, *gates, scale=1.0, packed=packed)
+    mask = None if packed.layout.is_whole else packed.layout.is_text
+    t = delta_tokens(hidden_TD[None], projection, cos_TK[None], sin_TK[None], mask)
+    rows = (t.q_BTHK, t.k_BTHK, t.v_BTHK, t.log_decay_BTH, t.strength_BTH)
+    out, last = prefill(*rows, scale=1.0, packed=packed)
     return gated_product(t.gate_BTC[0], out[0].flatten(1), activation="identity_gate"), last
