@@ -236,6 +236,22 @@ def test_a_hybrid_is_checked_as_far_as_it_goes():
     assert "layer by layer" in self_check(hybrid_of(pico_teacher(), (0, 2)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_state_that_is_not_handed_on_whole_shows_in_few_bits_too(share, dtype):
+    """Of one layer of four: by the logits alone it went unseen in bfloat16."""
+    hybrid = hybrid_of(pico_teacher(), (0, 1, 2, 3)).to(dtype)
+    own = hybrid.model.layers[2].self_attn.recur
+
+    def recur(*args):
+        state = args[-1]
+        return own(*args[:-1], None if state is None else share * state)
+
+    hybrid.model.layers[2].self_attn.recur = recur
+    with pytest.raises(ModelError, match=r"'cache'.*layer 2"):
+        self_check(hybrid)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_rounding_changes_of_a_hybrid_with_a_cache_is_no_fault(seed):
     self_check(hybrid_of(pico_teacher(seed=seed), (0, 1, 2, 3)).to(torch.bfloat16))

@@ -10,7 +10,8 @@ Shapes: B batch (1), T tokens, D hidden dim.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -99,27 +100,8 @@ class Subject:
         changed[:, self.num_kept :] = self.ids.flip(1)[:, : self.ids.shape[1] - self.num_kept]
         return run_model(self.model, changed)
 
-    @cached_property
-    def rounding(self) -> float:
-        """How far logits move, as a share of their size, when each value of the embeddings moves by a rounding.
-
-        Every rounding further on then falls differently, so this is what other kernels for the same sums would change.
-        """
-
-        def move(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
-            signs = torch.randint(2, out.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
-            return out * (1 + torch.finfo(out.dtype).eps * signs.to(out))
-
-        handle = self.model.get_input_embeddings().register_forward_hook(move)
-        try:
-            moved = run_model(self.model, self.ids).logits.float()
-        finally:
-            handle.remove()
-        own = self.own.logits.float()
-        return float((moved - own).abs().max() / own.abs().max().clamp(min=1e-12))
-
     def differs(self, got: torch.Tensor, expected: torch.Tensor, *, rounding: float = 0.0) -> str:
-        """How far two results are apart, where that is more than rounding: a few last digits, or a measured share."""
+        """How far two results are apart, where that is more than a few last digits, or a measured share of the size."""
         got, expected = got.float(), expected.to(got.device).float()
         size, far = float(expected.abs().max()), float((got - expected).abs().max())
         tolerance = max(1e-4, 2 * torch.finfo(self.model.dtype).eps, rounding)
@@ -260,13 +242,60 @@ def _cache(subject: Subject) -> str:
     model, ids, kept = subject.model, subject.ids, subject.num_kept
     if is_classifier(model):
         return ""
-    start = model(ids[:, :kept], use_cache=True)
-    rest = model(ids[:, kept:], past_key_values=start.past_key_values, use_cache=True)
-    logits = torch.cat([start.logits, rest.logits], dim=1)
-    # In pieces, other kernels run. In few bits their roundings add up over the layers: measured where they may matter.
-    found = subject.differs(logits, subject.own.logits)
-    found = found and subject.differs(logits, subject.own.logits, rounding=2 * subject.rounding)
-    return found and f"other logits with a cache than without, {found}"
+    with _attentions(model) as whole:
+        model(ids, use_cache=False)
+    # Each layer is given what it was given in one pass: roundings of one layer say nothing of the next, so that a fault
+    # of a single state shows in few bits too.
+    with _attentions(model, [hidden[:, :kept] for hidden, _ in whole]) as start:
+        cache = model(ids[:, :kept], use_cache=True).past_key_values
+    with _attentions(model, [hidden[:, kept:] for hidden, _ in whole]) as rest:
+        model(ids[:, kept:], past_key_values=cache, use_cache=True)
+    moved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for index, (_, out) in enumerate(whole):
+        for rows, part in ((slice(None, kept), start), (slice(kept, None), rest)):
+            if not subject.differs(part[index][1], out[:, rows]):
+                continue
+            # In pieces, other kernels run: as far apart as they may be, a rounding of the input moves the output too.
+            if not moved:
+                with _attentions(model, [_moved_by_a_rounding(hidden) for hidden, _ in whole]) as moved:
+                    model(ids, use_cache=False)
+            far = (moved[index][1] - out)[:, rows].float().abs().max() / out[:, rows].float().abs().max()
+            if found := subject.differs(part[index][1], out[:, rows], rounding=2 * float(far)):
+                return f"another output of layer {index} with a cache than without, {found}"
+    return ""
+
+
+@contextmanager
+def _attentions(
+    model: Any, inputs: list[torch.Tensor] | None = None
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """While open, gather what every attention or mixer is given, or `inputs`, and what it makes of it (B, T, D)."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def replace(index: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs if inputs is None else kwargs | {"hidden_states": inputs[index]}
+
+        return hook
+
+    def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        found.append((kwargs["hidden_states"], out[0]))
+
+    handles = []
+    for index, layer in enumerate(decoder_layers(model)):
+        attention: Any = layer.self_attn
+        handles.append(attention.register_forward_pre_hook(replace(index), with_kwargs=True))
+        handles.append(attention.register_forward_hook(keep, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _moved_by_a_rounding(x: torch.Tensor) -> torch.Tensor:
+    signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return x * (1 + torch.finfo(x.dtype).eps * signs.to(x))
 
 
 WHOLE = "Load the model whole onto one device, without device_map or offloading."
@@ -342,7 +371,7 @@ CHECKS = (
     Check(
         name="cache",
         find=_cache,
-        expected="the same logits with and without a cache",
+        expected="the same outputs with and without a cache",
         hint=OWN_CODE,
     ),
 )
