@@ -10,8 +10,9 @@ import forks
 import pytest
 import torch
 from exactness import assert_same_model, assert_same_up_to_rounding
+from safetensors.torch import load_file, save_file
 from tiny import pico_classifier, pico_teacher
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 from dtr.arch import FAMILIES, LayerRunner, decoder_layers
 from dtr.errors import ModelError
@@ -227,3 +228,25 @@ def test_our_import_hook_disturbs_no_other_import(first):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[None")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("change", ["lost", "under another name"])
+def test_a_damaged_checkpoint_is_refused_by_the_library_too(name, change, tmp_path):
+    hybrid_of(pico_teacher(), (0, 2)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = weights.pop(name)
+    if change != "lost":
+        weights[f"{name}_old"] = lost
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=name):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    _, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert told["missing_keys"] == {name}
+
+
+def test_a_hybrid_takes_another_head_as_its_family_does(tmp_path):
+    hybrid_of(pico_teacher(), (0, 2)).save_pretrained(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert classifier.score.out_features == 3
+    assert classifier.linear_layers == [0, 2]

@@ -69,6 +69,34 @@ class HybridModelMixin(_FamilyModel):
         setattr(self, self.head, nn.Linear(config.hidden_size, num_outputs, bias=False))
         self.post_init()
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the library's, which only warns of weights that are missing and runs with random ones.
+
+        With `output_loading_info` the caller is told of them instead. A head of another kind than the saved one, as for
+        fine-tuning a classifier, starts at random as ever.
+
+        Raises:
+            ModelError: weights are missing, or there are some that the config has no place for; says which.
+        """
+        library: Any = super()
+        model, told = library.from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, told
+        has_own_head = cls.__name__ in (model.config.architectures or ())
+        heads = () if has_own_head else ("lm_head.", "score.")
+        wrong = sorted(n for n in (*told["missing_keys"], *told["unexpected_keys"]) if not n.startswith(heads))
+        if wrong:
+            raise ModelError(
+                str(args[0] if args else kwargs.get("pretrained_model_name_or_path")),
+                got=f"{len(wrong)} weights that are missing or have no place in its config ({', '.join(wrong[:3])})",
+                expected="every weight of the hybrid",
+                hint="The checkpoint is incomplete or its config.json was changed: save the hybrid again.",
+            )
+        return model
+
     @property
     def linear_layers(self) -> list[int]:
         """Indices of the layers whose attention is linear."""

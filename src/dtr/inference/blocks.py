@@ -209,7 +209,9 @@ has one token only."""
 
 def make_block(module: Any, norm: Norm, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> Block:
     """The block for a layer's attention or mixer and the norm before it."""
-    if type(module) is GatedDeltaNet and not module.conv_tokens:
+    # A mixer that is held to another backend answers by its own forward, as the fused kernels are Triton's.
+    is_free = module.backend in ("auto", "triton") or not norm.weight.is_cuda if isinstance(module, Mixer) else True
+    if type(module) is GatedDeltaNet and not module.conv_tokens and is_free:
         return DeltaBlock(module, norm, batch)
     if isinstance(module, Mixer):
         return MixerBlock(module, norm, batch)
