@@ -13,11 +13,12 @@ from tiny import pico_model, pico_teacher
 from dtr.arch import FAMILIES, decoder_layers, read_geometry
 from dtr.errors import ModelError
 from dtr.hybrid.modeling import make_hybrid
-from dtr.inference.blocks import DeltaBlock
+from dtr.inference.blocks import AttentionBlock, DeltaBlock, MixerBlock
 from dtr.inference.decoder import Decoder
 from dtr.inference.generate import fast_generate
 from dtr.inference.prompt_graphs import PromptGraphs, padded_length
 from dtr.mixers import MIXERS, mixer_from_teacher
+from dtr.mixers.base import set_backend
 from dtr.ops.decoding import delta_tokens
 from dtr.ops.projections import Norm
 
@@ -249,3 +250,12 @@ def test_mixes_of_projected_heads_are_those_of_joined_rows():
     )
     for name in ("q_BTHK", "k_BTHK", "v_BTHK", "gate_BTC"):
         torch.testing.assert_close(getattr(found, name), getattr(joined, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_mixer_that_is_held_to_a_backend_generates_by_it():
+    hybrid = hybrid_of(pico_teacher(), (0, 2)).to("cuda")
+    set_backend([hybrid.model.layers[0].self_attn], "torch")
+    blocks = [type(block) for block in Decoder(hybrid, batch_size=1, capacity_tokens=16)._blocks]
+    assert blocks == [MixerBlock, AttentionBlock, DeltaBlock, AttentionBlock]
