@@ -5,7 +5,8 @@
     python benchmarks/serve_vllm.py --out vllm.json --teacher TEACHER --hybrid RUN/hybrid
 
 Without --hybrid the layers are made on the spot: trained on --num-tokens of Python's documentation, or not at all, as
-speed does not depend on it. Each engine runs in a process of its own. Rows are written as they come; after --limit seconds no new part begins, and one that runs is stopped.
+speed does not depend on it. Each engine runs in a process of its own. Rows are written as they come; after --limit
+seconds no new part begins, and one that runs is stopped.
 """
 
 from __future__ import annotations

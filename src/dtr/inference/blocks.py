@@ -209,10 +209,10 @@ has one token only."""
 
 def make_block(module: Any, norm: Norm, geometry: HeadGeometry, batch: int, num_slots: int, attend: Attend) -> Block:
     """The block for a layer's attention or mixer and the norm before it."""
-    if type(module) is GatedDeltaNet and not module.conv_tokens:
-        # One that is held to another backend answers by its own forward: the fused kernels are Triton's.
-        if not norm.weight.is_cuda or module.backend in ("auto", "triton"):
-            return DeltaBlock(module, norm, batch)
+    # One that is held to another backend answers by its own forward: the fused kernels are Triton's.
+    is_fused = type(module) is GatedDeltaNet and (not norm.weight.is_cuda or module.backend in ("auto", "triton"))
+    if is_fused and not module.conv_tokens:
+        return DeltaBlock(module, norm, batch)
     if isinstance(module, Mixer):
         return MixerBlock(module, norm, batch)
     return AttentionBlock(module, norm, geometry, batch, num_slots, attend)
