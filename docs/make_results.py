@@ -94,7 +94,30 @@ def distillation() -> str:
     return f"{_table(head, rows)}\n\n{told}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {f.__name__: f for f in (quality, tasks, speed, distillation)}
+def vllm() -> str:
+    """Hybrid over teacher in vLLM, by length of the prompt."""
+    record = next(run for run in _read("vllm.json")["runs"] if any(row["kind"] == "speed" for row in run["rows"]))
+    found = {(row["model"], row["context"]): row for row in record["rows"]}
+    keys = ("most_sequences", "decode_tokens_per_second", "prompt_tokens_per_second", "requests_per_second")
+    rows = []
+    for context in record["rows"][0]["contexts"]:
+        hybrid, teacher = found["hybrid", context], found["teacher", context]
+        ratios = [f"{hybrid[key] / teacher[key]:.2f}" for key in keys]
+        firsts = [f"{1000 * row['time_to_first_token_seconds']:.0f}" for row in (hybrid, teacher)]
+        rows.append((f"{context:,}", *ratios, " against ".join(firsts)))
+    row = record["rows"][0]
+    head = (
+        "prompt, tokens",
+        "sequences that fit",
+        f"decode, at most {row['most_at_once']} sequences",
+        "prompts",
+        f"requests of {row['new_tokens']} new tokens",
+        "first token of one, ms",
+    )
+    return f"{_table(head, rows)}\n\nHardware: {record['hardware']}. Commit: {record['commit']}. vLLM {record['vllm']}."
+
+
+BLOCKS: dict[str, Callable[[], str]] = {f.__name__: f for f in (quality, tasks, speed, distillation, vllm)}
 
 
 def with_blocks(page: str) -> str:
