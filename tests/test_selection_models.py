@@ -265,7 +265,7 @@ def test_guards_of_one_name_are_scored_apart(teacher, bank, task, tmp_path):
     half = replace(task, splits={**task.splits, "validation": task.splits["validation"][:50]})
     guards = [GuardFloor(task=task, p_min=0.5), GuardFloor(task=half, p_min=0.5)]
     found = search(
-        teacher, bank, task, strategy="exact", **PLAIN, p_min=0.5, guards=guards, journal=tmp_path / "j.jsonl"
+        teacher, bank, task, strategy="one_shot", **PLAIN, p_min=0.5, guards=guards, journal=tmp_path / "j.jsonl"
     ).trace
     assert [guard.name for guard in found.guards] == [task.name, f"{task.name} (2)"]
     assert [len(guard.m_opt.per_item) for guard in found.guards] == [NUM_ITEMS, 50]
